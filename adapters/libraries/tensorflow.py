@@ -1,0 +1,116 @@
+"""TensorFlow below the adapters: a dozen functions of the standard, its Philox, its gradient.
+
+TensorFlow follows no array API standard, so here is as much of one as the core uses. Its native
+``StatelessRandomUniformFullIntV2`` gives the very words of the stream: key and counter are passed
+through, and the counter's upper half is the tag.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import tensorflow as tf
+
+from unidrop.library import Library
+from unidrop.philox import FourWords
+from unidrop.words import Pair
+
+__all__ = ["TensorFlow"]
+
+_PHILOX = 1
+
+
+def _placed(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a creation function the standard's ``device=`` keyword."""
+
+    def placed(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is None:
+            return make(*args, **kwargs)
+        with tf.device(device):
+            return make(*args, **kwargs)
+
+    return placed
+
+
+_NAMESPACE = SimpleNamespace(
+    __name__="tensorflow",
+    __array_namespace_info__=lambda: SimpleNamespace(dtypes=lambda **_: {"int64": tf.int64}),
+    bool=tf.bool,
+    int64=tf.int64,
+    float32=tf.float32,
+    float64=tf.float64,
+    arange=_placed(lambda stop, *, dtype: tf.range(tf.cast(stop, dtype), dtype=dtype)),
+    asarray=_placed(lambda value, *, dtype: tf.constant(value, dtype)),
+    ones=_placed(lambda shape, *, dtype=tf.float32: tf.ones(shape, dtype)),
+    zeros=_placed(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
+    empty=_placed(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
+    empty_like=lambda x: x,
+    zeros_like=tf.zeros_like,
+    astype=lambda x, dtype, *, copy=True: tf.cast(x, dtype),
+    reshape=tf.reshape,
+    expand_dims=tf.expand_dims,
+    stack=tf.stack,
+    concat=lambda arrays, *, axis=0: tf.concat(arrays, axis),
+    take=tf.gather,
+    where=tf.where,
+    real=tf.math.real,
+    imag=tf.math.imag,
+    complex=tf.complex,
+    bitwise_left_shift=tf.bitwise.left_shift,
+    bitwise_right_shift=tf.bitwise.right_shift,
+)
+
+
+class TensorFlow(Library):
+    """TensorFlow tensors, eager or symbolic."""
+
+    def namespace(self, x: Any) -> Any:
+        """Return the functions of the standard that the core uses."""
+        return _NAMESPACE
+
+    def device(self, x: Any) -> Any:
+        """Return the device of an eager tensor; a graph places its own."""
+        return None if self.is_traced(x) else x.device
+
+    def shape(self, x: Any) -> tuple[Any, ...]:
+        """Return the shape, with a scalar tensor for each length that is not known yet."""
+        if x.shape.rank is None:
+            raise ValueError("x has to have a known rank, but got a tensor of unknown rank")
+        if x.shape.is_fully_defined():
+            return tuple(x.shape)
+        lengths = tf.shape(x, out_type=tf.int64)
+        return tuple(lengths[i] if n is None else n for i, n in enumerate(x.shape))
+
+    def is_traced(self, x: Any) -> bool:
+        """Tell whether a graph is being built."""
+        return not tf.executing_eagerly()
+
+    def is_mutable(self, x: Any) -> bool:
+        """Return False: tensors can't be assigned to."""
+        return False
+
+    def words(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
+    ) -> FourWords:
+        """Return the words of consecutive blocks, from TensorFlow's own Philox."""
+        with tf.device(device):
+            flat = tf.raw_ops.StatelessRandomUniformFullIntV2(
+                shape=[4 * count],
+                key=tf.reshape(_uint64(*key), [1]),
+                counter=tf.stack([_uint64(*reversed(first)), tf.constant(tag << 32, tf.uint64)]),
+                alg=_PHILOX,
+                dtype=tf.uint32,
+            )
+            return tuple(tf.unstack(tf.reshape(tf.cast(flat, tf.int64), [-1, 4]), axis=1))
+
+    def linear(self, x: Any, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Any:
+        """Return ``forward(x)``, whose gradient is ``transpose`` and keeps nothing of it."""
+        run = tf.custom_gradient(lambda v: (forward(v), transpose))
+        return run(x)
+
+
+def _uint64(lo: Any, hi: Any) -> Any:
+    """Join two words."""
+    if isinstance(lo, int):
+        return tf.constant((hi << 32) | lo, tf.uint64)
+    return tf.bitwise.left_shift(tf.cast(hi, tf.uint64), 32) | tf.cast(lo, tf.uint64)

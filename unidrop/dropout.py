@@ -1,0 +1,205 @@
+"""Dropout: a mask, a product and a selection.
+
+N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever and R. Salakhutdinov, "Dropout: a simple way
+to prevent neural networks from overfitting", JMLR 15 (2014). This is the inverted form, which
+scales in training so that evaluation is the identity.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from unidrop.dtypes import compute_dtype, dtype_name
+from unidrop.key import Key
+from unidrop.library import Library, library_of
+from unidrop.mask import PIECE, check_key, window_mask
+from unidrop.rate import KEEP_NOTHING, Rate
+from unidrop.window import Window
+
+__all__ = ["Call", "dropout"]
+
+
+def dropout(
+    x: Any,
+    p: float,
+    key: Key,
+    *,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Drop elements of an array with probability p and scale the rest by 1 / (1 - p).
+
+    Parameters
+    ----------
+    x : array
+        Any shape; float16, bfloat16, float32, float64, complex64 or complex128; of any library
+        that follows the array API standard, or a TensorFlow tensor.
+    p : int or float
+        The probability of dropping an element, in [0, 1].
+    key : Key
+        The name of the mask: the same key drops the same elements in every library. One key, one
+        use: fold the site and the step into it.
+    training : bool, default True
+        If False x is returned unchanged.
+    broadcast_axes : sequence of int, default ()
+        Axes along which one decision is shared, and the mask has length 1.
+    global_shape, start : sequence of int, optional
+        x is the block that begins at ``start`` of an array of shape ``global_shape``, and gets
+        exactly that block of the whole mask. Elements of start may be 0-d integer arrays.
+    return_mask : bool, default False
+        Whether to return the mask too.
+
+    Returns
+    -------
+    y : array
+        Of x's shape, dtype and device. Kept elements are x times the scale, computed in float32
+        (float64 for float64 and complex128) and rounded once; dropped ones are +0, NaN and
+        infinities included. x itself where p is 0 or training is False.
+    mask : array of bool
+        Only with ``return_mask``: True where kept, of x's shape with 1 along ``broadcast_axes``.
+
+    Raises
+    ------
+    TypeError
+        If x is no array or has an integer or bool dtype, p is no Python number, or key no Key.
+    ValueError
+        If p is outside [0, 1], an axis does not exist, or the window does not fit.
+
+    Notes
+    -----
+    Where the library has a gradient, the gradient is this function of the upstream gradient, with
+    the same mask, made again from the key: nothing of the size of x is kept for it.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from unidrop import Key, dropout
+    >>> dropout(numpy.ones(6, dtype="float32"), 0.5, Key(42))
+    array([2., 0., 0., 0., 0., 2.], dtype=float32)
+    """
+    check_key(key)
+    call = Call.of(
+        x,
+        Rate.of(p),
+        training=training,
+        broadcast_axes=broadcast_axes,
+        global_shape=global_shape,
+        start=start,
+    )
+    if not call.drops:
+        return (x, call.ones()) if return_mask else x
+    y, mask = call.drop(x, key)
+    return (y, mask) if return_mask else y
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call whose arguments are valid and whose key is still to come.
+
+    An adapter that draws a key, or counts its calls, does so after this has been made: a call
+    that raises then changes no state, and one that drops nothing takes no key.
+
+    Attributes
+    ----------
+    drops : bool
+        Whether there is anything to do: training, at a rate above 0.
+    """
+
+    library: Library
+    xp: Any
+    device: Any
+    window: Window
+    rate: Rate
+    drops: bool
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        rate: Rate,
+        *,
+        training: bool = True,
+        broadcast_axes: Sequence[int] = (),
+        global_shape: Sequence[int] | None = None,
+        start: Sequence[Any] | None = None,
+        name: str = "x",
+    ) -> Self:
+        """Validate the arguments of `dropout`, all but the key; raises what it raises.
+
+        ``name`` is what the caller's users know the array as, for the messages.
+        """
+        library = library_of(x, name)
+        compute_dtype(x.dtype, name)
+        window = Window.of(library.shape(x), broadcast_axes, global_shape, start)
+        drops = bool(training) and rate.p > 0
+        return cls(library, library.namespace(x), library.device(x), window, rate, drops)
+
+    def ones(self) -> Any:
+        """Return the mask of a call that drops nothing."""
+        return self.xp.ones(self.window.shape, dtype=self.xp.bool, device=self.device)
+
+    def drop(self, x: Any, key: Key) -> tuple[Any, Any]:
+        """Return the output and the mask of a key."""
+        mask = window_mask(self.library, self.xp, self.window, self.rate, key, self.device, x)
+        y = self.library.linear(
+            x, lambda v: self.select(v, mask), lambda upstream: self.drop(upstream, key)[0]
+        )
+        return y, mask
+
+    def select(self, x: Any, mask: Any) -> Any:
+        """Return x times the scale where a mask is True, and +0 elsewhere."""
+        return _select(self.library, self.xp, x, mask, self.rate)
+
+
+def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
+    """Return x times the scale where the mask is True and +0 elsewhere, in bounded memory."""
+    if rate.threshold == KEEP_NOTHING:
+        return xp.zeros_like(x)
+    if library.is_traced(x) or x.ndim == 0 or _size(x) <= PIECE:
+        return _select_part(library, xp, x, mask, rate)
+    axis = max(range(x.ndim), key=lambda i: x.shape[i])
+    length = x.shape[axis]
+    step = max(1, PIECE * length // _size(x))
+    cuts = [
+        (*(slice(None),) * axis, slice(first, min(first + step, length)), ...)
+        for first in range(0, length, step)
+    ]
+    whole = mask.shape[axis] == 1
+    parts = (_select_part(library, xp, x[cut], mask if whole else mask[cut], rate) for cut in cuts)
+    y = xp.empty_like(x)
+    if not library.is_mutable(y):
+        return xp.concat(list(parts), axis=axis)
+    for cut, part in zip(cuts, parts, strict=True):
+        y[cut] = part
+    return y
+
+
+def _select_part(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
+    name = compute_dtype(x.dtype)
+    dtype = getattr(xp, name)
+    scale = rate.scale if name == "float64" else _to_float32(rate.scale)
+    zero = xp.zeros((), dtype=dtype, device=library.device(x))
+
+    def scaled(component: Any) -> Any:
+        return xp.where(mask, component * scale, zero)
+
+    if dtype_name(x.dtype).startswith("complex"):
+        return library.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
+    return xp.astype(scaled(xp.astype(x, dtype, copy=False)), x.dtype, copy=False)
+
+
+def _size(x: Any) -> int:
+    size = 1
+    for length in x.shape:
+        size *= length
+    return size
+
+
+def _to_float32(value: float) -> float:
+    """Round a double to the nearest float32, ties to even, as C and IEEE 754 do."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return rounded

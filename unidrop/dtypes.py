@@ -1,0 +1,62 @@
+"""Dtypes by name, since every library has its own objects for them, and not all have bfloat16."""
+
+from typing import Any
+
+__all__ = ["compute_dtype", "dtype_name", "integer_bits"]
+
+_COMPUTE = {
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+    "complex64": "float32",
+    "complex128": "float64",
+}
+_INTEGERS = {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the standard's name of a dtype.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> dtype_name(numpy.dtype(">f4"))
+    'float32'
+    """
+    name = getattr(dtype, "name", None)
+    return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+
+
+def compute_dtype(dtype: Any, name: str = "x") -> str:
+    """Return the name of the real dtype in which an array's components are multiplied.
+
+    Raises
+    ------
+    TypeError
+        If dtype is not one of those that have dropout; names the argument.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> compute_dtype(numpy.dtype("float16"))
+    'float32'
+    """
+    try:
+        return _COMPUTE[dtype_name(dtype)]
+    except KeyError:
+        raise TypeError(
+            f"{name} has to be of a floating-point dtype ({', '.join(_COMPUTE)}), but got {dtype}"
+        ) from None
+
+
+def integer_bits(dtype: Any) -> int | None:
+    """Return the width of an integer dtype; None for any other.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> integer_bits(numpy.dtype("uint8")), integer_bits(numpy.dtype("bool"))
+    (8, None)
+    """
+    return _INTEGERS.get(dtype_name(dtype))

@@ -1,0 +1,234 @@
+"""Keys: the 64-bit numbers that name a mask, and how one key is folded into another."""
+
+import hashlib
+import operator
+from typing import Any, Self
+
+from unidrop.library import Library, library_of
+from unidrop.philox import philox
+from unidrop.words import MASK32, words_of
+
+__all__ = ["Key"]
+
+_TAG_INTEGER = 1
+_TAG_STRING = 2
+
+
+class Key:
+    """The key of a mask: one 64-bit number, immutable and hashable.
+
+    Fold in, in this order, what makes a mask your own: the site in the network, the rank (where
+    replicas must differ), and the step. One key, one use: two masks of one key at two rates are
+    nested, and a longer one begins with the shorter.
+
+    Parameters
+    ----------
+    seed : int
+        0 <= seed < 2^64, whatever `operator.index` accepts except a bool. The key is this number.
+
+    Raises
+    ------
+    TypeError
+        If seed is no integer.
+    ValueError
+        If seed is negative or 2^64 or more; nothing wraps.
+
+    Examples
+    --------
+    >>> Key(42).fold_in("encoder/0").fold_in(7)
+    Key(0x4569f48a8d0f18c9)
+    """
+
+    __slots__ = ("_hi", "_lo")
+    _hi: Any
+    _lo: Any
+
+    def __init__(self, seed: int) -> None:
+        hi, lo = divmod(_integer(seed, "seed"), 1 << 32)
+        object.__setattr__(self, "_hi", hi)
+        object.__setattr__(self, "_lo", lo)
+
+    @classmethod
+    def from_words(cls, lo: Any, hi: Any) -> Self:
+        """Return the key ``hi * 2**32 + lo`` of two words, which may be traced.
+
+        Parameters
+        ----------
+        lo, hi : int or 0-d integer array
+            Words in [0, 2^32). The values of arrays are not looked at; the low 32 bits are used.
+
+        Raises
+        ------
+        TypeError
+            If a word is neither an integer nor an array of integers.
+        ValueError
+            If a Python integer is not a word, or an array is not 0-d.
+
+        Examples
+        --------
+        >>> Key.from_words(0xDDCCBBAA, 0x10)
+        Key(0x00000010ddccbbaa)
+        """
+        if isinstance(lo, int) and isinstance(hi, int):
+            return cls((_word(hi, "hi") << 32) + _word(lo, "lo"))
+        if isinstance(lo, int):
+            return cls._traced(_like(_word(lo, "lo"), hi_word := _split(hi, "hi")[1]), hi_word)
+        if isinstance(hi, int):
+            return cls._traced(lo_word := _split(lo, "lo")[1], _like(_word(hi, "hi"), lo_word))
+        return cls._traced(_split(lo, "lo")[1], _split(hi, "hi")[1])
+
+    @classmethod
+    def _traced(cls, lo: Any, hi: Any) -> Self:
+        key = cls.__new__(cls)
+        object.__setattr__(key, "_lo", lo)
+        object.__setattr__(key, "_hi", hi)
+        return key
+
+    @property
+    def words(self) -> tuple[Any, Any]:
+        """The key's words ``(lo, hi)``: Python integers, or 0-d arrays of a traced key."""
+        return self._lo, self._hi
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the key's words are arrays, whose values may be unknown yet."""
+        return not isinstance(self._lo, int)
+
+    def fold_in(self, data: Any) -> Self:
+        """Return the key made of this one and an integer or a string.
+
+        Parameters
+        ----------
+        data : int, str or 0-d integer array
+            An integer in [0, 2^64) (what `operator.index` accepts, except bool), or any string
+            that UTF-8 can encode, the empty one included and not normalised; 7 and "7" differ.
+            An array other than NumPy's is taken as traced: its value is not looked at, a 32-bit
+            one is zero-extended, and the key returned is traced.
+
+        Returns
+        -------
+        Key
+            The first two words of Philox4x32-10 of ``(data.lo, data.hi, 0, tag)`` under this
+            key, with tag 1 for integers and 2 for strings (BLAKE2b, 8 bytes, little-endian).
+
+        Raises
+        ------
+        TypeError
+            If data is neither, or a bool.
+        ValueError
+            If an integer is negative or too large, a string has a lone surrogate, or an array is
+            not 0-d.
+
+        Examples
+        --------
+        >>> Key(0).fold_in("")
+        Key(0x916cf6162038707f)
+        >>> Key(2**64 - 1).fold_in(2**64 - 1)
+        Key(0xa1951b70d619276d)
+        """
+        if isinstance(data, str):
+            return self._fold(divmod(_string_data(data), 1 << 32), _TAG_STRING, None)
+        if _is_index(data):
+            return self._fold(divmod(_integer(data, "data"), 1 << 32), _TAG_INTEGER, None)
+        return self._fold(_split(data, "data"), _TAG_INTEGER, library_of(data))
+
+    def _fold(self, data: tuple[Any, Any], tag: int, library: Library | None) -> Self:
+        hi, lo = data
+        if self.is_traced:
+            library = library_of(self._lo)
+        if library is None:
+            lo, hi, _, _ = philox((lo, hi, 0, tag), (self._lo, self._hi))
+            return type(self)((hi << 32) + lo)
+        like = self._lo if self.is_traced else lo
+        xp = library.namespace(like)
+        lo, hi, _, _ = library.words(xp, (hi, lo), 1, self.words, tag, library.device(like))
+        return type(self)._traced(xp.reshape(lo, ()), xp.reshape(hi, ()))
+
+    def __int__(self) -> int:
+        if self.is_traced:
+            raise TypeError("a traced Key has no value yet: use its .words")
+        return int(self._hi) << 32 | int(self._lo)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Key):
+            return NotImplemented
+        if self.is_traced or other.is_traced:
+            return self is other
+        return int(self) == int(other)
+
+    def __hash__(self) -> int:
+        return id(self) if self.is_traced else hash((Key, self._hi, self._lo))
+
+    def __repr__(self) -> str:
+        if self.is_traced:
+            return f"Key.from_words(lo={self._lo!r}, hi={self._hi!r})"
+        return f"Key(0x{int(self):016x})"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Key is immutable: cannot set {name!r}; fold_in makes another")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Key is immutable: cannot delete {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.is_traced:
+            return type(self).from_words, (self._lo, self._hi)
+        return type(self), (int(self),)
+
+
+def _is_index(value: object) -> bool:
+    """Tell whether a value's number may be read now: Python's and NumPy's integers, and the like.
+
+    An array of another library is left unread even where it could be: reading it would stop a
+    trace, or wait for a device.
+    """
+    if type(value).__module__.partition(".")[0] == "numpy":
+        return True
+    return hasattr(value, "__index__") and not hasattr(value, "dtype")
+
+
+def _integer(value: Any, name: str) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} has to be an integer, 0 <= {name} < 2**64, but got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} has to be an integer, 0 <= {name} < 2**64, "
+            f"but got {value!r} of type {type(value).__name__}"
+        ) from None
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"{name} has to be 0 <= {name} < 2**64, but got {number}")
+    return number
+
+
+def _word(value: int, name: str) -> int:
+    word = _integer(value, name)
+    if word > MASK32:
+        raise ValueError(f"{name} has to be a word, 0 <= {name} < 2**32, but got {word}")
+    return word
+
+
+def _like(word: int, array: Any) -> Any:
+    """Return a Python word as an array like another word."""
+    return (array & 0) | words_of(library_of(array).namespace(array)).constant(word)
+
+
+def _string_data(data: str) -> int:
+    try:
+        encoded = data.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"data has to be a string that UTF-8 can encode, but got {data!r}: {error.reason}"
+        ) from None
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+
+
+def _split(value: Any, name: str) -> tuple[Any, Any]:
+    """Return the ``(hi, lo)`` words of a 0-d integer array, zero-extended from its width."""
+    if not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{name} has to be an integer, a string or a 0-d integer array, "
+            f"but got {value!r} of type {type(value).__name__}"
+        )
+    return library_of(value).split(value, name)

@@ -1,0 +1,184 @@
+"""What the core must know of an array library beyond the array API standard.
+
+Requirements this design meets:
+
+* The core imports no framework and names none. A library that follows the standard, through
+  array-api-compat or by itself, needs nothing: `Library` describes it.
+* One that differs (it is traced, has its own gradient, its own Philox, or no standard namespace)
+  says so in a subclass, found through the entry-point group ``unidrop.libraries`` by the top-level
+  module of its array class, and imported only when such an array arrives.
+* A type seen once is looked up in a dictionary ever after.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import array_api_compat
+
+from unidrop.dtypes import integer_bits
+from unidrop.philox import FourWords, philox
+from unidrop.words import Pair, add_pairs, words_of
+
+__all__ = ["Library", "library_of", "library_of_namespace"]
+
+
+class Library:
+    """A library that follows the array API standard; the base class of those that differ."""
+
+    def namespace(self, x: Any) -> Any:
+        """Return the standard's namespace for an array of this library."""
+        return array_api_compat.array_namespace(x)
+
+    def device(self, x: Any) -> Any:
+        """Return where new arrays that meet x have to be made; None is the default device."""
+        return array_api_compat.device(x)
+
+    def shape(self, x: Any) -> tuple[Any, ...]:
+        """Return the shape of x: integers, or what stands for one that is not known yet."""
+        return tuple(x.shape)
+
+    def is_traced(self, x: Any) -> bool:
+        """Tell whether operations on x are recorded rather than run.
+
+        What is recorded is one expression; what runs at once is done in cache-sized pieces.
+        """
+        return bool(array_api_compat.is_lazy_array(x))
+
+    def is_mutable(self, x: Any) -> bool:
+        """Tell whether items of x may be assigned."""
+        return bool(array_api_compat.is_writeable_array(x))
+
+    def words(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
+    ) -> FourWords:
+        """Return the words of consecutive Philox blocks.
+
+        Parameters
+        ----------
+        xp : namespace
+        first : (hi, lo)
+            The number of the first block: Python integers or 0-d arrays.
+        count : int
+            The number of blocks.
+        key : (lo, hi)
+            The key's words: Python integers or 0-d arrays.
+        tag : int
+            The counter's last word.
+        device : device
+            Where to make them.
+
+        Returns
+        -------
+        four arrays of shape (count,)
+            In the dtype of `words_of`.
+        """
+        words = words_of(xp)
+        steps = xp.arange(count, dtype=words.dtype, device=device)
+        base = tuple(words.constant(w) if isinstance(w, int) else w for w in first)
+        hi, lo = add_pairs(words, base, words.split(steps, 64))
+        zero = xp.zeros((1,), dtype=words.dtype, device=device)
+        return philox((lo, hi, zero, zero + words.constant(tag)), key, words)
+
+    def split(self, value: Any, name: str) -> Pair:
+        """Return a 0-d integer array as ``(hi, lo)`` 0-d words, zero-extended from its width.
+
+        Raises
+        ------
+        TypeError
+            If the dtype of value is no integer's.
+        ValueError
+            If value is not 0-d.
+        """
+        bits = integer_bits(value.dtype)
+        if bits is None:
+            raise TypeError(f"{name} has to be an integer, but got an array of dtype {value.dtype}")
+        if self.shape(value) != ():
+            raise ValueError(f"{name} has to be 0-d, but got shape {self.shape(value)}")
+        return words_of(self.namespace(value)).split(value, bits)
+
+    def complex(self, xp: Any, real: Any, imag: Any) -> Any:
+        """Return the complex array of two real ones, each component kept to the bit.
+
+        The standard has no such function, and ``real + 1j * imag`` loses infinities and zeros'
+        signs. Namespaces with ``complex`` have it; elsewhere ``xp.real`` is a view that can be
+        written through.
+        """
+        if hasattr(xp, "complex"):
+            return xp.complex(real, imag)
+        dtype = xp.complex64 if real.dtype == xp.float32 else xp.complex128
+        z = xp.empty(real.shape, dtype=dtype, device=self.device(real))
+        xp.real(z)[...] = real
+        xp.imag(z)[...] = imag
+        return z
+
+    def linear(self, x: Any, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Any:
+        """Return ``forward(x)`` for a linear function, differentiated by ``transpose``.
+
+        A library with a gradient overrides this, so that its backward pass calls
+        ``transpose(upstream)`` and keeps nothing of the forward pass. Here it is left to whatever
+        differentiates forward's own operations.
+        """
+        return forward(x)
+
+
+_STANDARD = Library()
+_by_type: dict[type, Library] = {}
+
+
+def library_of(x: Any, name: str = "x") -> Library:
+    """Return the library of an array.
+
+    Raises
+    ------
+    TypeError
+        If x is no array of a library that follows the standard or is registered; names the
+        argument.
+    """
+    library = _by_type.get(type(x))
+    if library is None:
+        library = _by_type[type(x)] = _find(x, name)
+    return library
+
+
+def library_of_namespace(xp: Any) -> tuple[Library, Any]:
+    """Return the library of a namespace as users name it, and the namespace the core uses.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> _, xp = library_of_namespace(numpy)
+    >>> xp.__name__
+    'array_api_compat.numpy'
+    """
+    if not hasattr(xp, "zeros"):
+        raise TypeError(f"xp has to be an array namespace such as numpy or torch, but got {xp!r}")
+    probe = xp.zeros((0,))
+    library = library_of(probe, "xp.zeros((0,))")
+    return library, library.namespace(probe)
+
+
+def _find(x: Any, name: str) -> Library:
+    roots = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    for root in roots:
+        if root in _registered():
+            return _load(_registered()[root].value)
+    if array_api_compat.is_array_api_obj(x):
+        return _STANDARD
+    raise TypeError(
+        f"{name} has to be an array of NumPy, PyTorch, TensorFlow, JAX or another library that "
+        f"follows the array API standard, but got {type(x).__name__}"
+    )
+
+
+@cache
+def _registered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="unidrop.libraries")}
+
+
+@cache
+def _load(value: str) -> Library:
+    point = next(point for point in _registered().values() if point.value == value)
+    library: Library = point.load()()
+    return library

@@ -1,0 +1,209 @@
+"""The mask: which elements of an array a key keeps.
+
+Elements are numbered by their logical C-order index i in the mask's shape, whatever the strides.
+Block ``i // 8`` of Philox gives four words, word ``(i // 2) % 4`` decides elements i and i + 1: as
+itself for even i, times `ODD_MULTIPLIER` modulo 2^32 for odd i. An element is kept where that
+number is at least the threshold. docs/spec.md is the whole story.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy
+
+from unidrop.key import Key
+from unidrop.library import Library, library_of_namespace
+from unidrop.philox import FourWords, philox
+from unidrop.rate import KEEP_NOTHING, Rate
+from unidrop.window import Axis, Piece, Window
+from unidrop.words import Pair, Words, add_pairs, mul_pair, pair, shift_pair, words_of
+
+__all__ = ["check_key", "keep_mask", "window_mask"]
+
+STREAM_VERSION: Final = 1
+ODD_MULTIPLIER: Final = 0x6C078965
+
+# Elements that are decided at a time where the library runs eagerly: few enough for the words of a
+# piece to stay in cache, and enough for the overhead of a call, and of a thread pool, not to show.
+PIECE: Final = 1 << 19
+
+
+def keep_mask(
+    shape: Sequence[int],
+    p: float,
+    key: Key,
+    *,
+    xp: Any = None,
+    device: Any = None,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+) -> Any:
+    """Return the mask that `dropout` applies: True where an element is kept.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        The shape of the array to be masked.
+    p : int or float
+        The probability of dropping an element, in [0, 1].
+    key : Key
+        The mask's name. One key, one use.
+    xp : namespace, default numpy
+        The library to make the mask in, as its users name it: numpy, torch, jax.numpy, tensorflow.
+    device : device, optional
+        Where to make it; the library's default device if None.
+    training : bool, default True
+        If False everything is kept.
+    broadcast_axes : sequence of int, default ()
+        Axes along which the mask has length 1, and one decision is shared.
+    global_shape, start : sequence of int, optional
+        The array is the block that begins at ``start`` of an array of shape ``global_shape``, and
+        gets exactly that block of the whole mask. Elements of start may be 0-d integer arrays.
+
+    Returns
+    -------
+    array of bool
+        Of the given shape, with 1 along ``broadcast_axes``.
+
+    Raises
+    ------
+    TypeError
+        If p is no Python number, key no Key, xp no namespace, or a length no integer.
+    ValueError
+        If p is outside [0, 1], an axis does not exist, or the window does not fit.
+
+    Examples
+    --------
+    >>> from unidrop import Key, keep_mask
+    >>> keep_mask((2, 3), 0.5, Key(42)).astype(int)
+    array([[1, 0, 0],
+           [0, 0, 1]])
+    >>> keep_mask((1, 3), 0.5, Key(42), global_shape=(2, 3), start=(1, 0)).astype(int)
+    array([[0, 0, 1]])
+    """
+    rate = Rate.of(p)
+    check_key(key)
+    window = Window.of(shape, broadcast_axes, global_shape, start)
+    library, xp = library_of_namespace(numpy if xp is None else xp)
+    if not training:
+        return xp.ones(window.shape, dtype=xp.bool, device=device)
+    return window_mask(library, xp, window, rate, key, device, xp.zeros((0,)))
+
+
+def check_key(key: object) -> None:
+    """Raise TypeError unless key is a `Key`."""
+    if not isinstance(key, Key):
+        raise TypeError(
+            "key has to be a unidrop.Key, such as Key(42).fold_in(step), "
+            f"but got {key!r} of type {type(key).__name__}"
+        )
+
+
+def window_mask(
+    library: Library, xp: Any, window: Window, rate: Rate, key: Key, device: Any, like: Any
+) -> Any:
+    """Return the mask of a window, made like the array ``like``: traced, or piece by piece.
+
+    Peak memory beyond the mask is some 40 bytes for each of `PIECE` elements where arrays can be
+    written to, and once the mask more where they can't.
+    """
+    if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
+        fill = xp.ones if rate.threshold == 0 else xp.zeros
+        return fill(window.shape, dtype=xp.bool, device=device)
+    words = words_of(xp)
+
+    def decide(piece: Piece) -> Any:
+        return _piece_mask(library, xp, words, piece, window.offsets, rate.threshold, key, device)
+
+    values = (like, *key.words, *(value for value, _ in window.offsets))
+    if any(library.is_traced(value) for value in values if not isinstance(value, int)):
+        return xp.reshape(decide(window.whole), window.shape)
+    pieces = list(window.pieces(PIECE))
+    if len(pieces) == 1:
+        return xp.reshape(decide(pieces[0]), window.shape)
+    if not library.is_mutable(xp.empty((0,))):
+        return xp.reshape(xp.concat([decide(piece) for piece in pieces]), window.shape)
+    flat = xp.empty((window.size,), dtype=xp.bool, device=device)
+    done = 0
+    for piece in pieces:
+        keep = decide(piece)
+        flat[done : done + keep.shape[0]] = keep
+        done += keep.shape[0]
+    return xp.reshape(flat, window.shape)
+
+
+def _is_zero(size: Any) -> bool:
+    return isinstance(size, int) and size == 0
+
+
+def _piece_mask(
+    library: Library,
+    xp: Any,
+    words: Words,
+    piece: Piece,
+    offsets: tuple[tuple[Any, int], ...],
+    threshold: int,
+    key: Key,
+    device: Any,
+) -> Any:
+    """Return the decisions of a piece, flat."""
+    *rows, (length, _) = piece.axes
+    if not rows and not offsets:
+        first, skip = divmod(piece.base, 8)
+        count = (skip + length + 7) // 8
+        four = library.words(xp, pair(first), count, key.words, 0, device)
+        return _decide(xp, words, four, threshold)[skip : skip + length]
+    index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
+    aligned = not offsets and all(row.stride % 8 == 0 for row in rows)
+    count = (piece.base % 8 + length + 7) // 8 if aligned else (length + 14) // 8
+    block = add_pairs(words, shift_pair(words, index, 3), _counting(xp, words, count, device))
+    zero = xp.zeros((1,), dtype=words.dtype, device=device)
+    four = philox((block[1], block[0], zero, zero), key.words, words)
+    keep = _decide(xp, words, four, threshold)
+    if aligned:
+        skip = piece.base % 8
+        return xp.reshape(xp.reshape(keep, (-1, count * 8))[:, skip : skip + length], (-1,))
+    # Rows begin anywhere in their blocks: each takes its own part of what was decided for it.
+    _, number = _counting(xp, words, index[1].shape[0], device)
+    _, column = _counting(xp, words, length, device)
+    taken = xp.reshape(number, (-1, 1)) * (count * 8) + (index[1] & 7) + column
+    return xp.take(keep, xp.reshape(taken, (-1,)), axis=0)
+
+
+def _row_indices(
+    library: Library,
+    xp: Any,
+    words: Words,
+    base: int,
+    rows: list[Axis],
+    offsets: tuple[tuple[Any, int], ...],
+    device: Any,
+) -> Pair:
+    """Return the index of the first element of each row, as a pair of shape (rows, 1)."""
+    hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in pair(base))
+    index: Pair = (hi, lo)
+    for start, stride in offsets:
+        index = add_pairs(words, index, mul_pair(words, library.split(start, "start"), stride))
+    for row in rows:
+        steps = mul_pair(words, _counting(xp, words, row.length, device), row.stride)
+        hi, lo = index
+        index = add_pairs(words, (xp.expand_dims(hi, axis=-1), xp.expand_dims(lo, axis=-1)), steps)
+    return xp.reshape(index[0], (-1, 1)), xp.reshape(index[1], (-1, 1))
+
+
+def _counting(xp: Any, words: Words, count: Any, device: Any) -> Pair:
+    """Return 0, 1, 2, ... as a pair."""
+    lo = xp.arange(count, dtype=words.dtype, device=device)
+    return lo & 0, lo
+
+
+def _decide(xp: Any, words: Words, four: FourWords, threshold: int) -> Any:
+    """Return eight decisions a block, flat."""
+    least = words.constant(threshold)
+    decisions = []
+    for word in four:
+        decisions.append(word >= least)
+        decisions.append(words.mullo(word, ODD_MULTIPLIER) >= least)
+    return xp.reshape(xp.stack(decisions, axis=-1), (-1,))

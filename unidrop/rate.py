@@ -1,0 +1,79 @@
+"""The drop rate p: what may be one, its integer threshold and its scale."""
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["KEEP_NOTHING", "Rate"]
+
+KEEP_NOTHING = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A validated drop rate.
+
+    Attributes
+    ----------
+    p : float
+        The probability of dropping an element, in [0, 1], in double precision.
+    threshold : int
+        ``round_half_even(p * 2**32)``: an element is kept where its word is at least this.
+    scale : float
+        ``1 / (1 - p)`` in double precision; 0.0 where p is 1 and nothing is kept.
+    """
+
+    p: float
+    threshold: int
+    scale: float
+
+    @classmethod
+    def of(cls, p: Any, name: str = "p") -> "Rate":
+        """Validate a drop rate.
+
+        Parameters
+        ----------
+        p : int or float
+            In [0, 1]. ``numpy.float64`` is a float; a narrower float is another number, whose
+            masks would differ once in 10^9 elements, and is refused.
+        name : str, default "p"
+            What the caller's users know the argument as, for the messages.
+
+        Raises
+        ------
+        TypeError
+            If p is a bool, a narrower float, an array, a tensor, a traced value, or no number.
+        ValueError
+            If p is NaN or outside [0, 1].
+
+        Examples
+        --------
+        >>> Rate.of(0.25)
+        Rate(p=0.25, threshold=1073741824, scale=1.3333333333333333)
+        """
+        if isinstance(p, bool) or not isinstance(p, int | float):
+            raise TypeError(
+                f"dropout probability {name} has to be a Python int or float between 0 and 1 "
+                f"(float32's 0.1 is another number, with another mask), "
+                f"but got {p!r} of type {type(p).__name__}"
+            )
+        if not 0 <= p <= 1:
+            raise ValueError(f"dropout probability {name} has to be between 0 and 1, but got {p}")
+        p = float(p)
+        # Scaling by a power of two is exact, and round() rounds half to even.
+        return cls(p, round(p * 2.0**32), 1.0 / (1.0 - p) if p < 1 else 0.0)
+
+    @classmethod
+    def from_keep_prob(cls, keep_prob: Any) -> "Rate":
+        """Validate ``keep_prob`` and return the rate ``p = 1 - keep_prob`` (double precision).
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `of`, naming ``keep_prob``.
+
+        Examples
+        --------
+        >>> Rate.from_keep_prob(0.75).p
+        0.25
+        """
+        return cls.of(1.0 - cls.of(keep_prob, "keep_prob").p)
