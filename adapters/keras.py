@@ -1,0 +1,212 @@
+"""Dropout layers for Keras: what `keras.layers` calls by these names, whose runs resume.
+
+Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
+"""
+
+from typing import Any
+
+import keras
+
+from unidrop.dropout import Call
+from unidrop.key import Key
+from unidrop.library import library_of
+from unidrop.rate import Rate
+from unidrop.window import noise_shape_axes
+
+__all__ = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"]
+
+_STATE = "seed_generator_state"
+
+
+class _Keyed(keras.layers.Layer):
+    """What our layers put before Keras' own: the mask of a key, and a call number that is saved.
+
+    The call number is the second element of the layer's own `keras.random.SeedGenerator`, which
+    Keras carries through every backend's training step. The first is the seed that Keras draws
+    where none is given; a seed that is given is a key of 64 bits and does not change.
+    """
+
+    def _set_key(self, seed: int | Key | None) -> None:
+        self.seed = int(seed) if isinstance(seed, Key) else seed
+        self._key = Key(seed) if isinstance(seed, int) else seed
+
+    @property
+    def calls(self) -> int:
+        """The number of training calls so far; may be set, to resume or to follow a global step."""
+        if self.rate == 0:
+            return 0
+        return int(keras.ops.convert_to_numpy(self.seed_generator.state.value)[1])
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"calls has to be an integer, but got {value!r}")
+        if not 0 <= value < 1 << 31:
+            raise ValueError(f"calls has to be 0 <= calls < 2**31, but got {value}")
+        if self.rate > 0:
+            self._set_state(keras.ops.convert_to_numpy(self.seed_generator.state.value)[0], value)
+
+    def _set_state(self, seed: Any, calls: Any) -> None:
+        state = self.seed_generator.state
+        state.assign(keras.ops.convert_to_tensor([int(seed), int(calls)], dtype=state.dtype))
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """Apply dropout in training, and the identity otherwise."""
+        if not training or self.rate == 0:
+            return inputs
+        shape = library_of(inputs, "inputs").shape(inputs)
+        axes = noise_shape_axes(self._noise_shape(inputs), shape)
+        call = Call.of(inputs, Rate.of(self.rate, "rate"), broadcast_axes=axes, name="inputs")
+        return call.drop(inputs, self._next_key())[0]
+
+    def _noise_shape(self, inputs: Any) -> Any:
+        return self.noise_shape
+
+    def _next_key(self) -> Key:
+        state = self.seed_generator.next()
+        if not library_of(state).is_traced(state):
+            state = [int(number) for number in keras.ops.convert_to_numpy(state)]
+        key = Key.from_words(state[0], 0) if self._key is None else self._key
+        return key.fold_in(state[1])
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the call number beside what Keras saves, and the seed that it drew."""
+        super().save_own_variables(store)
+        if self.rate > 0:
+            store[_STATE] = keras.ops.convert_to_numpy(self.seed_generator.state.value)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the call number; a file without one, such as of `keras.layers`, leaves it."""
+        if self.rate == 0 or _STATE not in store:
+            return
+        seed, calls = store[_STATE][:]
+        if self._key is not None:
+            seed = keras.ops.convert_to_numpy(self.seed_generator.state.value)[0]
+        self._set_state(seed, calls)
+
+
+def _keras_seed(seed: Any) -> int | None:
+    """Return the seed for Keras' own generator, whose 32 bits can't hold every key."""
+    if seed is None:
+        return None
+    if isinstance(seed, Key):
+        return int(seed) & 0x7FFFFFFF
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(
+            f"Argument `seed` must be an integer or a unidrop.Key. Received: seed={seed}"
+        )
+    return int(Key(seed)) & 0x7FFFFFFF
+
+
+def _checked_rate(rate: Any) -> Any:
+    """Raise for a type that is no rate; Keras checks the range, with its own message."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        Rate.of(rate, "rate")
+    return rate
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class Dropout(_Keyed, keras.layers.Dropout):
+    """Set input units to 0 with a frequency of ``rate`` at each training step.
+
+    As `keras.layers.Dropout`, and its replacement: kept inputs are scaled by ``1 / (1 - rate)``,
+    and inference is the identity. Beyond it, the same seed drops the same units in every
+    framework, the backward pass keeps no mask, and ``.keras`` and ``.weights.h5`` files save the
+    call number, so that a resumed run continues as if never stopped.
+
+    Parameters
+    ----------
+    rate : int or float
+        Between 0 and 1. Fraction of the input units to drop.
+    noise_shape : sequence of int or None, optional
+        The shape of the mask: 1 where one decision is shared, None or the input's own length
+        elsewhere, as ``(None, 1, features)`` for the same mask at all timesteps.
+    seed : int or unidrop.Key, optional
+        Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two layers with one
+        seed drop the same units: give each its site, ``seed=Key(42).fold_in("encoder/0")``. If
+        None, Keras draws a seed once, when the layer is made.
+    **kwargs
+        Those of `keras.layers.Layer`: name, dtype, trainable, activity_regularizer.
+
+    Attributes
+    ----------
+    calls : int
+        The number of training calls so far. May be set: a run that resumes needs this one number.
+
+    Raises
+    ------
+    TypeError
+        If rate is no Python number.
+    ValueError
+        If rate is outside [0, 1], noise_shape holds anything but positive integers and None, or
+        seed is neither an integer in [0, 2^64) nor a Key.
+
+    Notes
+    -----
+    N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+    JMLR 15 (2014).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.keras import Dropout
+    >>> layer = Dropout(0.5, seed=Key(42).fold_in("encoder/0"))
+    >>> np.asarray(layer(np.ones((1, 6), "float32"), training=True))
+    array([[2., 0., 0., 2., 2., 2.]], dtype=float32)
+    >>> layer.calls
+    1
+    """
+
+    def __init__(
+        self, rate: float, noise_shape: Any = None, seed: int | Key | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(_checked_rate(rate), noise_shape, _keras_seed(seed), **kwargs)
+        self._set_key(seed)
+
+
+class _Spatial(_Keyed):
+    """What the three spatial layers share: Keras' own noise shape, of whole feature maps."""
+
+    def __init__(
+        self, rate: float, *args: Any, seed: int | Key | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(_checked_rate(rate), *args, seed=_keras_seed(seed), **kwargs)
+        self._set_key(seed)
+
+    def _noise_shape(self, inputs: Any) -> Any:
+        return [1 if isinstance(n, int) and n == 1 else None for n in self._get_noise_shape(inputs)]
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class SpatialDropout1D(_Spatial, keras.layers.SpatialDropout1D):
+    """Drop whole feature maps of a (samples, timesteps, channels) input.
+
+    As `keras.layers.SpatialDropout1D`; seed, calls and errors are those of `Dropout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import SpatialDropout1D
+    >>> np.asarray(SpatialDropout1D(0.5, seed=42)(np.ones((1, 2, 3), "float32"), training=True))
+    array([[[2., 2., 0.],
+            [2., 2., 0.]]], dtype=float32)
+    """
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class SpatialDropout2D(_Spatial, keras.layers.SpatialDropout2D):
+    """Drop whole feature maps of a 4D input.
+
+    As `keras.layers.SpatialDropout2D`, with its ``data_format``; seed, calls and errors are those
+    of `Dropout`.
+    """
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class SpatialDropout3D(_Spatial, keras.layers.SpatialDropout3D):
+    """Drop whole feature maps of a 5D input.
+
+    As `keras.layers.SpatialDropout3D`, with its ``data_format``; seed, calls and errors are those
+    of `Dropout`.
+    """

@@ -1,0 +1,214 @@
+"""Dropout for NumPy: the textbook's function, with SPEC 7's ``rng=`` or a key."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unidrop.dropout import Call
+from unidrop.key import Key
+from unidrop.mask import check_key
+from unidrop.rate import Rate
+
+__all__ = ["dropout", "dropout_backward"]
+
+Rng = int | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
+
+_DEFAULT_P = 0.5
+
+
+def dropout(
+    x: ArrayLike,
+    p: float = _DEFAULT_P,
+    *,
+    keep_prob: float | None = None,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    return_mask: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Drop elements with probability p and scale the rest by 1 / (1 - p).
+
+    Parameters
+    ----------
+    x : array_like
+        Any shape, of a floating-point or complex dtype.
+    p : int or float, default 0.5
+        The probability of dropping an element, in [0, 1].
+    keep_prob : int or float, optional
+        The textbook's spelling: the probability of keeping one, ``p = 1 - keep_prob``. Give
+        either.
+    key : unidrop.Key, optional
+        The name of the mask. The same key drops the same elements in every framework.
+    rng : None, int, numpy.random.Generator, BitGenerator or SeedSequence, default None
+        Where to draw a key from if none is given, as in SPEC 7: None means fresh entropy, an int
+        seeds `numpy.random.default_rng`, and a generator is advanced by one 64-bit draw. Nothing
+        is drawn where nothing can be dropped.
+    training : bool, default True
+        If False x is returned unchanged.
+    broadcast_axes : sequence of int, default ()
+        Axes along which one decision is shared.
+    return_mask : bool, default False
+        Whether to return the mask too: ``(output, mask)``.
+    out : numpy.ndarray, optional
+        Where to write the output, of x's shape and dtype; may be x itself. Untouched if the call
+        raises.
+
+    Returns
+    -------
+    output : numpy.ndarray
+        Of x's shape and dtype; ``out`` if given; x itself if p is 0 or training is False.
+    mask : numpy.ndarray of bool
+        Only with ``return_mask``: True where kept, with length 1 along ``broadcast_axes``.
+
+    Raises
+    ------
+    TypeError
+        If x has an integer or bool dtype, a rate is no Python number, key no Key, rng nothing
+        that `numpy.random.default_rng` takes, or out no array.
+    ValueError
+        If a rate is outside [0, 1], both p and keep_prob or both key and rng are given, an axis
+        does not exist, or out does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import dropout
+    >>> output, mask = dropout(np.ones(4), keep_prob=0.5, key=Key(42), return_mask=True)
+    >>> output
+    array([2., 0., 0., 0.])
+    >>> mask
+    array([ True, False, False, False])
+    """
+    x = np.asarray(x)
+    rate = _rate_of(p, keep_prob)
+    if key is not None:
+        check_key(key)
+        if rng is not None:
+            raise ValueError(f"give either key or rng, but got key={key!r} and rng={rng!r}")
+    _check_out(out, x)
+    call = Call.of(x, rate, training=training, broadcast_axes=broadcast_axes)
+    generator = np.random.default_rng(rng)
+    if call.drops:
+        output, mask = call.drop(x, _drawn(generator) if key is None else key)
+    else:
+        output, mask = x, call.ones()
+    if out is not None:
+        out[...] = output
+        output = out
+    return (output, mask) if return_mask else output
+
+
+def dropout_backward(
+    grad: ArrayLike,
+    p: float = _DEFAULT_P,
+    *,
+    keep_prob: float | None = None,
+    key: Key | None = None,
+    mask: ArrayLike | None = None,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Return the gradient of `dropout`: the same elements dropped, the rest scaled.
+
+    Parameters
+    ----------
+    grad : array_like
+        The gradient with respect to the output, of x's shape.
+    p : int or float, default 0.5
+        As in the forward call.
+    keep_prob : int or float, optional
+        As in the forward call.
+    key : unidrop.Key, optional
+        The forward call's key; nothing else has to be kept from it.
+    mask : array_like of bool, optional
+        Or the mask that the forward call returned. Give one of the two, unless nothing was
+        dropped.
+    training : bool, default True
+        As in the forward call.
+    broadcast_axes : sequence of int, default ()
+        As in the forward call.
+    out : numpy.ndarray, optional
+        Where to write the result, of grad's shape and dtype; may be grad itself.
+
+    Returns
+    -------
+    numpy.ndarray
+        The gradient with respect to x, of grad's shape and dtype; grad itself if p is 0 or
+        training is False.
+
+    Raises
+    ------
+    TypeError
+        As `dropout`; if mask is not of bool.
+    ValueError
+        As `dropout`; if both key and mask or neither are given, or mask does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import dropout_backward
+    >>> dropout_backward(np.ones(4), 0.5, key=Key(42))
+    array([2., 0., 0., 0.])
+    """
+    grad = np.asarray(grad)
+    rate = _rate_of(p, keep_prob)
+    if key is not None:
+        check_key(key)
+    _check_out(out, grad)
+    call = Call.of(grad, rate, training=training, broadcast_axes=broadcast_axes, name="grad")
+    if call.drops and (key is None) == (mask is None):
+        raise ValueError(
+            f"give the forward call's key or its mask, but got key={key!r} and mask={mask!r}"
+        )
+    if not call.drops:
+        result = grad
+    elif key is not None:
+        result = call.drop(grad, key)[0]
+    else:
+        result = call.select(grad, _checked_mask(mask, call.window.shape))
+    if out is None:
+        return result
+    out[...] = result
+    return out
+
+
+def _rate_of(p: float, keep_prob: float | None) -> Rate:
+    if keep_prob is None:
+        return Rate.of(p)
+    if p != _DEFAULT_P:
+        raise ValueError(f"give either p or keep_prob, but got p={p} and keep_prob={keep_prob}")
+    return Rate.from_keep_prob(keep_prob)
+
+
+def _drawn(generator: np.random.Generator) -> Key:
+    return Key(int(generator.integers(0, 2**64, dtype=np.uint64)))
+
+
+def _check_out(out: object, x: NDArray[Any]) -> None:
+    if out is None:
+        return
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out has to be a numpy.ndarray, but got {type(out).__name__}")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"out has to have shape {x.shape} and dtype {x.dtype}, "
+            f"but got shape {out.shape} and dtype {out.dtype}"
+        )
+    if not out.flags.writeable:
+        raise ValueError("out has to be writeable, but got a read-only array")
+
+
+def _checked_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool]:
+    checked: NDArray[np.bool] = np.asarray(mask)
+    if checked.dtype != np.bool:
+        raise TypeError(f"mask has to be of bool, but got dtype {checked.dtype}")
+    if checked.shape != shape:
+        raise ValueError(f"mask has to have shape {shape}, but got {checked.shape}")
+    return checked

@@ -1,0 +1,406 @@
+"""Dropout for PyTorch: what `torch.nn` and `torch.nn.functional` call by these names.
+
+PyTorch documentation: torch.nn.Dropout, torch.nn.functional.dropout (2.13).
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unidrop.dropout import Call
+from unidrop.key import Key
+from unidrop.mask import check_key
+from unidrop.rate import Rate
+
+__all__ = [
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+]
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    r"""During training, zero elements of the input with probability p and scale the rest.
+
+    Parameters
+    ----------
+    input : torch.Tensor
+        Of any shape and layout, of a floating-point or complex dtype. The mask follows logical
+        indices; the output has the strides that `torch.empty_like` gives.
+    p : int or float, default 0.5
+        Probability of an element to be zeroed, in [0, 1].
+    training : bool, default True
+        Apply dropout if True; otherwise return the input.
+    inplace : bool, default False
+        Write the output over the input, and return it.
+    key : unidrop.Key, optional
+        The name of the mask. If None it is drawn from PyTorch's default generator, which
+        `torch.manual_seed` seeds, so that a CPU and a GPU draw the same mask.
+
+    Returns
+    -------
+    torch.Tensor
+        Kept elements times :math:`\frac{1}{1-p}`. The backward pass makes the mask again from
+        the key, and no tensor is kept for it.
+
+    Raises
+    ------
+    TypeError
+        If p is no Python number, key no Key, or the input has an integer or bool dtype.
+    ValueError
+        If p is outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.torch import dropout
+    >>> dropout(torch.ones(6), 0.5, key=Key(42))
+    tensor([2., 0., 0., 0., 0., 2.])
+    """
+    return _dropout(input, p, training, inplace, key, ())
+
+
+def dropout1d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, L) or (C, L) input with probability p.
+
+    Parameters, returns and errors are those of `dropout`, and a RuntimeError for an input of
+    another rank, as `torch.nn.functional.dropout1d` has.
+    """
+    return _dropout(input, p, training, inplace, key, _axes1d(input))
+
+
+def dropout2d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, H, W) input with probability p.
+
+    Parameters, returns and errors are those of `dropout`. As `torch.nn.functional.dropout2d`, it
+    warns of an input of another rank, and takes a 3D one as (N, C, L).
+    """
+    return _dropout(input, p, training, inplace, key, _axes2d(input))
+
+
+def dropout3d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input with probability p.
+
+    Parameters, returns and errors are those of `dropout`. As `torch.nn.functional.dropout3d`, it
+    warns of an input of another rank.
+    """
+    return _dropout(input, p, training, inplace, key, _axes3d(input))
+
+
+def _axes1d(input: Tensor) -> range:
+    if input.dim() not in (2, 3):
+        raise RuntimeError(
+            f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input."
+        )
+    return _behind_channels(input, batched=input.dim() == 3)
+
+
+def _axes2d(input: Tensor) -> range:
+    if input.dim() == 3:
+        warnings.warn(
+            "dropout2d: Received a 3D input, which is interpreted as shape (N, C, L), as "
+            "torch.nn.functional.dropout2d does; use dropout1d instead.",
+            stacklevel=3,
+        )
+    elif input.dim() != 4:
+        _warn_of_rank("dropout2d", input, "3D or 4D")
+    return _behind_channels(input, batched=True)
+
+
+def _axes3d(input: Tensor) -> range:
+    if input.dim() not in (4, 5):
+        _warn_of_rank("dropout3d", input, "4D or 5D")
+    return _behind_channels(input, batched=input.dim() != 4)
+
+
+def _behind_channels(input: Tensor, *, batched: bool) -> range:
+    """Return the axes behind batch and channels, along which `feature_dropout` shares a mask."""
+    if batched and input.dim() < 2:
+        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
+    return range(2 if batched else 1, input.dim())
+
+
+def _warn_of_rank(function: str, input: Tensor, expected: str) -> None:
+    warnings.warn(
+        f"{function}: Received a {input.dim()}-D input, which is deprecated; "
+        f"it provides channel-wise dropout on {expected} inputs.",
+        stacklevel=4,
+    )
+
+
+def _dropout(
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    key: Key | None,
+    broadcast_axes: range | tuple[int, ...],
+) -> Tensor:
+    rate = Rate.of(p)
+    if key is not None:
+        check_key(key)
+    if not training:
+        return input
+    call = Call.of(input, rate, broadcast_axes=broadcast_axes, name="input")
+    if not call.drops:
+        return input
+    return _drop(input, call, _drawn_key() if key is None else key, inplace)
+
+
+def _drop(input: Tensor, call: Call, key: Key, inplace: bool) -> Tensor:
+    if inplace:
+        _check_not_leaf(input)
+        output: Tensor = _InPlace.apply(input, call, key)
+    else:
+        output = call.drop(input, key)[0]
+    return output
+
+
+def _check_not_leaf(input: Tensor) -> None:
+    """Raise what PyTorch raises, before anything is written."""
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return
+    if input.is_leaf:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation."
+        )
+    if input._base is not None and input._base.is_leaf:
+        raise RuntimeError(
+            "a view of a leaf Variable that requires grad is being used in an in-place operation."
+        )
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, call: Call, key: Key) -> Tensor:
+        ctx.call, ctx.key = call, key
+        ctx.mark_dirty(input)
+        return input.copy_(call.drop(input, key)[0])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return ctx.call.drop(upstream[0], ctx.key)[0], None, None
+
+
+def _drawn_key() -> Key:
+    """Draw from the default generator: on the CPU, so that no device is waited for."""
+    lo, hi = torch.randint(1 << 32, (2,), dtype=torch.int64, device="cpu").tolist()
+    return Key.from_words(lo, hi)
+
+
+class Dropout(torch.nn.Module):
+    r"""During training, zero elements of the input with probability p and scale the rest.
+
+    As `torch.nn.Dropout`, and its replacement: the elements are zeroed independently at every
+    forward call, kept ones are multiplied by :math:`\frac{1}{1-p}`, and evaluation is the
+    identity. Beyond it, the same seed drops the same elements in every framework, on every
+    device, and the backward pass keeps no mask.
+
+    Parameters
+    ----------
+    p : int or float, default 0.5
+        Probability of an element to be zeroed, in [0, 1].
+    inplace : bool, default False
+        Do this operation in place.
+    seed : int or unidrop.Key, optional
+        If None, a key is drawn from PyTorch's default generator at every training call, as
+        `torch.nn.Dropout` does, and the module has no state. Otherwise training call n = 0, 1,
+        2, ... uses the key ``Key(seed).fold_in(n)``. Two modules with one seed drop the same
+        units: give each its site, ``seed=Key(42).fold_in("encoder/0")``.
+
+    Attributes
+    ----------
+    calls : torch.Tensor
+        The number of training calls so far, an int64 scalar: with a seed, a buffer that
+        ``state_dict`` holds and that may be set, ``module.calls = step``. A checkpoint without
+        it, such as one of `torch.nn.Dropout`, loads all the same and leaves it as it is.
+
+    Raises
+    ------
+    TypeError
+        If p is no Python number, or seed neither an integer nor a Key.
+    ValueError
+        If p is outside [0, 1], or seed outside [0, 2^64).
+
+    Notes
+    -----
+    Shape:
+        - Input: :math:`(*)`. Input can be of any shape
+        - Output: :math:`(*)`. Output is of the same shape as input
+
+    N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+    JMLR 15 (2014).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.torch import Dropout
+    >>> m = Dropout(0.5, seed=Key(42).fold_in("encoder/0"))
+    >>> m(torch.ones(6))
+    tensor([2., 0., 0., 2., 2., 2.])
+    >>> int(m.calls)
+    1
+    """
+
+    __constants__ = ("p", "inplace")
+
+    p: float
+    inplace: bool
+    key: Key | None
+    calls: Tensor
+
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, seed: int | Key | None = None
+    ) -> None:
+        super().__init__()
+        Rate.of(p)
+        self.p = p
+        self.inplace = inplace
+        self.key = seed if seed is None or isinstance(seed, Key) else Key(seed)
+        if self.key is not None:
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply dropout in training, and the identity in evaluation."""
+        if not self.training:
+            return input
+        call = Call.of(input, Rate.of(self.p), broadcast_axes=self._axes(input), name="input")
+        if not call.drops:
+            return input
+        if self.key is None:
+            return _drop(input, call, _drawn_key(), self.inplace)
+        output = _drop(input, call, self.key.fold_in(self._call_number()), self.inplace)
+        self.calls.add_(1)
+        return output
+
+    def extra_repr(self) -> str:
+        """Return what `torch.nn.Dropout` shows, and the key if there is one."""
+        shown = f"p={self.p}, inplace={self.inplace}"
+        return shown if self.key is None else f"{shown}, seed={self.key}"
+
+    def _axes(self, input: Tensor) -> range | tuple[int, ...]:
+        return ()
+
+    def _call_number(self) -> int | Tensor:
+        """Return the number of this call: read where that waits for nothing."""
+        return int(self.calls) if self.calls.device.type == "cpu" else self.calls.clone()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "calls" and "calls" in self._buffers and not isinstance(value, Tensor):
+            self.calls.fill_(_call_count(value))
+            return
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load, and let a checkpoint without a call number pass, as one of nn.Dropout is."""
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys.extend(name for name in missing if name != prefix + "calls")
+
+
+def _call_count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"calls has to be an integer, but got {value!r}")
+    if not 0 <= value < 1 << 63:
+        raise ValueError(f"calls has to be 0 <= calls < 2**63, but got {value}")
+    return value
+
+
+class Dropout1d(Dropout):
+    """Zero whole channels of a (N, C, L) or (C, L) input, as `torch.nn.Dropout1d`.
+
+    Parameters, attributes and errors are those of `Dropout`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop.adapters.torch import Dropout1d
+    >>> Dropout1d(0.5, seed=42)(torch.ones(1, 2, 3))
+    tensor([[[2., 2., 2.],
+             [2., 2., 2.]]])
+    """
+
+    def _axes(self, input: Tensor) -> range:
+        return _axes1d(input)
+
+
+class Dropout2d(Dropout):
+    """Zero whole channels of a (N, C, H, W) input, as `torch.nn.Dropout2d`.
+
+    Parameters, attributes and errors are those of `Dropout`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop.adapters.torch import Dropout2d
+    >>> Dropout2d(0.5, seed=42)(torch.ones(1, 3, 8, 8)).sum(dim=(2, 3))
+    tensor([[128., 128.,   0.]])
+    """
+
+    def _axes(self, input: Tensor) -> range:
+        return _axes2d(input)
+
+
+class Dropout3d(Dropout):
+    """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input, as `torch.nn.Dropout3d`.
+
+    Parameters, attributes and errors are those of `Dropout`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop.adapters.torch import Dropout3d
+    >>> Dropout3d(0.5, seed=42)(torch.ones(1, 3, 4, 4, 4)).sum(dim=(2, 3, 4))
+    tensor([[128., 128.,   0.]])
+    """
+
+    def _axes(self, input: Tensor) -> range:
+        return _axes3d(input)
