@@ -1,0 +1,1 @@
+"""How the conformance matrix reaches each library."""

@@ -1,0 +1,141 @@
+"""Keras in the matrix: the layer on the TensorFlow backend, eagerly and in a `tf.function`."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import get_ident
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+from unidrop.adapters.keras import Dropout
+
+__all__ = ["Keras"]
+
+
+class Keras:
+    """The Keras layer, whose call number is the step."""
+
+    name = "keras"
+    modes = ("eager", "tf.function")
+    compiled_modes = ("tf.function",)
+    devices = ("cpu",)
+    step_limit = 1 << 31
+    abilities: Mapping[str, str | None] = {
+        **dict.fromkeys(("broadcast_axes", "gradient", "layer", "traces")),
+        "windows": "a Keras layer has no windows",
+        "mask": "a Keras layer returns its output alone",
+        "words": "the layer's words are those of its backend",
+        "traced_key": "the layer's call number is the only step it takes",
+        "layouts": "TensorFlow's tensors have no strides",
+    }
+
+    def __init__(self) -> None:
+        if keras.backend.backend() != "tensorflow":
+            raise ImportError(
+                "the matrix runs Keras on TensorFlow, but its backend is "
+                f"{keras.backend.backend()}: set KERAS_BACKEND=tensorflow"
+            )
+        self._traces = 0
+        self._layers: dict[Any, tuple[Dropout, Callable[..., Any]]] = {}
+
+    def dtypes(self, mode: str) -> tuple[str, ...]:
+        """Return the dtypes of Keras' policies."""
+        return ("float16", "bfloat16", "float32", "float64")
+
+    def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
+        """Return a tensor."""
+        return tf.constant(x)
+
+    def to_numpy(self, y: Any) -> NDArray[Any]:
+        """Return a NumPy array."""
+        return np.array(y.numpy(), dtype=y.dtype.as_numpy_dtype)
+
+    def device_of(self, y: Any) -> str:
+        """Return the device's type."""
+        return str(tf.DeviceSpec.from_string(y.device).device_type).lower()
+
+    def dropout(
+        self,
+        x: Any,
+        p: Any,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        training: bool = True,
+        broadcast_axes: tuple[int, ...] = (),
+    ) -> Any:
+        """Call a layer whose call number is set to the step."""
+        shared = {axis % x.shape.rank for axis in broadcast_axes}
+        noise_shape = tuple(1 if axis in shared else None for axis in range(x.shape.rank))
+        layer, function = self._layer(p, seed, noise_shape if shared else None, x.dtype.name)
+        layer.calls = step
+        return (layer if mode == "eager" else function)(x, training=training)
+
+    def _layer(
+        self, p: Any, seed: int, noise_shape: Any, dtype: str
+    ) -> tuple[Dropout, Callable[..., Any]]:
+        # A layer's call number is its state, so each thread has layers of its own.
+        key = (p, type(p), seed, noise_shape, dtype, get_ident())
+        if key not in self._layers:
+            policy = dtype if dtype in self.dtypes("eager") else "float32"
+            layer = Dropout(p, noise_shape, seed=seed, dtype=policy, autocast=False)
+            self._layers[key] = layer, tf.function(self._counted(layer))
+        return self._layers[key]
+
+    def _counted(self, layer: Dropout) -> Callable[..., Any]:
+        def call(x: Any, training: bool) -> Any:
+            self._traces += 1
+            return layer(x, training=training)
+
+        return call
+
+    def traces(self, mode: str) -> int:
+        """Return how often a `tf.function` around a layer was traced."""
+        return self._traces
+
+    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+        """Differentiate through a tape."""
+        layer, function = self._layer(p, seed, None, x.dtype.name)
+        layer.calls = step
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = (layer if mode == "eager" else function)(x, training=True)
+        return tape.gradient(y, x, upstream)
+
+    def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Model":
+        """Return a layer, in a model that saves its weights."""
+        return _Model(p, seed, dtype, compiled=mode != "eager")
+
+
+class _Model:
+    def __init__(self, p: float, seed: int, dtype: str, *, compiled: bool) -> None:
+        self._layer = Dropout(p, seed=seed, dtype=dtype, autocast=False)
+        self._model = keras.Sequential([keras.Input((None,)), self._layer])
+        self._call = tf.function(self._layer) if compiled else self._layer
+
+    @property
+    def calls(self) -> int:
+        return self._layer.calls
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self._layer.calls = value
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        return self._call(x, training=training)
+
+    def save(self) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.weights.h5")
+            self._model.save_weights(path)
+            return path.read_bytes()
+
+    def load(self, state: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.weights.h5")
+            path.write_bytes(state)
+            self._model.load_weights(path)

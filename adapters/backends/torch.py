@@ -1,0 +1,99 @@
+"""PyTorch in the matrix: the functional form and the module; the core for windows."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from unidrop.adapters.torch import Dropout, dropout
+
+from unidrop import Key
+from unidrop.conformance import CoreBackend
+
+__all__ = ["Torch"]
+
+
+class Torch(CoreBackend):
+    """PyTorch on the CPU, and on a GPU where there is one."""
+
+    name = "torch"
+    xp = torch
+    abilities: Mapping[str, str | None] = {
+        **CoreBackend.core_abilities,
+        **dict.fromkeys(("gradient", "layouts", "layer")),
+    }
+
+    def __init__(self) -> None:
+        self.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+    def dtypes(self, mode: str) -> tuple[str, ...]:
+        """Return PyTorch's floating-point and complex dtypes."""
+        return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+    def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> torch.Tensor:
+        """Return a tensor; bfloat16 travels as its bits."""
+        if x.dtype == ml_dtypes.bfloat16:
+            return torch.tensor(x.view(np.int16), device=device).view(torch.bfloat16)
+        return torch.tensor(x, device=device)
+
+    def to_numpy(self, y: torch.Tensor) -> NDArray[Any]:
+        """Return a NumPy array; bfloat16 travels as its bits."""
+        y = y.detach().cpu().contiguous()
+        if y.dtype == torch.bfloat16:
+            return y.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return y.numpy()
+
+    def device_of(self, y: torch.Tensor) -> str:
+        """Return the device's type."""
+        return y.device.type
+
+    def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
+        """Call the functional form; what it does not take is the core's."""
+        if set(options) <= {"training"}:
+            return dropout(x, p, key=Key(seed).fold_in(step), **options)
+        return super().dropout(x, p, seed, step, mode=mode, **options)
+
+    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+        """Differentiate through autograd."""
+        x = x.requires_grad_()
+        y = dropout(x, p, key=Key(seed).fold_in(step))
+        return torch.autograd.grad(y, x, upstream)[0]
+
+    def layouts(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Return the layouts that PyTorch's users meet."""
+        return {
+            "channels_last": x.contiguous(memory_format=torch.channels_last),
+            "transposed": x.transpose(1, 3).contiguous().transpose(1, 3),
+            "every second element": x.repeat_interleave(2, dim=2)[:, :, ::2],
+        }
+
+    def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Layer":
+        """Return the module."""
+        return _Layer(Dropout(p, seed=seed).to(device))
+
+
+class _Layer:
+    def __init__(self, module: Dropout) -> None:
+        self._module = module
+
+    @property
+    def calls(self) -> int:
+        return int(self._module.calls)
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self._module.calls = value  # type: ignore[assignment] # the module takes integers too
+
+    def __call__(self, x: torch.Tensor, *, training: bool) -> Any:
+        return self._module.train(training)(x)
+
+    def save(self) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(self._module.state_dict(), buffer)
+        return buffer.getvalue()
+
+    def load(self, state: bytes) -> None:
+        self._module.load_state_dict(torch.load(io.BytesIO(state)))

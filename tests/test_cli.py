@@ -1,0 +1,122 @@
+"""The command line, as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from unidrop.adapters.backends.numpy import Numpy
+
+import unidrop
+from unidrop.cli import main
+from unidrop.conformance import CONTRACTS, check
+from unidrop.conformance.compare import ContractError
+
+
+ENCODER_AT_STEP_7 = ("--seed", "42", "--site", "encoder/0", "--step", "7", "--p", "0.5")
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def broken_numpy(monkeypatch):
+    def without_windows(self, x, p, seed, step, *, mode, global_shape=None, start=None, **options):
+        return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+
+    monkeypatch.setattr(Numpy, "dropout", without_windows)
+
+
+def test_conformance_exits_with_0_and_counts_where_all_contracts_hold():
+    result = run("conformance", "--backend", "numpy")
+    assert result.exit_code == 0, result.output
+    assert ", 0 failed" in result.output
+    for name in CONTRACTS:
+        assert name in result.output
+
+
+def test_conformance_exits_with_1_and_teaches_where_a_contract_does_not_hold(broken_numpy):
+    result = run("conformance", "--backend", "numpy", "--contract", "windows")
+    assert result.exit_code == 1
+    assert "0 passed, 1 failed" in result.output
+    for word in ("promise", "expected", "came", "again"):
+        assert word in result.output
+
+
+def test_the_line_that_reproduces_a_failure_raises_it_again(broken_numpy, tmp_path):
+    path = tmp_path / "matrix.json"
+    run("conformance", "--backend", "numpy", "--contract", "windows", "--json", str(path))
+    (cell,) = json.loads(path.read_text())["cells"]
+    call = cell["reproduce"].partition("check(")[2].rpartition(")")[0]
+    assert cell["reproduce"].startswith('python -c "from unidrop.conformance import check; ')
+    with pytest.raises(ContractError):
+        eval(f"check({call})", {"check": check})
+
+
+def test_the_reproducing_line_runs_in_a_shell_and_passes_for_a_sound_backend():
+    code = "from unidrop.conformance import check; check('mask', 'numpy', device='cpu')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_json_holds_every_cell_and_what_is_missing(tmp_path):
+    path = tmp_path / "matrix.json"
+    result = run("conformance", "--backend", "numpy", "--json", str(path))
+    report = json.loads(path.read_text())
+    assert f"{len(report['cells'])} passed" in result.output
+    assert {cell["status"] for cell in report["cells"]} == {"passed"}
+    assert {"layer-calls", "traces"} <= {missing["contract"] for missing in report["missing"]}
+    assert report["stream"] == 1
+
+
+def test_list_names_contracts_with_their_promises_and_runs_none():
+    result = run("conformance", "--list", "--backend", "numpy")
+    assert result.exit_code == 0
+    for contract in CONTRACTS.values():
+        assert f"{contract.name}  {contract.promise}" in result.output
+    assert "passed" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (("conformance", "--backend", "numpi"), "numpi"),
+        (("conformance", "--contract", "masks"), "masks"),
+        (("conformance", "--no-such-option"), "--no-such-option"),
+        (("mask", "--seed", "-1", "--p", "0.5", "--shape", "4"), "seed"),
+        (("mask", "--seed", "1", "--p", "1.5", "--shape", "4"), "1.5"),
+        (("mask", "--seed", "1", "--p", "nan", "--shape", "4"), "nan"),
+        (("mask", "--seed", "1", "--p", "0.5", "--shape", "4by8"), "4by8"),
+        (("mask", "--seed", "1", "--p", "0.5", "--shape", "4x-8"), "-8"),
+        (("mask", "--seed", "1", "--p", "0.5", "--shape", "4", "--step", "-3"), "-3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_bad_arguments_exit_with_2_and_are_named(arguments, mention):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert mention in result.output
+
+
+def test_mask_prints_the_mask_of_the_specification():
+    result = run("mask", *ENCODER_AT_STEP_7, "--shape", "3x8")
+    assert result.output.split() == ["10011001", "10001011", "01101100"]
+
+
+def test_mask_as_json_holds_the_key():
+    result = run("mask", *ENCODER_AT_STEP_7, "--shape", "1x8", "--json")
+    assert json.loads(result.output) == {
+        "stream": 1,
+        "key": "4569f48a8d0f18c9",
+        "p": 0.5,
+        "shape": [1, 8],
+        "keep": [[1, 0, 0, 1, 1, 0, 0, 1]],
+    }
+
+
+@pytest.mark.parametrize(("shape", "lines"), [("0", [""]), ("3x0", ["", "", ""]), ("2x1", None)])
+def test_mask_of_few_elements_has_a_line_a_row(shape, lines):
+    result = run("mask", "--seed", "1", "--p", "0.5", "--shape", shape)
+    assert result.exit_code == 0, result.output
+    assert len(result.output.splitlines()) == (len(lines) if lines else 2)

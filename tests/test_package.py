@@ -1,0 +1,73 @@
+"""What the package as a whole promises: what it imports, exports and ships, and its docstrings."""
+
+import doctest
+import importlib
+import importlib.metadata
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import unidrop.adapters
+
+import unidrop
+
+FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "numba", "dask", "rich", "click", "ml_dtypes")
+MODULES = sorted(
+    module.name
+    for package in (unidrop, unidrop.adapters)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+)
+
+
+def imported_by(code):
+    code += "; import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import unidrop",
+        "import unidrop, numpy; unidrop.dropout(numpy.ones(9), 0.5, unidrop.Key(1))",
+        "import unidrop.adapters.numpy",
+    ],
+)
+def test_nothing_imports_a_framework_that_its_user_did_not(code):
+    assert imported_by(code).isdisjoint(FRAMEWORKS)
+
+
+@pytest.mark.parametrize("adapter", ["torch", "tensorflow", "keras"])
+def test_an_adapter_imports_only_its_own_framework(adapter):
+    own = {"tensorflow", "keras"} if adapter in ("tensorflow", "keras") else {adapter}
+    others = {"torch", "tensorflow", "keras", "jax"} - own
+    # Keras imports jax and torch of its own accord where they are installed.
+    if adapter == "torch":
+        assert imported_by(f"import unidrop.adapters.{adapter}").isdisjoint(others)
+    assert own & imported_by(f"import unidrop.adapters.{adapter}")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_module_says_what_it_exports(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for exported in getattr(module, "__all__", ()):
+        assert hasattr(module, exported)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:keras")
+def test_examples_in_docstrings_print_what_they_say(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
+def test_the_version_is_the_distributions():
+    assert importlib.metadata.version("unidrop") == unidrop.__version__
+
+
+def test_type_information_is_shipped():
+    files = {str(file) for file in importlib.metadata.files("unidrop") or ()}
+    direct = importlib.metadata.distribution("unidrop").read_text("direct_url.json") or ""
+    assert "unidrop/py.typed" in files or '"editable": true' in direct

@@ -1,0 +1,157 @@
+"""The matrix is tested too: each defect here is one that somebody makes, and must turn it red."""
+
+import sys
+
+import numpy as np
+import pytest
+from unidrop.adapters.backends.numpy import Numpy
+from unidrop.adapters.backends.torch import Torch
+
+import unidrop
+from unidrop import Key, keep_mask
+from unidrop.conformance import Cell, cells, run_cell
+from unidrop.dtypes import dtype_name
+
+# As modules: the package's attributes of these names are the functions.
+DROPOUT = sys.modules["unidrop.dropout"]
+MASK = sys.modules["unidrop.mask"]
+PHILOX = sys.modules["unidrop.philox"]
+
+
+def failing_dtypes(backend, contract):
+    results = [run_cell(cell) for cell in cells(backend, [contract]) if isinstance(cell, Cell)]
+    assert results
+    return {result.cell.dtype for result in results if result.status == "failed"}
+
+
+@pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
+def backend(request):
+    return request.param()
+
+
+@pytest.mark.parametrize("contract", ["mask", "generator", "output"])
+def test_a_round_fewer_is_caught(backend, contract, monkeypatch):
+    monkeypatch.setattr(PHILOX, "ROUNDS", 9)
+    assert failing_dtypes(backend, contract)
+
+
+@pytest.mark.parametrize("contract", ["mask", "output"])
+def test_another_multiplier_for_odd_elements_is_caught(backend, contract, monkeypatch):
+    monkeypatch.setattr(MASK, "ODD_MULTIPLIER", 1)
+    assert failing_dtypes(backend, contract)
+
+
+def test_greater_for_greater_or_equal_is_caught(backend, monkeypatch):
+    decide = MASK._decide
+    monkeypatch.setattr(
+        MASK, "_decide", lambda xp, words, four, least: decide(xp, words, four, least + 1)
+    )
+    assert failing_dtypes(backend, "threshold")
+
+
+def test_the_scale_in_the_arrays_own_dtype_is_caught(monkeypatch):
+    monkeypatch.setattr(DROPOUT, "compute_dtype", lambda dtype, name="x": dtype_name(dtype))
+    # On NumPy: PyTorch multiplies a float16 array by a Python number in float32 of its own accord.
+    assert "float16" in failing_dtypes(Numpy(), "output")
+
+
+class Planted(Numpy):
+    """NumPy's backend with a defect in its dropout."""
+
+    def __init__(self, defect):
+        self.defect = defect
+
+    def dropout(self, x, p, seed, step, *, mode, **options):
+        return self.defect(x, p, seed, step, **options)
+
+
+def with_mask(x, keep, p):
+    return np.where(keep, x / (1 - p), 0).astype(x.dtype)
+
+
+def mask_by_memory_order(x, p, seed, step):
+    key = Key(seed).fold_in(step)
+    if x.flags.f_contiguous:
+        return with_mask(x, keep_mask(x.shape[::-1], p, key).T, p)
+    return unidrop.dropout(x, p, key)
+
+
+def step_not_folded(x, p, seed, step, **options):
+    return unidrop.dropout(x, p, Key(seed), **options)
+
+
+def threshold_of_24_bits(x, p, seed, step, **options):
+    p = min(round(p * 2**24), 2**24) / 2**24
+    return unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
+
+
+def product_for_selection(x, p, seed, step, **options):
+    keep = keep_mask(x.shape, p, Key(seed).fold_in(step))
+    with np.errstate(all="ignore"):
+        return (x * keep * np.asarray(1 / (1 - p) if p < 1 else 0, dtype=x.dtype)).astype(x.dtype)
+
+
+def rounded_with_float64(x, p, seed, step, **options):
+    y = unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
+    return y.astype(np.float64)
+
+
+def active_in_evaluation(x, p, seed, step, *, training=True, **options):
+    return unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
+
+
+def no_check_of_the_rate(x, p, seed, step, **options):
+    try:
+        return unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
+    except ValueError:
+        return x
+
+
+def local_indices_in_windows(x, p, seed, step, *, global_shape=None, start=None, **options):
+    return unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
+
+
+@pytest.mark.parametrize(
+    ("defect", "contract"),
+    [
+        (mask_by_memory_order, "layout"),
+        (step_not_folded, "steps"),
+        (threshold_of_24_bits, "threshold"),
+        (product_for_selection, "dropped-is-zero"),
+        (rounded_with_float64, "shape-dtype-device"),
+        (active_in_evaluation, "nothing-to-drop"),
+        (no_check_of_the_rate, "bad-rate"),
+        (local_indices_in_windows, "windows"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_defect_is_caught_by_the_contract_that_names_it(defect, contract):
+    assert failing_dtypes(Planted(defect), contract)
+
+
+def test_a_gradient_with_a_fresh_mask_is_caught():
+    class FreshMask(Torch):
+        def gradient(self, x, upstream, p, seed, step, *, mode):
+            return super().gradient(x, upstream, p, seed, step + 1, mode=mode)
+
+    assert failing_dtypes(FreshMask(), "gradient")
+
+
+def test_a_state_lost_on_load_is_caught(monkeypatch):
+    monkeypatch.setattr("unidrop.adapters.backends.torch._Layer.load", lambda self, state: None)
+    assert failing_dtypes(Torch(), "layer-resumes")
+
+
+def test_a_call_counted_in_evaluation_is_caught(monkeypatch):
+    from unidrop.adapters.backends.torch import _Layer
+
+    def train_always(self, x, *, training):
+        return self._module.train(True)(x)
+
+    monkeypatch.setattr(_Layer, "__call__", train_always)
+    assert failing_dtypes(Torch(), "layer-calls")
+
+
+def test_the_sound_backend_fails_none_of_these_contracts(backend):
+    results = [run_cell(cell) for cell in cells(backend) if isinstance(cell, Cell)]
+    assert [str(result.cell) for result in results if result.status == "failed"] == []

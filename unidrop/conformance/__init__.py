@@ -1,0 +1,37 @@
+"""The conformance matrix: every contract, for every backend, device, dtype and mode.
+
+`check` runs one contract of one backend; `cells` and `run_cell` are what the command
+``unidrop conformance`` and the tests are made of. `Backend` says what a backend is.
+"""
+
+from unidrop.conformance.backend import (
+    ABILITIES,
+    AbleBackend,
+    Backend,
+    Layer,
+    UnavailableBackend,
+    load_backends,
+)
+from unidrop.conformance.compare import ContractError
+from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
+from unidrop.conformance.core_backend import CoreBackend
+from unidrop.conformance.runner import Missing, Result, cells, check, run_cell
+
+__all__ = [
+    "ABILITIES",
+    "CONTRACTS",
+    "AbleBackend",
+    "Backend",
+    "Cell",
+    "Contract",
+    "ContractError",
+    "CoreBackend",
+    "Layer",
+    "Missing",
+    "Result",
+    "UnavailableBackend",
+    "cells",
+    "check",
+    "load_backends",
+    "run_cell",
+]

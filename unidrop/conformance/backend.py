@@ -1,0 +1,172 @@
+"""What a backend is to the conformance matrix, and where backends are found.
+
+A backend says how to reach an implementation of dropout: how to build its arrays from NumPy's and
+give them back, and how to call it. That much already gets the contracts that need no more. Each
+further ability is a method, and `abilities` says which of them there are; the matrix shows a
+reason for each that is missing.
+
+Backends are found through the entry-point group ``unidrop.backends``; an entry point's object is
+called without arguments and returns a `Backend`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from numpy.typing import NDArray
+
+__all__ = [
+    "ABILITIES",
+    "AbleBackend",
+    "Backend",
+    "Layer",
+    "UnavailableBackend",
+    "has_ability",
+    "load_backends",
+]
+
+#: Every ability that a contract may ask for, and what it means.
+ABILITIES: Mapping[str, str] = {
+    "broadcast_axes": "dropout takes broadcast_axes",
+    "windows": "dropout takes global_shape and start",
+    "mask": "dropout takes return_mask",
+    "gradient": "gradient(...) differentiates dropout",
+    "layouts": "layouts(x) lays the same values out in memory in other ways",
+    "traces": "traces(...) counts how often a compiled mode has been traced",
+    "words": "words(...) gives the generator's words",
+    "key": "key(...) folds integers and strings into a key",
+    "traced_key": "traced_key(...) folds an array into a key",
+    "layer": "layer(...) makes a layer that counts its calls",
+}
+
+
+class Layer(Protocol):
+    """A layer that counts its training calls."""
+
+    calls: Any
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        """Apply the layer to one of the backend's arrays."""
+
+    def save(self) -> bytes:
+        """Return the layer's state as the framework writes it to a file."""
+
+    def load(self, state: bytes) -> None:
+        """Restore what another layer's `save` returned."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """How to reach one implementation of dropout.
+
+    Attributes
+    ----------
+    name : str
+        What the matrix calls it.
+    modes : sequence of str
+        Ways in which it runs, such as "eager" and "compiled".
+    devices : sequence of str
+        Where it runs on this machine.
+    compiled_modes : sequence of str
+        Those of modes that trace and compile; with the ability "traces".
+    abilities : mapping of str to str or None
+        For each of `ABILITIES` that it has, None; for one it lacks, why. One that is not
+        mentioned is lacking without a reason.
+    step_limit : int
+        Steps are below this: 2^64, unless they are an array's or a layer's narrower integers.
+    """
+
+    name: str
+    modes: Sequence[str]
+    compiled_modes: Sequence[str]
+    devices: Sequence[str]
+    abilities: Mapping[str, str | None]
+    step_limit: int
+
+    def dtypes(self, mode: str) -> Sequence[str]:
+        """Return the names of the dtypes that a mode takes: float16, bfloat16, float32, ..."""
+
+    def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
+        """Return an array of the backend with the values and dtype of a NumPy one.
+
+        bfloat16 comes as ``ml_dtypes.bfloat16``; integers and bools must be taken too.
+        """
+
+    def to_numpy(self, y: Any) -> NDArray[Any]:
+        """Return the NumPy array of a backend's, bfloat16 as ``ml_dtypes.bfloat16``."""
+
+    def device_of(self, y: Any) -> str:
+        """Return which of `devices` an array is on."""
+
+    def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
+        """Return dropout of x under ``Key(seed).fold_in(step)``.
+
+        ``options`` are ``training=`` and, as abilities allow, ``broadcast_axes=``,
+        ``global_shape=`` with ``start=``, and ``return_mask=``, as `unidrop.dropout` has them. In
+        compiled modes the step has to be an argument of what is compiled, not a constant.
+        """
+
+
+class AbleBackend(Backend, Protocol):
+    """The methods that abilities promise, by the ability's name."""
+
+    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+        """Return the gradient with respect to x, under ``Key(seed).fold_in(step)``."""
+
+    def layouts(self, x: Any) -> Mapping[str, Any]:
+        """Return arrays equal to x that lie otherwise in memory, by the layouts' names."""
+
+    def traces(self, mode: str) -> int:
+        """Return how often what a mode compiles has been traced so far."""
+
+    def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
+        """Return Philox4x32-10 of a counter (four words) under a key (two), lowest first."""
+
+    def key(self, seed: int, *data: int | str) -> int:
+        """Return ``Key(seed)`` with each of data folded in, in order."""
+
+    def traced_key(self, seed: int, step: int, *, mode: str) -> int:
+        """Return ``Key(seed).fold_in(step)``, step given as one of the backend's arrays."""
+
+    def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> Layer:
+        """Return a new layer, in training call n of which the key is ``Key(seed).fold_in(n)``."""
+
+
+def has_ability(backend: Backend, ability: str) -> bool:
+    """Tell whether a backend declares an ability."""
+    return ability in backend.abilities and backend.abilities[ability] is None
+
+
+class UnavailableBackend:
+    """Stands in the matrix for a backend that could not be loaded."""
+
+    def __init__(self, name: str, error: BaseException) -> None:
+        self.name = name
+        self.error = error
+
+
+def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBackend]:
+    """Load the registered backends, or those named, in the order of their names.
+
+    Yields
+    ------
+    Backend or UnavailableBackend
+        The latter for one whose library is not installed or that fails to load, so that the others
+        still run.
+
+    Raises
+    ------
+    ValueError
+        If a name is not registered; says which are.
+    """
+    points = {point.name: point for point in entry_points(group="unidrop.backends")}
+    for name in names:
+        if name not in points:
+            raise ValueError(
+                f"backend has to be one of {', '.join(sorted(points))}, but got {name!r}"
+            )
+    for name in sorted(names or points):
+        try:
+            yield points[name].load()()
+        except Exception as error:  # a backend may fail in any way; the others must not
+            yield UnavailableBackend(name, error)

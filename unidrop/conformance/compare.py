@@ -1,0 +1,95 @@
+"""How results are compared: to the bit, but for the two freedoms of the output rule.
+
+NaN's payload is free, and where the input or the product is below the compute type's smallest
+normal number, a zero of the same sign conforms too. Nothing else may differ.
+"""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ContractError", "check_equal", "check_mask", "check_output"]
+
+_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+_SHOWN = 4
+
+
+class ContractError(AssertionError):
+    """A contract that does not hold: what was expected, and what came."""
+
+    def __init__(self, expected: str, came: str) -> None:
+        super().__init__(f"expected {expected}, but {came} came")
+        self.expected = expected
+        self.came = came
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ContractError, (self.expected, self.came)
+
+
+def check_equal(came: object, expected: object, what: str) -> None:
+    """Raise ContractError unless two plain values are equal."""
+    if came != expected:
+        raise ContractError(f"{what} {expected}", f"{came}")
+
+
+def check_mask(came: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+    """Raise ContractError unless two masks are equal in shape and every element."""
+    check_equal(came.shape, expected.shape, f"{what}: shape")
+    differing = np.flatnonzero(came != expected)
+    if differing.size:
+        shown = differing[:_SHOWN]
+        raise ContractError(
+            f"{what}: keep={expected.ravel()[shown].astype(int).tolist()} "
+            f"at flat index {shown.tolist()}",
+            f"{came.ravel()[shown].astype(int).tolist()} "
+            f"({differing.size} of {expected.size} differ)",
+        )
+
+
+def check_output(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any], what: str) -> None:
+    """Raise ContractError unless an output is, under the output rule, the one expected for x."""
+    check_equal(came.shape, expected.shape, f"{what}: shape")
+    check_equal(came.dtype, expected.dtype, f"{what}: dtype")
+    wrong = np.flatnonzero(~_conforms(_components(came), _components(expected), _components(x)))
+    if wrong.size:
+        shown = wrong[:_SHOWN]
+        raise ContractError(
+            f"{what}: {_shown(_components(expected)[shown])} "
+            f"for x = {_shown(_components(x)[shown])} at flat component {shown.tolist()}",
+            f"{_shown(_components(came)[shown])} ({wrong.size} of {expected.size} differ)",
+        )
+
+
+def _conforms(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> NDArray[np.bool]:
+    same = _bits(came) == _bits(expected)
+    both_nan = np.isnan(came) & np.isnan(expected)
+    compute = np.float64 if x.dtype == np.float64 else np.float32
+    tiny = np.finfo(compute).tiny
+    with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN all the same
+        magnitude = np.abs(x.astype(np.float64))
+    flushed = (magnitude < tiny) & (came == 0) & (np.signbit(came) == np.signbit(x))
+    return same | both_nan | (flushed & (expected != 0))
+
+
+def _components(values: NDArray[Any]) -> NDArray[Any]:
+    flat = np.ascontiguousarray(values).reshape(-1)
+    if flat.dtype.kind == "c":
+        return flat.view(np.float32 if flat.dtype == np.complex64 else np.float64)
+    return flat
+
+
+def _bits(values: NDArray[Any]) -> NDArray[Any]:
+    return values.view(_UNSIGNED[values.dtype.itemsize])
+
+
+def _shown(values: NDArray[Any]) -> str:
+    digits = 2 * values.dtype.itemsize
+    pairs = zip(values, _bits(values), strict=True)
+    return "[" + ", ".join(f"{float(v)!r} (0x{int(b):0{digits}x})" for v, b in pairs) + "]"
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy dtype of a name, ml_dtypes' for bfloat16."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

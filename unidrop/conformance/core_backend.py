@@ -1,0 +1,69 @@
+"""A backend whose arrays go through the core: what those of array-API libraries share."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+import unidrop
+from unidrop.library import library_of_namespace
+from unidrop.philox import philox
+from unidrop.words import words_of
+
+__all__ = ["CoreBackend"]
+
+
+class CoreBackend:
+    """Calls `unidrop.dropout` eagerly; a subclass says how to reach its arrays.
+
+    It has to define ``name``, ``xp`` (the namespace as users name it), ``dtypes``, ``from_numpy``
+    and ``to_numpy``, and may override the rest.
+    """
+
+    name: str
+    xp: Any
+    modes: Sequence[str] = ("eager",)
+    compiled_modes: Sequence[str] = ()
+    devices: Sequence[str] = ("cpu",)
+    step_limit = 1 << 64
+    abilities: Mapping[str, str | None]
+
+    core_abilities: ClassVar[dict[str, str | None]] = dict.fromkeys(
+        ("broadcast_axes", "windows", "mask", "words", "traced_key")
+    )
+
+    def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
+        """Return an array of the library."""
+        return self.xp.asarray(x, device=device)
+
+    def to_numpy(self, y: Any) -> NDArray[Any]:
+        """Return a NumPy array."""
+        return np.asarray(y)
+
+    def device_of(self, y: Any) -> str:
+        """Return the device's name."""
+        return str(y.device)
+
+    def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
+        """Call the core."""
+        return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+
+    def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
+        """Run the generator on arrays: by the library's own where it serves masks and keys."""
+        library, xp = library_of_namespace(self.xp)
+        lo, hi, reserved, tag = counter
+        words: Any
+        if reserved == 0:
+            words = library.words(xp, (hi, lo), 1, (key[0], key[1]), tag, None)
+        else:
+            arithmetic = words_of(xp)
+            lanes = [xp.asarray([word], dtype=arithmetic.dtype) for word in counter]
+            words = philox((*lanes,), (key[0], key[1]), arithmetic)
+        return [int(self.to_numpy(word)[0]) for word in words]
+
+    def traced_key(self, seed: int, step: int, *, mode: str) -> int:
+        """Fold a 0-d int32 array into a key."""
+        data = self.from_numpy(np.asarray(step, dtype=np.int32), self.devices[0], mode)
+        lo, hi = unidrop.Key(seed).fold_in(data).words
+        return int(self.to_numpy(hi)) << 32 | int(self.to_numpy(lo))

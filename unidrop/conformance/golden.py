@@ -1,0 +1,120 @@
+"""The golden vectors: what the specification says, computed without any of unidrop's own code."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from unidrop.mask import STREAM_VERSION
+
+__all__ = ["GoldenMask", "GoldenOutput", "golden_masks", "golden_outputs", "read_golden"]
+
+_COMPONENTS = {
+    "float16": (np.uint16, np.float16),
+    "bfloat16": (np.uint16, ml_dtypes.bfloat16),
+    "float32": (np.uint32, np.float32),
+    "float64": (np.uint64, np.float64),
+    "complex64": (np.uint32, np.complex64),
+    "complex128": (np.uint64, np.complex128),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenMask:
+    """A mask of the specification; ``keep`` has the mask's own shape."""
+
+    name: str
+    seed: int
+    step: int
+    p: float
+    shape: tuple[int, ...]
+    broadcast_axes: tuple[int, ...]
+    global_shape: tuple[int, ...] | None
+    start: tuple[int, ...] | None
+    keep: NDArray[np.bool]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of dropout that this mask needs, only those."""
+        options: dict[str, Any] = {}
+        if self.broadcast_axes:
+            options["broadcast_axes"] = self.broadcast_axes
+        if self.global_shape is not None:
+            options["global_shape"] = self.global_shape
+            options["start"] = self.start
+        return options
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenOutput:
+    """An input, and the output of the specification for it."""
+
+    name: str
+    seed: int
+    step: int
+    p: float
+    dtype: str
+    x: NDArray[Any]
+    y: NDArray[Any]
+
+
+@cache
+def read_golden() -> dict[str, Any]:
+    """Return the vectors as they stand in the file.
+
+    Raises
+    ------
+    ValueError
+        If the file names another version of the stream.
+    """
+    text = files("unidrop.conformance").joinpath("golden.json").read_text(encoding="utf-8")
+    vectors: dict[str, Any] = json.loads(text)
+    if vectors.get("stream", 1) != STREAM_VERSION:
+        raise ValueError(f"stream has to be {STREAM_VERSION}, but got {vectors['stream']}")
+    return vectors
+
+
+@cache
+def golden_masks() -> tuple[GoldenMask, ...]:
+    """Return the golden masks."""
+    return tuple(
+        GoldenMask(
+            name=v["name"],
+            seed=int(v["seed"], 16),
+            step=v["step"],
+            p=v["p"],
+            shape=tuple(v["shape"]),
+            broadcast_axes=tuple(v["broadcast_axes"]),
+            global_shape=None if v["global_shape"] is None else tuple(v["global_shape"]),
+            start=None if v["start"] is None else tuple(v["start"]),
+            keep=np.array([c == "1" for c in v["keep"]], dtype=bool).reshape(v["mask_shape"]),
+        )
+        for v in read_golden()["masks"]
+    )
+
+
+@cache
+def golden_outputs() -> tuple[GoldenOutput, ...]:
+    """Return the golden outputs."""
+    return tuple(
+        GoldenOutput(
+            name=v["name"],
+            seed=int(v["seed"], 16),
+            step=v["step"],
+            p=v["p"],
+            dtype=v["dtype"],
+            x=_from_bits(v["x"], v["dtype"]).reshape(v["shape"]),
+            y=_from_bits(v["y"], v["dtype"]).reshape(v["shape"]),
+        )
+        for v in read_golden()["outputs"]
+    )
+
+
+def _from_bits(patterns: list[str], dtype: str) -> NDArray[Any]:
+    unsigned, floating = _COMPONENTS[dtype]
+    return np.array([int(pattern, 16) for pattern in patterns], dtype=unsigned).view(floating)

@@ -1,0 +1,146 @@
+"""Which cells the matrix has, and how one is run."""
+
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from unidrop.conformance.backend import Backend, UnavailableBackend, has_ability, load_backends
+from unidrop.conformance.compare import ContractError
+from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
+
+__all__ = ["Missing", "Result", "cells", "check", "run_cell"]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Why a contract does not apply to a backend: an ability that it lacks."""
+
+    contract: Contract
+    backend: Backend
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a cell gave: status is "passed" or "failed"."""
+
+    cell: Cell
+    status: str
+    seconds: float
+    expected: str = ""
+    came: str = ""
+    details: str = ""
+
+    @property
+    def reproduce(self) -> str:
+        """The one line that runs this cell again and raises what it raised."""
+        cell = self.cell
+        return (
+            'python -c "from unidrop.conformance import check; '
+            f"check('{cell.contract.name}', '{cell.backend.name}', device='{cell.device}', "
+            f"dtype='{cell.dtype}', mode='{cell.mode}')\""
+        )
+
+
+def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Missing]:
+    """Yield the cells of a backend, and what is missing for the others.
+
+    Parameters
+    ----------
+    backend : Backend
+    contracts : sequence of str, default ()
+        Names of contracts; all if empty.
+
+    Raises
+    ------
+    ValueError
+        If a contract's name is unknown; says which are known.
+    """
+    for contract in _contracts(contracts):
+        lacking = [need for need in contract.needs if not has_ability(backend, need)]
+        if lacking:
+            reason = backend.abilities.get(lacking[0]) or f"{lacking[0]} is not declared"
+            yield Missing(contract, backend, reason)
+            continue
+        for device in backend.devices:
+            for mode in backend.compiled_modes if contract.compiled_only else backend.modes:
+                for dtype in _dtypes(contract, backend.dtypes(mode)):
+                    yield Cell(contract, backend, device, dtype, mode)
+
+
+def run_cell(cell: Cell) -> Result:
+    """Run a cell and return its result; nothing that a backend raises escapes."""
+    begin = perf_counter()
+    try:
+        cell.contract.check(cell)
+    except ContractError as violation:
+        return Result(cell, "failed", perf_counter() - begin, violation.expected, violation.came)
+    except Exception as error:  # a backend may raise anything, and that is a failure
+        came = f"{type(error).__name__}: {error}"
+        details = traceback.format_exc()
+        return Result(cell, "failed", perf_counter() - begin, "no error", came, details)
+    return Result(cell, "passed", perf_counter() - begin)
+
+
+def check(
+    contract: str,
+    backend: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    mode: str | None = None,
+) -> None:
+    """Run one contract of one backend and raise what it raises.
+
+    Parameters
+    ----------
+    contract, backend : str
+        Their names in the matrix.
+    device, dtype, mode : str, optional
+        Only these; all if None.
+
+    Raises
+    ------
+    ContractError
+        If the contract does not hold.
+    ValueError
+        If no cell is named so.
+    ImportError
+        If the backend cannot be loaded.
+
+    Examples
+    --------
+    >>> check("mask", "numpy")
+    """
+    (loaded,) = load_backends([backend])
+    if isinstance(loaded, UnavailableBackend):
+        raise ImportError(f"backend {backend} could not be loaded") from loaded.error
+    chosen = [
+        cell
+        for cell in cells(loaded, [contract])
+        if isinstance(cell, Cell)
+        and device in (None, cell.device)
+        and dtype in (None, cell.dtype)
+        and mode in (None, cell.mode)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"no cell of contract {contract} and backend {backend} has "
+            f"device={device}, dtype={dtype}, mode={mode}"
+        )
+    for cell in chosen:
+        cell.contract.check(cell)
+
+
+def _contracts(names: Sequence[str]) -> list[Contract]:
+    for name in names:
+        if name not in CONTRACTS:
+            raise ValueError(f"contract has to be one of {', '.join(CONTRACTS)}, but got {name!r}")
+    return [CONTRACTS[name] for name in names] or list(CONTRACTS.values())
+
+
+def _dtypes(contract: Contract, dtypes: Sequence[str]) -> Sequence[str]:
+    if contract.every_dtype:
+        return dtypes
+    return ["float32"] if "float32" in dtypes else dtypes[:1]
