@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 try:
@@ -14,7 +15,9 @@ try:
     import unidrop
     from unidrop.conformance import (
         CONTRACTS,
+        Backend,
         Cell,
+        Missing,
         UnavailableBackend,
         cells,
         load_backends,
@@ -80,8 +83,10 @@ def _check_names(option: str, names: tuple[str, ...], known: list[str]) -> None:
             raise click.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint=option)
 
 
-def _run(console: Console, loaded: list[object], contracts: tuple[str, ...]) -> Report:
-    todo: list[object] = []
+def _run(
+    console: Console, loaded: Sequence[Backend | UnavailableBackend], contracts: tuple[str, ...]
+) -> Report:
+    todo: list[Cell | Missing | UnavailableBackend] = []
     for backend in loaded:
         todo.extend(
             [backend] if isinstance(backend, UnavailableBackend) else cells(backend, contracts)
@@ -105,7 +110,7 @@ def _run(console: Console, loaded: list[object], contracts: tuple[str, ...]) -> 
     return Report(outcomes)
 
 
-def _list(console: Console, loaded: list[object]) -> None:
+def _list(console: Console, loaded: Sequence[Backend | UnavailableBackend]) -> None:
     for contract in CONTRACTS.values():
         console.print(f"[bold]{contract.name}[/]  {contract.promise}", soft_wrap=True)
     console.print()
@@ -120,7 +125,7 @@ def _list(console: Console, loaded: list[object]) -> None:
             )
 
 
-class _Shape(click.ParamType):
+class _Shape(click.ParamType[tuple[int, ...]]):
     name = "shape"
 
     def convert(

@@ -170,9 +170,9 @@ def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
     ]
     whole = mask.shape[axis] == 1
     parts = (_select_part(library, xp, x[cut], mask if whole else mask[cut], rate) for cut in cuts)
-    y = xp.empty_like(x)
-    if not library.is_mutable(y):
+    if not library.is_mutable(xp.empty((0,))):
         return xp.concat(list(parts), axis=axis)
+    y = xp.empty_like(x)
     for cut, part in zip(cuts, parts, strict=True):
         y[cut] = part
     return y

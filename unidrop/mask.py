@@ -106,8 +106,8 @@ def window_mask(
 ) -> Any:
     """Return the mask of a window, made like the array ``like``: traced, or piece by piece.
 
-    Peak memory beyond the mask is some 40 bytes for each of `PIECE` elements where arrays can be
-    written to, and once the mask more where they can't.
+    Beyond the mask it needs about 16 MiB where items can be assigned (32 bytes for each of `PIECE`
+    elements), and once or twice the mask more where they can't.
     """
     if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
         fill = xp.ones if rate.threshold == 0 else xp.zeros

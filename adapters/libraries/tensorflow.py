@@ -44,7 +44,6 @@ _NAMESPACE = SimpleNamespace(
     ones=_placed(lambda shape, *, dtype=tf.float32: tf.ones(shape, dtype)),
     zeros=_placed(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
     empty=_placed(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
-    empty_like=lambda x: x,
     zeros_like=tf.zeros_like,
     astype=lambda x, dtype, *, copy=True: tf.cast(x, dtype),
     reshape=tf.reshape,

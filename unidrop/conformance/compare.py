@@ -70,7 +70,8 @@ def _conforms(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> ND
     with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN all the same
         magnitude = np.abs(x.astype(np.float64))
     flushed = (magnitude < tiny) & (came == 0) & (np.signbit(came) == np.signbit(x))
-    return same | both_nan | (flushed & (expected != 0))
+    conforms: NDArray[np.bool] = same | both_nan | (flushed & (expected != 0))
+    return conforms
 
 
 def _components(values: NDArray[Any]) -> NDArray[Any]:

@@ -87,7 +87,8 @@ class Cell:
         self, shape: tuple[int, ...], p: float, seed: int = SEED, step: int = 0, **options: Any
     ) -> NDArray[np.bool]:
         """Return which elements the backend keeps."""
-        return self.dropout(self.ones(shape), p, seed, step, **options) != 0
+        kept: NDArray[np.bool] = self.dropout(self.ones(shape), p, seed, step, **options) != 0
+        return kept
 
 
 CONTRACTS: dict[str, Contract] = {}
@@ -270,10 +271,10 @@ def _returned_mask(cell: Cell) -> None:
 
 @_contract("bad-rate", "A rate that is none raises at once, and the message says what came.")
 def _bad_rate(cell: Cell) -> None:
-    for p in (-0.1, 1.5, math.nan):
-        _check_raises(cell, (ValueError,), cell.ones((4,)), p, str(p))
-    for p in (True, np.float32(0.1), "0.5", None):
-        _check_raises(cell, (TypeError,), cell.ones((4,)), p, str(p))
+    for outside in (-0.1, 1.5, math.nan):
+        _check_raises(cell, (ValueError,), cell.ones((4,)), outside, str(outside))
+    for other in (True, np.float32(0.1), "0.5", None):
+        _check_raises(cell, (TypeError,), cell.ones((4,)), other, str(other))
 
 
 @_contract("bad-dtype", "Integers and bools raise TypeError or ValueError at once.")
