@@ -28,6 +28,7 @@ class Keras:
         "windows": "a Keras layer has no windows",
         "mask": "a Keras layer returns its output alone",
         "words": "the layer's words are those of its backend",
+        "key": "the layer takes a key that the core has folded",
         "traced_key": "the layer's call number is the only step it takes",
         "layouts": "TensorFlow's tensors have no strides",
     }
@@ -38,6 +39,8 @@ class Keras:
                 "the matrix runs Keras on TensorFlow, but its backend is "
                 f"{keras.backend.backend()}: set KERAS_BACKEND=tensorflow"
             )
+        # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
+        tf.get_logger().setLevel("ERROR")
         self._traces = 0
         self._layers: dict[Any, tuple[Dropout, Callable[..., Any]]] = {}
 

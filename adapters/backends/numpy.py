@@ -20,7 +20,7 @@ class Numpy(CoreBackend):
     xp = np
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
-        **dict.fromkeys(("gradient", "key", "layouts")),
+        **dict.fromkeys(("gradient", "layouts")),
         "layer": "NumPy has functions, and no layers",
         "traced_key": "NumPy's integers are read at once",
     }
@@ -48,13 +48,6 @@ class Numpy(CoreBackend):
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Call the backward function."""
         return dropout_backward(upstream, p, key=Key(seed).fold_in(step))
-
-    def key(self, seed: int, *data: int | str) -> int:
-        """Fold in Python's own integers and strings, as every backend here does."""
-        key = Key(seed)
-        for item in data:
-            key = key.fold_in(item)
-        return int(key)
 
     def layouts(self, x: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Return the layouts that NumPy's users meet."""

@@ -32,6 +32,8 @@ class TensorFlow(CoreBackend):
     }
 
     def __init__(self) -> None:
+        # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
+        tf.get_logger().setLevel("ERROR")
         self._traces = 0
         self._compiled: dict[Any, Callable[..., Any]] = {}
 

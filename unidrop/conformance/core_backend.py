@@ -29,9 +29,10 @@ class CoreBackend:
     step_limit = 1 << 64
     abilities: Mapping[str, str | None]
 
-    core_abilities: ClassVar[dict[str, str | None]] = dict.fromkeys(
-        ("broadcast_axes", "windows", "mask", "words", "traced_key")
-    )
+    core_abilities: ClassVar[dict[str, str | None]] = {
+        **dict.fromkeys(("broadcast_axes", "windows", "mask", "words", "key", "traced_key")),
+        "traces": "it only runs eagerly",
+    }
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return an array of the library."""
@@ -61,6 +62,13 @@ class CoreBackend:
             lanes = [xp.asarray([word], dtype=arithmetic.dtype) for word in counter]
             words = philox((*lanes,), (key[0], key[1]), arithmetic)
         return [int(self.to_numpy(word)[0]) for word in words]
+
+    def key(self, seed: int, *data: int | str) -> int:
+        """Fold in Python's own integers and strings."""
+        key = unidrop.Key(seed)
+        for item in data:
+            key = key.fold_in(item)
+        return int(key)
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold a 0-d int32 array into a key."""
