@@ -6,13 +6,12 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from unidrop.adapters.backends.numpy import Numpy
 
 import unidrop
+from unidrop.adapters.backends.numpy import Numpy
 from unidrop.cli import main
 from unidrop.conformance import CONTRACTS, check
 from unidrop.conformance.compare import ContractError
-
 
 ENCODER_AT_STEP_7 = ("--seed", "42", "--site", "encoder/0", "--step", "7", "--p", "0.5")
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-import unidrop.adapters
 
 import unidrop
+import unidrop.adapters
 
 FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "numba", "dask", "rich", "click", "ml_dtypes")
 MODULES = sorted(

@@ -4,11 +4,11 @@ import sys
 
 import numpy as np
 import pytest
-from unidrop.adapters.backends.numpy import Numpy
-from unidrop.adapters.backends.torch import Torch
 
 import unidrop
 from unidrop import Key, keep_mask
+from unidrop.adapters.backends.numpy import Numpy
+from unidrop.adapters.backends.torch import Torch
 from unidrop.conformance import Cell, cells, run_cell
 from unidrop.dtypes import dtype_name
 

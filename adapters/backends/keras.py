@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+
 from unidrop.adapters.keras import Dropout
 
 __all__ = ["Keras"]

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from unidrop.adapters.numpy import dropout, dropout_backward
 
 from unidrop import Key
+from unidrop.adapters.numpy import dropout, dropout_backward
 from unidrop.conformance import CoreBackend
 
 __all__ = ["Numpy"]

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
-from unidrop.adapters.tensorflow import dropout
 
 from unidrop import Key
 from unidrop import dropout as core_dropout
+from unidrop.adapters.tensorflow import dropout
 from unidrop.conformance import CoreBackend
 
 __all__ = ["TensorFlow"]

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from unidrop.adapters.torch import Dropout, dropout
 
 from unidrop import Key
+from unidrop.adapters.torch import Dropout, dropout
 from unidrop.conformance import CoreBackend
 
 __all__ = ["Torch"]
