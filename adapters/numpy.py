@@ -92,7 +92,7 @@ def dropout(
             raise ValueError(f"give either key or rng, but got key={key!r} and rng={rng!r}")
     _check_out(out, x)
     call = Call.of(x, rate, training=training, broadcast_axes=broadcast_axes)
-    generator = np.random.default_rng(rng)
+    generator = _generator_of(rng)
     if call.drops:
         output, mask = call.drop(x, _drawn(generator) if key is None else key)
     else:
@@ -185,6 +185,15 @@ def _rate_of(p: float, keep_prob: float | None) -> Rate:
     if p != _DEFAULT_P:
         raise ValueError(f"give either p or keep_prob, but got p={p} and keep_prob={keep_prob}")
     return Rate.from_keep_prob(keep_prob)
+
+
+def _generator_of(rng: Rng) -> np.random.Generator:
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"rng has to be what default_rng takes, but got {rng!r}: {error}"
+        ) from None
 
 
 def _drawn(generator: np.random.Generator) -> Key:

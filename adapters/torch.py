@@ -3,7 +3,9 @@
 PyTorch documentation: torch.nn.Dropout, torch.nn.functional.dropout (2.13).
 """
 
+import operator
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +74,7 @@ def dropout(
     >>> dropout(torch.ones(6), 0.5, key=Key(42))
     tensor([2., 0., 0., 0., 0., 2.])
     """
-    return _dropout(input, p, training, inplace, key, ())
+    return _dropout(input, p, training, inplace, key, _no_axes)
 
 
 def dropout1d(
@@ -88,7 +90,7 @@ def dropout1d(
     Parameters, returns and errors are those of `dropout`, and a RuntimeError for an input of
     another rank, as `torch.nn.functional.dropout1d` has.
     """
-    return _dropout(input, p, training, inplace, key, _axes1d(input))
+    return _dropout(input, p, training, inplace, key, _axes1d)
 
 
 def dropout2d(
@@ -104,7 +106,7 @@ def dropout2d(
     Parameters, returns and errors are those of `dropout`. As `torch.nn.functional.dropout2d`, it
     warns of an input of another rank, and takes a 3D one as (N, C, L).
     """
-    return _dropout(input, p, training, inplace, key, _axes2d(input))
+    return _dropout(input, p, training, inplace, key, _axes2d)
 
 
 def dropout3d(
@@ -120,18 +122,18 @@ def dropout3d(
     Parameters, returns and errors are those of `dropout`. As `torch.nn.functional.dropout3d`, it
     warns of an input of another rank.
     """
-    return _dropout(input, p, training, inplace, key, _axes3d(input))
+    return _dropout(input, p, training, inplace, key, _axes3d)
 
 
-def _axes1d(input: Tensor) -> range:
+def _axes1d(input: Tensor, training: bool) -> range:
     if input.dim() not in (2, 3):
         raise RuntimeError(
             f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input."
         )
-    return _behind_channels(input, batched=input.dim() == 3)
+    return _behind_channels(input, training, batched=input.dim() == 3)
 
 
-def _axes2d(input: Tensor) -> range:
+def _axes2d(input: Tensor, training: bool) -> range:
     if input.dim() == 3:
         warnings.warn(
             "dropout2d: Received a 3D input, which is interpreted as shape (N, C, L), as "
@@ -140,25 +142,26 @@ def _axes2d(input: Tensor) -> range:
         )
     elif input.dim() != 4:
         _warn_of_rank("dropout2d", input, "3D or 4D")
-    return _behind_channels(input, batched=True)
+    return _behind_channels(input, training, batched=True)
 
 
-def _axes3d(input: Tensor) -> range:
+def _axes3d(input: Tensor, training: bool) -> range:
     if input.dim() not in (4, 5):
         _warn_of_rank("dropout3d", input, "4D or 5D")
-    return _behind_channels(input, batched=input.dim() != 4)
+    return _behind_channels(input, training, batched=input.dim() == 5)
 
 
-def _behind_channels(input: Tensor, *, batched: bool) -> range:
+def _behind_channels(input: Tensor, training: bool, *, batched: bool) -> range:
     """Return the axes behind batch and channels, along which `feature_dropout` shares a mask."""
-    if batched and input.dim() < 2:
+    first = 2 if batched else 1
+    if training and input.dim() < first:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return range(2 if batched else 1, input.dim())
+    return range(first, input.dim())
 
 
 def _warn_of_rank(function: str, input: Tensor, expected: str) -> None:
     warnings.warn(
-        f"{function}: Received a {input.dim()}-D input, which is deprecated; "
+        f"{function}: Received a {input.dim()}-D input to {function}, which is deprecated; "
         f"it provides channel-wise dropout on {expected} inputs.",
         stacklevel=4,
     )
@@ -170,52 +173,50 @@ def _dropout(
     training: bool,
     inplace: bool,
     key: Key | None,
-    broadcast_axes: range | tuple[int, ...],
+    axes_of: Callable[[Tensor, bool], Sequence[int]],
 ) -> Tensor:
     rate = Rate.of(p)
     if key is not None:
         check_key(key)
+    call = _checked_call(input, rate, training, axes_of)
+    if call is None:
+        return input
+    return _drop_drawn(input, call, inplace) if key is None else _drop(input, call, key, inplace)
+
+
+def _checked_call(
+    input: Tensor, rate: Rate, training: bool, axes_of: Callable[[Tensor, bool], Sequence[int]]
+) -> Call | None:
+    """Return the call that this is, its arguments being good; None if nothing is to be dropped."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input has to be a torch.Tensor, but got {type(input).__name__}")
+    axes = axes_of(input, training)
     if not training:
-        return input
-    call = Call.of(input, rate, broadcast_axes=broadcast_axes, name="input")
-    if not call.drops:
-        return input
-    return _drop(input, call, _drawn_key() if key is None else key, inplace)
+        return None
+    call = Call.of(input, rate, broadcast_axes=axes, name="input")
+    return call if call.drops else None
+
+
+def _no_axes(input: Tensor, training: bool) -> tuple[int, ...]:
+    return ()
 
 
 def _drop(input: Tensor, call: Call, key: Key, inplace: bool) -> Tensor:
-    if inplace:
-        _check_not_leaf(input)
-        output: Tensor = _InPlace.apply(input, call, key)
-    else:
-        output = call.drop(input, key)[0]
-    return output
+    output: Tensor = call.drop(input, key)[0]
+    # Copied under autograd: PyTorch then refuses what it always does, before anything is written.
+    return input.copy_(output) if inplace else output
 
 
-def _check_not_leaf(input: Tensor) -> None:
-    """Raise what PyTorch raises, before anything is written."""
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        return
-    if input.is_leaf:
-        raise RuntimeError(
-            "a leaf Variable that requires grad is being used in an in-place operation."
-        )
-    if input._base is not None and input._base.is_leaf:
-        raise RuntimeError(
-            "a view of a leaf Variable that requires grad is being used in an in-place operation."
-        )
-
-
-class _InPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, call: Call, key: Key) -> Tensor:
-        ctx.call, ctx.key = call, key
-        ctx.mark_dirty(input)
-        return input.copy_(call.drop(input, key)[0])
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        return ctx.call.drop(upstream[0], ctx.key)[0], None, None
+def _drop_drawn(input: Tensor, call: Call, inplace: bool) -> Tensor:
+    """Drop under a key from the default generator, which a call that raises leaves as it was."""
+    if not inplace:
+        return _drop(input, call, _drawn_key(), inplace)
+    state = torch.get_rng_state()
+    try:
+        return _drop(input, call, _drawn_key(), inplace)
+    except RuntimeError:
+        torch.set_rng_state(state)
+        raise
 
 
 def _drawn_key() -> Key:
@@ -299,13 +300,11 @@ class Dropout(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply dropout in training, and the identity in evaluation."""
-        if not self.training:
-            return input
-        call = Call.of(input, Rate.of(self.p), broadcast_axes=self._axes(input), name="input")
-        if not call.drops:
+        call = _checked_call(input, Rate.of(self.p), self.training, self._axes)
+        if call is None:
             return input
         if self.key is None:
-            return _drop(input, call, _drawn_key(), self.inplace)
+            return _drop_drawn(input, call, self.inplace)
         output = _drop(input, call, self.key.fold_in(self._call_number()), self.inplace)
         self.calls.add_(1)
         return output
@@ -315,18 +314,30 @@ class Dropout(torch.nn.Module):
         shown = f"p={self.p}, inplace={self.inplace}"
         return shown if self.key is None else f"{shown}, seed={self.key}"
 
-    def _axes(self, input: Tensor) -> range | tuple[int, ...]:
-        return ()
+    _axes: Callable[[Tensor, bool], Sequence[int]] = staticmethod(_no_axes)
 
     def _call_number(self) -> int | Tensor:
         """Return the number of this call: read where that waits for nothing."""
         return int(self.calls) if self.calls.device.type == "cpu" else self.calls.clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "calls" and "calls" in self._buffers and not isinstance(value, Tensor):
-            self.calls.fill_(_call_count(value))
+        if name == "calls" and "calls" in self.__dict__.get("_buffers", {}):
+            self._set_calls(value)
             return
         super().__setattr__(name, value)
+
+    def _set_calls(self, value: Any) -> None:
+        """Write a number into the buffer, so that a tensor which is set does not count with it."""
+        if isinstance(value, Tensor):
+            if value.dim() != 0 or value.dtype.is_floating_point or value.dtype.is_complex:
+                raise TypeError(f"calls has to be an integer, but got {value!r}")
+            if self.calls.is_meta and not value.is_meta:
+                super().__setattr__("calls", value.detach().to(torch.int64, copy=True))
+                return
+            if value.device.type != "cpu":
+                self.calls.copy_(value)
+                return
+        self.calls.fill_(_call_count(value))
 
     def _load_from_state_dict(
         self,
@@ -347,11 +358,15 @@ class Dropout(torch.nn.Module):
 
 
 def _call_count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"calls has to be an integer, but got {value!r}") from None
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         raise TypeError(f"calls has to be an integer, but got {value!r}")
-    if not 0 <= value < 1 << 63:
+    if not 0 <= count < 1 << 63:
         raise ValueError(f"calls has to be 0 <= calls < 2**63, but got {value}")
-    return value
+    return count
 
 
 class Dropout1d(Dropout):
@@ -368,8 +383,7 @@ class Dropout1d(Dropout):
              [2., 2., 2.]]])
     """
 
-    def _axes(self, input: Tensor) -> range:
-        return _axes1d(input)
+    _axes = staticmethod(_axes1d)
 
 
 class Dropout2d(Dropout):
@@ -385,8 +399,7 @@ class Dropout2d(Dropout):
     tensor([[128., 128.,   0.]])
     """
 
-    def _axes(self, input: Tensor) -> range:
-        return _axes2d(input)
+    _axes = staticmethod(_axes2d)
 
 
 class Dropout3d(Dropout):
@@ -402,5 +415,4 @@ class Dropout3d(Dropout):
     tensor([[128., 128.,   0.]])
     """
 
-    def _axes(self, input: Tensor) -> range:
-        return _axes3d(input)
+    _axes = staticmethod(_axes3d)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy
+
 from unidrop.dtypes import compute_dtype, dtype_name
 from unidrop.key import Key
 from unidrop.library import Library, library_of
@@ -159,8 +161,10 @@ def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
     """Return x times the scale where the mask is True and +0 elsewhere, in bounded memory."""
     if rate.threshold == KEEP_NOTHING:
         return xp.zeros_like(x)
-    if library.is_traced(x) or x.ndim == 0 or _size(x) <= PIECE:
+    if library.is_traced(x):
         return _select_part(library, xp, x, mask, rate)
+    if x.ndim == 0 or _size(x) <= PIECE:
+        return library.laid_out_like(_select_part(library, xp, x, mask, rate), x)
     axis = max(range(x.ndim), key=lambda i: x.shape[i])
     length = x.shape[axis]
     step = max(1, PIECE * length // _size(x))
@@ -187,9 +191,13 @@ def _select_part(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> An
     def scaled(component: Any) -> Any:
         return xp.where(mask, component * scale, zero)
 
-    if dtype_name(x.dtype).startswith("complex"):
-        return library.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
-    return xp.astype(scaled(xp.astype(x, dtype, copy=False)), x.dtype, copy=False)
+    # An overflow to infinity is what the output rule asks for, and none at all where dropped.
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        if dtype_name(x.dtype).startswith("complex"):
+            y = library.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
+        else:
+            y = scaled(xp.astype(x, dtype, copy=False))
+        return xp.astype(y, x.dtype, copy=False)
 
 
 def _size(x: Any) -> int:

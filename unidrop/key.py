@@ -4,6 +4,7 @@ import hashlib
 import operator
 from typing import Any, Self
 
+from unidrop.dtypes import integer_bits
 from unidrop.library import Library, library_of
 from unidrop.philox import philox
 from unidrop.words import MASK32, words_of
@@ -69,13 +70,17 @@ class Key:
         >>> Key.from_words(0xDDCCBBAA, 0x10)
         Key(0x00000010ddccbbaa)
         """
-        if isinstance(lo, int) and isinstance(hi, int):
-            return cls((_word(hi, "hi") << 32) + _word(lo, "lo"))
-        if isinstance(lo, int):
-            return cls._traced(_like(_word(lo, "lo"), hi_word := _split(hi, "hi")[1]), hi_word)
-        if isinstance(hi, int):
-            return cls._traced(lo_word := _split(lo, "lo")[1], _like(_word(hi, "hi"), lo_word))
-        return cls._traced(_split(lo, "lo")[1], _split(hi, "hi")[1])
+        lo_word, hi_word = (
+            _word(word, name) if _is_index(word) else _split(word, name)[1]
+            for word, name in ((lo, "lo"), (hi, "hi"))
+        )
+        if isinstance(lo_word, int) and isinstance(hi_word, int):
+            return cls((hi_word << 32) + lo_word)
+        if isinstance(lo_word, int):
+            return cls._traced(_like(lo_word, hi_word), hi_word)
+        if isinstance(hi_word, int):
+            return cls._traced(lo_word, _like(hi_word, lo_word))
+        return cls._traced(lo_word, hi_word)
 
     @classmethod
     def _traced(cls, lo: Any, hi: Any) -> Self:
@@ -188,9 +193,10 @@ def _is_index(value: object) -> bool:
 
 
 def _integer(value: Any, name: str) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} has to be an integer, 0 <= {name} < 2**64, but got {value!r}")
     try:
+        # Some libraries' arrays have an index whatever their dtype is.
+        if isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None:
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(
@@ -202,7 +208,7 @@ def _integer(value: Any, name: str) -> int:
     return number
 
 
-def _word(value: int, name: str) -> int:
+def _word(value: Any, name: str) -> int:
     word = _integer(value, name)
     if word > MASK32:
         raise ValueError(f"{name} has to be a word, 0 <= {name} < 2**32, but got {word}")
@@ -211,7 +217,9 @@ def _word(value: int, name: str) -> int:
 
 def _like(word: int, array: Any) -> Any:
     """Return a Python word as an array like another word."""
-    return (array & 0) | words_of(library_of(array).namespace(array)).constant(word)
+    library = library_of(array)
+    words = words_of(library.namespace(array), library.device(array))
+    return (array & 0) | words.constant(word)
 
 
 def _string_data(data: str) -> int:

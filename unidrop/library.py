@@ -74,7 +74,7 @@ class Library:
         four arrays of shape (count,)
             In the dtype of `words_of`.
         """
-        words = words_of(xp)
+        words = words_of(xp, device)
         steps = xp.arange(count, dtype=words.dtype, device=device)
         base = tuple(words.constant(w) if isinstance(w, int) else w for w in first)
         hi, lo = add_pairs(words, base, words.split(steps, 64))
@@ -96,7 +96,7 @@ class Library:
             raise TypeError(f"{name} has to be an integer, but got an array of dtype {value.dtype}")
         if self.shape(value) != ():
             raise ValueError(f"{name} has to be 0-d, but got shape {self.shape(value)}")
-        return words_of(self.namespace(value)).split(value, bits)
+        return words_of(self.namespace(value), self.device(value)).split(value, bits)
 
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return the complex array of two real ones, each component kept to the bit.
@@ -108,10 +108,19 @@ class Library:
         if hasattr(xp, "complex"):
             return xp.complex(real, imag)
         dtype = xp.complex64 if real.dtype == xp.float32 else xp.complex128
+        if array_api_compat.is_lazy_array(real):
+            raise TypeError(
+                f"x of a complex dtype needs a library with a function complex(real, imag), "
+                f"which {xp.__name__} lacks"
+            )
         z = xp.empty(real.shape, dtype=dtype, device=self.device(real))
         xp.real(z)[...] = real
         xp.imag(z)[...] = imag
         return z
+
+    def laid_out_like(self, y: Any, x: Any) -> Any:
+        """Return y in x's memory layout, where the library's users expect that to be kept."""
+        return y
 
     def linear(self, x: Any, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Any:
         """Return ``forward(x)`` for a linear function, differentiated by ``transpose``.

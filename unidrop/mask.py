@@ -112,7 +112,7 @@ def window_mask(
     if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
         fill = xp.ones if rate.threshold == 0 else xp.zeros
         return fill(window.shape, dtype=xp.bool, device=device)
-    words = words_of(xp)
+    words = words_of(xp, device)
 
     def decide(piece: Piece) -> Any:
         return _piece_mask(library, xp, words, piece, window.offsets, rate.threshold, key, device)
@@ -120,7 +120,7 @@ def window_mask(
     values = (like, *key.words, *(value for value, _ in window.offsets))
     if any(library.is_traced(value) for value in values if not isinstance(value, int)):
         return xp.reshape(decide(window.whole), window.shape)
-    pieces = list(window.pieces(PIECE))
+    pieces = list(window.pieces(_piece_size(window)))
     if len(pieces) == 1:
         return xp.reshape(decide(pieces[0]), window.shape)
     if not library.is_mutable(xp.empty((0,))):
@@ -132,6 +132,15 @@ def window_mask(
         flat[done : done + keep.shape[0]] = keep
         done += keep.shape[0]
     return xp.reshape(flat, window.shape)
+
+
+def _piece_size(window: Window) -> int:
+    """Return how many elements to decide at a time, so that as many as `PIECE` are made for them.
+
+    The row of a window that begins inside a block needs the whole block, and so does its end.
+    """
+    *rows, (length, _) = window.whole.axes
+    return max(1, PIECE * length // (length + 14)) if rows else PIECE
 
 
 def _is_zero(size: Any) -> bool:

@@ -6,7 +6,7 @@ mask is made in bounded memory, and how a shard gets its own part without commun
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -75,7 +75,7 @@ class Window:
             If axes repeat or are out of bounds, lengths differ, the window lies outside the
             global shape, or the whole has more than 2^64 elements.
         """
-        shape = _lengths(shape, "shape")
+        shape = _lengths(shape, "shape", _index_or_symbol)
         broadcast = _normalised_axes(broadcast_axes, len(shape))
         mask_shape = tuple(1 if i in broadcast else n for i, n in enumerate(shape))
         if (global_shape is None) != (start is None):
@@ -121,14 +121,6 @@ def _pieces(piece: Piece, most: int) -> Iterator[Piece]:
         yield from _pieces(Piece(base + first * stride, (*axes[:at], cut, *axes[at + 1 :])), most)
 
 
-def _lengths(shape: Sequence[Any], name: str) -> tuple[Any, ...]:
-    lengths = tuple(_index_or_symbol(n, name) for n in _sequence(shape, name))
-    for length in lengths:
-        if isinstance(length, int) and length < 0:
-            raise ValueError(f"{name} has to hold lengths of 0 or more, but got {lengths}")
-    return lengths
-
-
 def _sequence(value: Any, name: str) -> tuple[Any, ...]:
     if isinstance(value, str | bytes):
         raise TypeError(f"{name} has to be a sequence of integers, but got {value!r}")
@@ -138,24 +130,38 @@ def _sequence(value: Any, name: str) -> tuple[Any, ...]:
         raise TypeError(f"{name} has to be a sequence of integers, but got {value!r}") from None
 
 
-def _index_or_symbol(value: Any, name: str) -> Any:
-    """Return a Python integer, or the value itself if it stands for one that is not known yet."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} has to hold integers, but got {value!r}")
-    if hasattr(value, "dtype") and type(value).__module__.partition(".")[0] != "numpy":
-        return value
+def _index(value: Any, name: str) -> int:
     try:
+        if isinstance(value, bool) or _is_symbol(value):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} has to hold integers, but got {value!r}") from None
 
 
+def _index_or_symbol(value: Any, name: str) -> Any:
+    """Return a Python integer, or the value itself if it stands for one that is not known yet."""
+    return value if _is_symbol(value) else _index(value, name)
+
+
+def _is_symbol(value: Any) -> bool:
+    return hasattr(value, "dtype") and type(value).__module__.partition(".")[0] != "numpy"
+
+
+def _lengths(
+    shape: Sequence[Any], name: str, convert: Callable[[Any, str], Any] = _index
+) -> tuple[Any, ...]:
+    lengths = tuple(convert(n, name) for n in _sequence(shape, name))
+    for length in lengths:
+        if isinstance(length, int) and length < 0:
+            raise ValueError(f"{name} has to hold lengths of 0 or more, but got {lengths}")
+    return lengths
+
+
 def _normalised_axes(axes: Sequence[int], ndim: int) -> frozenset[int]:
     if isinstance(axes, int):
         axes = (axes,)
-    given = tuple(
-        _index_or_symbol(axis, "broadcast_axes") for axis in _sequence(axes, "broadcast_axes")
-    )
+    given = tuple(_index(axis, "broadcast_axes") for axis in _sequence(axes, "broadcast_axes"))
     for axis in given:
         if not -ndim <= axis < ndim:
             raise ValueError(
@@ -262,9 +268,7 @@ def noise_shape_axes(
     for axis, (noise, length) in enumerate(zip(given, shape[missing:], strict=True), start=missing):
         if noise is None:
             continue
-        noise = _index_or_symbol(noise, "noise_shape")
-        if not isinstance(noise, int):
-            raise TypeError(f"noise_shape has to hold integers or None, but got {given}")
+        noise = _index(noise, "noise_shape")
         if noise == 1:
             shared.append(axis)
         elif isinstance(length, int) and noise != length:

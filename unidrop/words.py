@@ -89,8 +89,9 @@ class Wide:
 class Narrow:
     """Words in ``uint32`` arrays, multiplied by 16-bit limbs."""
 
-    def __init__(self, xp: Any) -> None:
+    def __init__(self, xp: Any, device: Any = None) -> None:
         self.xp = xp
+        self.device = device
 
     @property
     def dtype(self) -> Any:
@@ -99,7 +100,7 @@ class Narrow:
 
     def constant(self, word: int) -> Any:
         """Return a Python word in a form that combines with arrays of words."""
-        return self.xp.asarray(word, dtype=self.dtype)
+        return self.xp.asarray(word, dtype=self.dtype, device=self.device)
 
     def shift_right(self, a: Any, n: int) -> Any:
         """Return ``a >> n``."""
@@ -149,10 +150,10 @@ def pair(value: int) -> tuple[int, int]:
     return value >> 32, value & MASK32
 
 
-def words_of(xp: Any) -> Words:
-    """Return the word arithmetic of an array namespace: `Wide` wherever it has ``int64``."""
-    signed = xp.__array_namespace_info__().dtypes(kind="signed integer")
-    return Wide(xp) if "int64" in signed else Narrow(xp)
+def words_of(xp: Any, device: Any = None) -> Words:
+    """Return the word arithmetic of a namespace's device: `Wide` wherever it has ``int64``."""
+    signed = xp.__array_namespace_info__().dtypes(device=device, kind="signed integer")
+    return Wide(xp) if "int64" in signed else Narrow(xp, device)
 
 
 def add_pairs(words: Words, a: Pair, b: Pair) -> Pair:

@@ -17,6 +17,11 @@ class Torch(Library):
         """Tell whether torch.compile or torch.export is recording."""
         return torch.compiler.is_compiling()
 
+    def laid_out_like(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return y with the strides that `torch.empty_like` gives for x."""
+        like = torch.empty_like(x)
+        return y if y.stride() == like.stride() else like.copy_(y)
+
     def linear(
         self,
         x: torch.Tensor,
@@ -32,13 +37,13 @@ class Torch(Library):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        forward: Callable[[Any], Any],
-        transpose: Callable[[Any], Any],
+        x: torch.Tensor, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]
     ) -> Any:
-        ctx.transpose = transpose
         return forward(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.transpose = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
