@@ -12,6 +12,7 @@ from unidrop.key import Key
 from unidrop.library import library_of
 from unidrop.rate import Rate
 from unidrop.window import noise_shape_axes
+from unidrop.words import checked_integer
 
 __all__ = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"]
 
@@ -39,10 +40,7 @@ class _Keyed(keras.layers.Layer):
 
     @calls.setter
     def calls(self, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"calls has to be an integer, but got {value!r}")
-        if not 0 <= value < 1 << 31:
-            raise ValueError(f"calls has to be 0 <= calls < 2**31, but got {value}")
+        value = checked_integer(value, "calls", bits=31)
         if self.rate > 0:
             self._set_state(keras.ops.convert_to_numpy(self.seed_generator.state.value)[0], value)
 

@@ -3,7 +3,6 @@
 PyTorch documentation: torch.nn.Dropout, torch.nn.functional.dropout (2.13).
 """
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor
 
 from unidrop.dropout import Call
+from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import check_key
 from unidrop.rate import Rate
+from unidrop.words import checked_integer
 
 __all__ = [
     "Dropout",
@@ -329,7 +330,7 @@ class Dropout(torch.nn.Module):
     def _set_calls(self, value: Any) -> None:
         """Write a number into the buffer, so that a tensor which is set does not count with it."""
         if isinstance(value, Tensor):
-            if value.dim() != 0 or value.dtype.is_floating_point or value.dtype.is_complex:
+            if value.dim() != 0 or integer_bits(value.dtype) is None:
                 raise TypeError(f"calls has to be an integer, but got {value!r}")
             if self.calls.is_meta and not value.is_meta:
                 super().__setattr__("calls", value.detach().to(torch.int64, copy=True))
@@ -337,7 +338,7 @@ class Dropout(torch.nn.Module):
             if value.device.type != "cpu":
                 self.calls.copy_(value)
                 return
-        self.calls.fill_(_call_count(value))
+        self.calls.fill_(checked_integer(value, "calls", bits=63))
 
     def _load_from_state_dict(
         self,
@@ -355,18 +356,6 @@ class Dropout(torch.nn.Module):
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys.extend(name for name in missing if name != prefix + "calls")
-
-
-def _call_count(value: Any) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"calls has to be an integer, but got {value!r}") from None
-    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
-        raise TypeError(f"calls has to be an integer, but got {value!r}")
-    if not 0 <= count < 1 << 63:
-        raise ValueError(f"calls has to be 0 <= calls < 2**63, but got {value}")
-    return count
 
 
 class Dropout1d(Dropout):

@@ -1,13 +1,11 @@
 """Keys: the 64-bit numbers that name a mask, and how one key is folded into another."""
 
 import hashlib
-import operator
 from typing import Any, Self
 
-from unidrop.dtypes import integer_bits
 from unidrop.library import Library, library_of
 from unidrop.philox import philox
-from unidrop.words import MASK32, words_of
+from unidrop.words import checked_integer, words_of
 
 __all__ = ["Key"]
 
@@ -45,7 +43,7 @@ class Key:
     _lo: Any
 
     def __init__(self, seed: int) -> None:
-        hi, lo = divmod(_integer(seed, "seed"), 1 << 32)
+        hi, lo = divmod(checked_integer(seed, "seed"), 1 << 32)
         object.__setattr__(self, "_hi", hi)
         object.__setattr__(self, "_lo", lo)
 
@@ -71,7 +69,7 @@ class Key:
         Key(0x00000010ddccbbaa)
         """
         lo_word, hi_word = (
-            _word(word, name) if _is_index(word) else _split(word, name)[1]
+            checked_integer(word, name, bits=32) if _is_index(word) else _split(word, name)[1]
             for word, name in ((lo, "lo"), (hi, "hi"))
         )
         if isinstance(lo_word, int) and isinstance(hi_word, int):
@@ -134,7 +132,7 @@ class Key:
         if isinstance(data, str):
             return self._fold(divmod(_string_data(data), 1 << 32), _TAG_STRING, None)
         if _is_index(data):
-            return self._fold(divmod(_integer(data, "data"), 1 << 32), _TAG_INTEGER, None)
+            return self._fold(divmod(checked_integer(data, "data"), 1 << 32), _TAG_INTEGER, None)
         return self._fold(_split(data, "data"), _TAG_INTEGER, library_of(data))
 
     def _fold(self, data: tuple[Any, Any], tag: int, library: Library | None) -> Self:
@@ -190,29 +188,6 @@ def _is_index(value: object) -> bool:
     if type(value).__module__.partition(".")[0] == "numpy":
         return True
     return hasattr(value, "__index__") and not hasattr(value, "dtype")
-
-
-def _integer(value: Any, name: str) -> int:
-    try:
-        # Some libraries' arrays have an index whatever their dtype is.
-        if isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None:
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} has to be an integer, 0 <= {name} < 2**64, "
-            f"but got {value!r} of type {type(value).__name__}"
-        ) from None
-    if not 0 <= number < 1 << 64:
-        raise ValueError(f"{name} has to be 0 <= {name} < 2**64, but got {number}")
-    return number
-
-
-def _word(value: Any, name: str) -> int:
-    word = _integer(value, name)
-    if word > MASK32:
-        raise ValueError(f"{name} has to be a word, 0 <= {name} < 2**32, but got {word}")
-    return word
 
 
 def _like(word: int, array: Any) -> Any:

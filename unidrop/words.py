@@ -15,6 +15,8 @@ import operator
 from types import SimpleNamespace
 from typing import Any, Final
 
+from unidrop.dtypes import integer_bits
+
 __all__ = [
     "MASK32",
     "PYTHON",
@@ -23,6 +25,7 @@ __all__ = [
     "Wide",
     "Words",
     "add_pairs",
+    "checked_integer",
     "mul_pair",
     "pair",
     "shift_pair",
@@ -143,6 +146,36 @@ Words = Wide | Narrow
 PYTHON: Final = Wide(
     SimpleNamespace(bitwise_right_shift=operator.rshift, bitwise_left_shift=operator.lshift)
 )
+
+
+def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
+    """Return what `operator.index` makes of a value, if it is unsigned and fits; never wraps.
+
+    Raises
+    ------
+    TypeError
+        If value is no integer, or a bool; names the argument.
+    ValueError
+        If value is negative, or 2^bits or more.
+
+    Examples
+    --------
+    >>> checked_integer(7, "step")
+    7
+    """
+    try:
+        # Some libraries' arrays have an index whatever their dtype is.
+        if isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None:
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} has to be an integer, 0 <= {name} < 2**{bits}, "
+            f"but got {value!r} of type {type(value).__name__}"
+        ) from None
+    if not 0 <= number < 1 << bits:
+        raise ValueError(f"{name} has to be 0 <= {name} < 2**{bits}, but got {number}")
+    return number
 
 
 def pair(value: int) -> tuple[int, int]:
