@@ -5,6 +5,7 @@ to prevent neural networks from overfitting", JMLR 15 (2014). This is the invert
 scales in training so that evaluation is the identity.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,11 +164,11 @@ def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
         return xp.zeros_like(x)
     if library.is_traced(x):
         return _select_part(library, xp, x, mask, rate)
-    if x.ndim == 0 or _size(x) <= PIECE:
+    if x.ndim == 0 or math.prod(x.shape) <= PIECE:
         return library.laid_out_like(_select_part(library, xp, x, mask, rate), x)
     axis = max(range(x.ndim), key=lambda i: x.shape[i])
     length = x.shape[axis]
-    step = max(1, PIECE * length // _size(x))
+    step = max(1, PIECE * length // math.prod(x.shape))
     cuts = [
         (*(slice(None),) * axis, slice(first, min(first + step, length)), ...)
         for first in range(0, length, step)
@@ -198,13 +199,6 @@ def _select_part(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> An
         else:
             y = scaled(xp.astype(x, dtype, copy=False))
         return xp.astype(y, x.dtype, copy=False)
-
-
-def _size(x: Any) -> int:
-    size = 1
-    for length in x.shape:
-        size *= length
-    return size
 
 
 def _to_float32(value: float) -> float:
