@@ -141,6 +141,9 @@ class Dropout(_Keyed, keras.layers.Dropout):
 
     Notes
     -----
+    Weights saved with `keras.layers.Dropout` load into this layer. The other way round they do
+    not: Keras' layer refuses the call number.
+
     N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
     JMLR 15 (2014).
 

@@ -188,6 +188,8 @@ def _rate_of(p: float, keep_prob: float | None) -> Rate:
 
 
 def _generator_of(rng: Rng) -> np.random.Generator:
+    if isinstance(rng, bool):
+        raise TypeError(f"rng has to be what default_rng takes, and no bool, but got {rng!r}")
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:

@@ -262,6 +262,9 @@ class Dropout(torch.nn.Module):
 
     Notes
     -----
+    A recomputation, as `torch.utils.checkpoint` makes, is one more training call to a module with
+    a seed, with another mask. There use ``seed=None``, or the function `dropout` with a key.
+
     Shape:
         - Input: :math:`(*)`. Input can be of any shape
         - Output: :math:`(*)`. Output is of the same shape as input
@@ -322,10 +325,12 @@ class Dropout(torch.nn.Module):
         return int(self.calls) if self.calls.device.type == "cpu" else self.calls.clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "calls" and "calls" in self.__dict__.get("_buffers", {}):
+        if name != "calls":
+            super().__setattr__(name, value)
+        elif "calls" in self._buffers:
             self._set_calls(value)
-            return
-        super().__setattr__(name, value)
+        else:
+            raise AttributeError("a Dropout without a seed counts no calls: make it with seed=")
 
     def _set_calls(self, value: Any) -> None:
         """Write a number into the buffer, so that a tensor which is set does not count with it."""

@@ -381,3 +381,11 @@ def test_a_word_that_is_no_integer_raises_and_is_named(name, word):
 def test_a_word_that_is_not_0_d_raises_and_is_named(scalar):
     with pytest.raises(ValueError, match=r"hi has to be 0-d"):
         Key.from_words(scalar(1, "int64"), scalar([1], "int64"))
+
+
+def test_a_64_bit_step_where_jax_has_no_64_bit_integers_raises_rather_than_lose_its_upper_half():
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(True):
+        step = jax.numpy.asarray(2**33 + 5, dtype="int64")
+    with jax.enable_x64(False), pytest.raises(ValueError, match="data has dtype int64"):
+        Key(1).fold_in(step)

@@ -433,3 +433,9 @@ def test_a_mask_of_another_shape_raises_and_is_named(mask, axes):
         ValueError, match=rf"^mask has to have shape .*{re.escape(str(mask.shape))}"
     ):
         dropout_backward(X, mask=mask, broadcast_axes=axes)
+
+
+@pytest.mark.parametrize("rng", [True, False])
+def test_a_bool_is_no_rng(rng):
+    with pytest.raises(TypeError, match=f"rng.*{rng}"):
+        dropout(X, rng=rng)

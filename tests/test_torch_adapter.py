@@ -793,3 +793,10 @@ def test_a_network_trains():
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert model[1].calls == 30
+
+
+def test_a_module_without_a_seed_refuses_a_call_number():
+    module = Dropout()
+    with pytest.raises(AttributeError, match="without a seed"):
+        module.calls = 3
+    assert not hasattr(module, "calls")

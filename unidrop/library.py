@@ -19,7 +19,7 @@ import array_api_compat
 
 from unidrop.dtypes import integer_bits
 from unidrop.philox import FourWords, philox
-from unidrop.words import Pair, add_pairs, words_of
+from unidrop.words import Narrow, Pair, add_pairs, counting, words_of
 
 __all__ = ["Library", "library_of", "library_of_namespace"]
 
@@ -75,9 +75,8 @@ class Library:
             In the dtype of `words_of`.
         """
         words = words_of(xp, device)
-        steps = xp.arange(count, dtype=words.dtype, device=device)
         base = tuple(words.constant(w) if isinstance(w, int) else w for w in first)
-        hi, lo = add_pairs(words, base, words.split(steps, 64))
+        hi, lo = add_pairs(words, base, counting(words, count, device))
         zero = xp.zeros((1,), dtype=words.dtype, device=device)
         return philox((lo, hi, zero, zero + words.constant(tag)), key, words)
 
@@ -96,7 +95,13 @@ class Library:
             raise TypeError(f"{name} has to be an integer, but got an array of dtype {value.dtype}")
         if self.shape(value) != ():
             raise ValueError(f"{name} has to be 0-d, but got shape {self.shape(value)}")
-        return words_of(self.namespace(value), self.device(value)).split(value, bits)
+        words = words_of(self.namespace(value), self.device(value))
+        if bits == 64 and isinstance(words, Narrow):
+            raise ValueError(
+                f"{name} has dtype {value.dtype}, but there are no 64-bit integers here and now: "
+                "give it as a 32-bit one"
+            )
+        return words.split(value, bits)
 
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return the complex array of two real ones, each component kept to the bit.

@@ -16,7 +16,7 @@ from unidrop.library import Library, library_of_namespace
 from unidrop.philox import FourWords, philox
 from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Axis, Piece, Window
-from unidrop.words import Pair, Words, add_pairs, mul_pair, pair, shift_pair, words_of
+from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shift_pair, words_of
 
 __all__ = ["check_key", "keep_mask", "window_mask"]
 
@@ -25,7 +25,7 @@ ODD_MULTIPLIER: Final = 0x6C078965
 
 # Elements that are decided at a time where the library runs eagerly: few enough for the words of a
 # piece to stay in cache, and enough for the overhead of a call, and of a thread pool, not to show.
-PIECE: Final = 1 << 19
+PIECE: Final = 1 << 18
 
 
 def keep_mask(
@@ -106,7 +106,7 @@ def window_mask(
 ) -> Any:
     """Return the mask of a window, made like the array ``like``: traced, or piece by piece.
 
-    Beyond the mask it needs about 16 MiB where items can be assigned (32 bytes for each of `PIECE`
+    Beyond the mask it needs about 10 MiB where items can be assigned (40 bytes for each of `PIECE`
     elements), and once or twice the mask more where they can't.
     """
     if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
@@ -167,7 +167,7 @@ def _piece_mask(
     index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
     aligned = not offsets and all(row.stride % 8 == 0 for row in rows)
     count = (piece.base % 8 + length + 7) // 8 if aligned else (length + 14) // 8
-    block = add_pairs(words, shift_pair(words, index, 3), _counting(xp, words, count, device))
+    block = add_pairs(words, shift_pair(words, index, 3), counting(words, count, device))
     zero = xp.zeros((1,), dtype=words.dtype, device=device)
     four = philox((block[1], block[0], zero, zero), key.words, words)
     keep = _decide(xp, words, four, threshold)
@@ -175,8 +175,8 @@ def _piece_mask(
         skip = piece.base % 8
         return xp.reshape(xp.reshape(keep, (-1, count * 8))[:, skip : skip + length], (-1,))
     # Rows begin anywhere in their blocks: each takes its own part of what was decided for it.
-    _, number = _counting(xp, words, index[1].shape[0], device)
-    _, column = _counting(xp, words, length, device)
+    _, number = counting(words, index[1].shape[0], device)
+    _, column = counting(words, length, device)
     taken = xp.reshape(number, (-1, 1)) * (count * 8) + (index[1] & 7) + column
     return xp.take(keep, xp.reshape(taken, (-1,)), axis=0)
 
@@ -196,23 +196,16 @@ def _row_indices(
     for start, stride in offsets:
         index = add_pairs(words, index, mul_pair(words, library.split(start, "start"), stride))
     for row in rows:
-        steps = mul_pair(words, _counting(xp, words, row.length, device), row.stride)
+        steps = mul_pair(words, counting(words, row.length, device), row.stride)
         hi, lo = index
         index = add_pairs(words, (xp.expand_dims(hi, axis=-1), xp.expand_dims(lo, axis=-1)), steps)
     return xp.reshape(index[0], (-1, 1)), xp.reshape(index[1], (-1, 1))
 
 
-def _counting(xp: Any, words: Words, count: Any, device: Any) -> Pair:
-    """Return 0, 1, 2, ... as a pair."""
-    lo = xp.arange(count, dtype=words.dtype, device=device)
-    return lo & 0, lo
-
-
 def _decide(xp: Any, words: Words, four: FourWords, threshold: int) -> Any:
     """Return eight decisions a block, flat."""
     least = words.constant(threshold)
-    decisions = []
-    for word in four:
-        decisions.append(word >= least)
-        decisions.append(words.mullo(word, ODD_MULTIPLIER) >= least)
-    return xp.reshape(xp.stack(decisions, axis=-1), (-1,))
+    # Stacked before the comparison: XLA takes half a minute to compile eight of them.
+    even = xp.stack(four, axis=-1)
+    odd = words.mullo(even, ODD_MULTIPLIER)
+    return xp.reshape(xp.stack([even >= least, odd >= least], axis=-1), (-1,))

@@ -26,6 +26,7 @@ __all__ = [
     "Words",
     "add_pairs",
     "checked_integer",
+    "counting",
     "mul_pair",
     "pair",
     "shift_pair",
@@ -187,6 +188,12 @@ def words_of(xp: Any, device: Any = None) -> Words:
     """Return the word arithmetic of a namespace's device: `Wide` wherever it has ``int64``."""
     signed = xp.__array_namespace_info__().dtypes(device=device, kind="signed integer")
     return Wide(xp) if "int64" in signed else Narrow(xp, device)
+
+
+def counting(words: Words, count: Any, device: Any = None) -> Pair:
+    """Return 0, 1, 2, ... below count as a pair."""
+    numbers = words.xp.arange(count, dtype=words.dtype, device=device)
+    return words.split(numbers, 64 if isinstance(words, Wide) else 32)
 
 
 def add_pairs(words: Words, a: Pair, b: Pair) -> Pair:
