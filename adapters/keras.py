@@ -3,6 +3,7 @@
 Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
 """
 
+from threading import Lock
 from typing import Any
 
 import keras
@@ -17,6 +18,9 @@ from unidrop.words import checked_integer
 __all__ = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"]
 
 _STATE = "seed_generator_state"
+
+# Reading a call number and advancing it is one act, also where threads share a layer eagerly.
+_COUNTING = Lock()
 
 
 class _Keyed(keras.layers.Layer):
@@ -52,20 +56,35 @@ class _Keyed(keras.layers.Layer):
         """Apply dropout in training, and the identity otherwise."""
         if not training or self.rate == 0:
             return inputs
+        inputs = keras.ops.convert_to_tensor(inputs)
         shape = library_of(inputs, "inputs").shape(inputs)
         axes = noise_shape_axes(self._noise_shape(inputs), shape)
         call = Call.of(inputs, Rate.of(self.rate, "rate"), broadcast_axes=axes, name="inputs")
-        return call.drop(inputs, self._next_key())[0]
+        key = self._next_key()
+        try:
+            return call.drop(inputs, key)[0]
+        except BaseException:
+            self._uncount()
+            raise
 
     def _noise_shape(self, inputs: Any) -> Any:
         return self.noise_shape
 
     def _next_key(self) -> Key:
-        state = self.seed_generator.next()
+        with _COUNTING:
+            state = self.seed_generator.next()
         if not library_of(state).is_traced(state):
             state = [int(number) for number in keras.ops.convert_to_numpy(state)]
         key = Key.from_words(state[0], 0) if self._key is None else self._key
         return key.fold_in(state[1])
+
+    def _uncount(self) -> None:
+        """Take back a call that raised; one that raised while it was traced was never counted."""
+        with _COUNTING:
+            state = self.seed_generator.state.value
+            if not library_of(state).is_traced(state):
+                seed, calls = keras.ops.convert_to_numpy(state)
+                self._set_state(seed, calls - 1)
 
     def save_own_variables(self, store: Any) -> None:
         """Save the call number beside what Keras saves, and the seed that it drew."""
@@ -141,6 +160,8 @@ class Dropout(_Keyed, keras.layers.Dropout):
 
     Notes
     -----
+    ``.keras`` and ``.weights.h5`` files hold the call number; `tf.train.Checkpoint` does not.
+
     Weights saved with `keras.layers.Dropout` load into this layer. The other way round they do
     not: Keras' layer refuses the call number.
 

@@ -70,8 +70,8 @@ def dropout(
         If x has an integer or bool dtype, a rate is no Python number, key no Key, rng nothing
         that `numpy.random.default_rng` takes, or out no array.
     ValueError
-        If a rate is outside [0, 1], both p and keep_prob or both key and rng are given, an axis
-        does not exist, or out does not fit.
+        If a rate is outside [0, 1], keep_prob is given with a p that is not the default, both key
+        and rng are given, an axis does not exist, or out does not fit.
 
     Examples
     --------
@@ -180,9 +180,10 @@ def dropout_backward(
 
 
 def _rate_of(p: float, keep_prob: float | None) -> Rate:
+    rate = Rate.of(p)
     if keep_prob is None:
-        return Rate.of(p)
-    if p != _DEFAULT_P:
+        return rate
+    if rate.p != _DEFAULT_P:
         raise ValueError(f"give either p or keep_prob, but got p={p} and keep_prob={keep_prob}")
     return Rate.from_keep_prob(keep_prob)
 

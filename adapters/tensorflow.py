@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from unidrop.dropout import Call
 from unidrop.key import Key
+from unidrop.library import library_of
 from unidrop.mask import check_key
 from unidrop.rate import Rate
 from unidrop.window import noise_shape_axes
@@ -61,6 +62,6 @@ def dropout(
     """
     x = tf.convert_to_tensor(x)
     check_key(key)
-    axes = noise_shape_axes(noise_shape, x.shape)
+    axes = noise_shape_axes(noise_shape, library_of(x).shape(x))
     call = Call.of(x, Rate.of(rate, "rate"), broadcast_axes=axes)
     return call.drop(x, key)[0] if call.drops else x

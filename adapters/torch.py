@@ -5,7 +5,8 @@ PyTorch documentation: torch.nn.Dropout, torch.nn.functional.dropout (2.13).
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from threading import Lock
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ __all__ = [
     "dropout2d",
     "dropout3d",
 ]
+
+
+# Reading a call number and advancing it is one act, also where threads share a module. One lock
+# for all, since a module has to be copied and pickled.
+_COUNTING = Lock()
 
 
 def dropout(
@@ -309,9 +315,15 @@ class Dropout(torch.nn.Module):
             return input
         if self.key is None:
             return _drop_drawn(input, call, self.inplace)
-        output = _drop(input, call, self.key.fold_in(self._call_number()), self.inplace)
-        self.calls.add_(1)
-        return output
+        with _COUNTING:
+            number = self._call_number()
+            self.calls.add_(1)
+        try:
+            return _drop(input, call, self.key.fold_in(number), self.inplace)
+        except BaseException:
+            with _COUNTING:
+                self.calls.sub_(1)
+            raise
 
     def extra_repr(self) -> str:
         """Return what `torch.nn.Dropout` shows, and the key if there is one."""
@@ -325,7 +337,8 @@ class Dropout(torch.nn.Module):
         return int(self.calls) if self.calls.device.type == "cpu" else self.calls.clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "calls":
+        # DataParallel gives each replica a buffer of its own, with the number of this call.
+        if name != "calls" or self.__dict__.get("_is_replica"):
             super().__setattr__(name, value)
         elif "calls" in self._buffers:
             self._set_calls(value)
@@ -337,13 +350,30 @@ class Dropout(torch.nn.Module):
         if isinstance(value, Tensor):
             if value.dim() != 0 or integer_bits(value.dtype) is None:
                 raise TypeError(f"calls has to be an integer, but got {value!r}")
-            if self.calls.is_meta and not value.is_meta:
-                super().__setattr__("calls", value.detach().to(torch.int64, copy=True))
-                return
-            if value.device.type != "cpu":
+            if value.is_meta or (value.device.type != "cpu" and not self.calls.is_meta):
                 self.calls.copy_(value)
                 return
-        self.calls.fill_(checked_integer(value, "calls", bits=63))
+        number = checked_integer(value, "calls", bits=63)
+        if self.calls.is_meta:
+            self._replace_calls(torch.tensor(number, device="cpu"))
+        else:
+            self.calls.fill_(number)
+
+    def _replace_calls(self, calls: Tensor) -> None:
+        super().__setattr__("calls", calls)
+
+    def reset_parameters(self) -> None:
+        """Start counting at 0, as is done after `torch.nn.Module.to_empty`."""
+        if self.key is not None:
+            self._replace_calls(torch.zeros_like(self.calls))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the call number with the module, and leave it an integer whatever the dtype."""
+        calls = self._buffers.get("calls")
+        super()._apply(fn, recurse)
+        if calls is not None and self.calls.dtype != torch.int64:
+            self._replace_calls(calls.to(self.calls.device))
+        return self
 
     def _load_from_state_dict(
         self,
@@ -361,6 +391,8 @@ class Dropout(torch.nn.Module):
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys.extend(name for name in missing if name != prefix + "calls")
+        if missing and self.key is not None and self.calls.is_meta:
+            self._replace_calls(torch.zeros((), dtype=torch.int64, device="cpu"))
 
 
 class Dropout1d(Dropout):

@@ -10,6 +10,7 @@ the output rule computes is the dtype's canonical one, but any NaN conforms.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -417,12 +418,34 @@ def rounding_outputs() -> Iterator[Vector]:
         yield output_vector(f"{dtype}-halfway-rate-1-over-3", dtype, 1 / 3, binade[1::4][:64])
 
 
+def digest_vectors() -> Iterator[Vector]:
+    """Yield masks that are too long to write down, as what they keep and a digest of their bits.
+
+    The bits are packed eight a byte, the first highest, and the last byte is filled up with zeros.
+    """
+    shape, p, seed, step = (3, 601, 601), 0.1, 42, 3
+    keep = reference.keep_mask(shape, p, reference.fold_in(seed, step))
+    bits = "".join(map(str, keep))
+    bits += "0" * (-len(bits) % 8)
+    packed = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    yield {
+        "name": "a-million-elements",
+        "seed": f"{seed:016x}",
+        "step": step,
+        "p": p,
+        "shape": list(shape),
+        "kept": sum(keep),
+        "blake2b": hashlib.blake2b(packed, digest_size=8).hexdigest(),
+    }
+
+
 def build() -> str:
     """Return the text of the file."""
     sections = {
         "generator": generator_vectors(),
         "keys": key_vectors(),
         "masks": mask_vectors(),
+        "digests": digest_vectors(),
         "outputs": [*special_outputs(), *rounding_outputs()],
     }
     parts = [f'"stream": {reference.STREAM_VERSION}']

@@ -83,6 +83,7 @@ def test_list_names_contracts_with_their_promises_and_runs_none():
         (("conformance", "--backend", "numpi"), "numpi"),
         (("conformance", "--contract", "masks"), "masks"),
         (("conformance", "--no-such-option"), "--no-such-option"),
+        (("conformance", "--json", "no/such/folder/x.json"), "no/such/folder"),
         (("mask", "--seed", "-1", "--p", "0.5", "--shape", "4"), "seed"),
         (("mask", "--seed", "1", "--p", "1.5", "--shape", "4"), "1.5"),
         (("mask", "--seed", "1", "--p", "nan", "--shape", "4"), "nan"),
@@ -119,3 +120,9 @@ def test_mask_of_few_elements_has_a_line_a_row(shape, lines):
     result = run("mask", "--seed", "1", "--p", "0.5", "--shape", shape)
     assert result.exit_code == 0, result.output
     assert len(result.output.splitlines()) == (len(lines) if lines else 2)
+
+
+def test_a_run_of_nothing_is_no_success():
+    result = run("conformance", "--backend", "array-api-strict", "--contract", "gradient")
+    assert result.exit_code == 1
+    assert "0 passed, 0 failed" in result.output

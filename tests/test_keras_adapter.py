@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import ml_dtypes
@@ -626,3 +627,33 @@ def test_an_input_of_another_rank_raises_what_keras_raises_and_does_not_count(la
     expected = error_of(native(layer)(0.5, name="drop"), X, training=True)
     assert error_of(made, X, training=True) == expected
     assert made.calls == 0
+
+
+def test_a_variable_is_taken_as_by_keras():
+    layer = Dropout(0.5, seed=1)
+    came = layer(tf.Variable(tf.ones((4, 4))), training=True).numpy()
+    expected = unidrop.dropout(np.ones((4, 4), np.float32), 0.5, Key(1).fold_in(0))
+    np.testing.assert_array_equal(came, expected)
+
+
+def test_a_call_that_fails_while_it_drops_is_not_counted(monkeypatch):
+    layer = Dropout(0.5, seed=1)
+
+    def out_of_memory(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unidrop.adapters.keras.Call, "drop", out_of_memory)
+        with pytest.raises(MemoryError):
+            layer(np.ones((4, 4), np.float32), training=True)
+    assert layer.calls == 0
+
+
+def test_threads_that_share_a_layer_never_share_a_call_number():
+    layer, ones = Dropout(0.5, seed=1), np.ones((16, 16), np.float32)
+    with ThreadPoolExecutor(8) as pool:
+        masks = pool.map(lambda _: layer(ones, training=True).numpy().tobytes(), range(100))
+        came = sorted(masks)
+    expected = [unidrop.dropout(ones, 0.5, Key(1).fold_in(n)).tobytes() for n in range(100)]
+    assert came == sorted(expected)
+    assert layer.calls == 100

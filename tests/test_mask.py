@@ -780,3 +780,32 @@ def test_what_is_no_array_of_numbers_raises_and_is_named(x):
 def test_what_is_public_is_what_is_listed():
     assert unidrop.__all__ == ["STREAM_VERSION", "Key", "dropout", "keep_mask"]
     assert unidrop.STREAM_VERSION == 1
+
+
+def test_a_traced_key_made_with_64_bit_integers_means_the_same_without():
+    with jax.enable_x64(True):
+        key = Key(2**63 + 12345).fold_in(jnp.uint64(2**63 + 9))
+    expected = Key(2**63 + 12345).fold_in(2**63 + 9)
+    with jax.enable_x64(False):
+        assert np.array_equal(keep_mask((64,), 0.5, key, xp=jnp), keep_mask((64,), 0.5, expected))
+        lo, hi = key.fold_in(7).fold_in("a").fold_in(jnp.int32(3)).words
+    assert int(hi) << 32 | int(lo) == int(expected.fold_in(7).fold_in("a").fold_in(3))
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
+def test_a_float64_array_where_jax_has_none_raises_rather_than_change_its_dtype():
+    with jax.enable_x64(True):
+        x = jnp.ones(9, dtype="float64")
+    with jax.enable_x64(False), pytest.raises(TypeError, match="x has dtype float64"):
+        dropout(x, 0.5, KEY)
+
+
+@pytest.mark.parametrize("shape", [(2,) * 23, (4,) * 11, (3, 5, 7, 2, 11, 13, 17)], ids=len)
+@pytest.mark.parametrize("axes", [(), (0, 3)])
+def test_many_short_axes_stay_within_the_memory_bound_and_keep_their_bits(shape, axes):
+    x = np.ones(shape, "float32")
+    mask = keep_mask(shape, 0.5, KEY, broadcast_axes=axes)
+    bound = x.nbytes + mask.nbytes + 10 * MIB
+    assert peak(lambda: dropout(x, 0.5, KEY, broadcast_axes=axes)) < bound
+    came = dropout(x, 0.5, KEY, broadcast_axes=axes)
+    assert np.array_equal(came != 0, np.broadcast_to(mask, shape))

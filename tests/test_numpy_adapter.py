@@ -439,3 +439,8 @@ def test_a_mask_of_another_shape_raises_and_is_named(mask, axes):
 def test_a_bool_is_no_rng(rng):
     with pytest.raises(TypeError, match=f"rng.*{rng}"):
         dropout(X, rng=rng)
+
+
+def test_an_array_of_rates_raises_and_is_named():
+    with pytest.raises(TypeError, match=r"probability p has to be a Python int or float"):
+        dropout(X, np.array([0.1, 0.2]), keep_prob=0.5, key=Key(1))

@@ -1,16 +1,21 @@
 """The matrix is tested too: each defect here is one that somebody makes, and must turn it red."""
 
 import sys
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import unidrop
 from unidrop import Key, keep_mask
 from unidrop.adapters.backends.numpy import Numpy
 from unidrop.adapters.backends.torch import Torch
-from unidrop.conformance import Cell, cells, run_cell
+from unidrop.cli import main
+from unidrop.conformance import Cell, UnavailableBackend, cells, load_backends, run_cell
 from unidrop.dtypes import dtype_name
+from unidrop.window import Piece, Window
 
 # As modules: the package's attributes of these names are the functions.
 DROPOUT = sys.modules["unidrop.dropout"]
@@ -155,3 +160,96 @@ def test_a_call_counted_in_evaluation_is_caught(monkeypatch):
 def test_the_sound_backend_fails_none_of_these_contracts(backend):
     results = [run_cell(cell) for cell in cells(backend) if isinstance(cell, Cell)]
     assert [str(result.cell) for result in results if result.status == "failed"] == []
+
+
+def test_a_piece_that_is_not_the_first_and_is_wrong_is_caught(backend, monkeypatch):
+    pieces = Window.pieces
+
+    def shifted(self, most):
+        for number, (base, axes) in enumerate(pieces(self, most)):
+            yield Piece(base + 8 * (number > 0), axes)
+
+    monkeypatch.setattr(Window, "pieces", shifted)
+    assert failing_dtypes(backend, "large-mask")
+
+
+@pytest.mark.parametrize("contract", ["mask", "threshold", "windows", "output"])
+def test_a_contract_with_nothing_to_compare_does_not_hold(contract):
+    class TakesNoStep(Numpy):
+        step_limit = 0
+
+    assert failing_dtypes(TakesNoStep(), contract)
+
+
+def test_layouts_that_are_none_are_caught():
+    class NoLayouts(Numpy):
+        def layouts(self, x):
+            return {}
+
+    assert failing_dtypes(NoLayouts(), "layout")
+
+
+def raising(error):
+    def make():
+        raise error
+
+    return make
+
+
+def changed(**members):
+    return type("Changed", (Numpy,), {"name": "planted", **members})
+
+
+@pytest.mark.parametrize(
+    ("make", "mention"),
+    [
+        (raising(SystemExit(0)), "SystemExit"),
+        (raising(RuntimeError("boom")), "boom"),
+        (dict, "lacks name, modes"),
+        (changed(name="other"), "'other'"),
+        (changed(modes=()), "a mode"),
+        (changed(devices=()), "a device"),
+        (changed(dtypes=lambda self, mode: ()), "a dtype"),
+        (changed(dtypes=lambda self, mode: 1 / 0), "division by zero"),
+        (changed(abilities=None), "abilities"),
+    ],
+    ids=["exits", "raises", "none", "name", "modes", "devices", "dtypes", "dtypes-raises", "able"],
+)
+def test_a_broken_backend_is_one_red_line_and_the_others_still_run(make, mention, monkeypatch):
+    points = [
+        EntryPoint("numpy", "unidrop.adapters.backends.numpy:Numpy", "unidrop.backends"),
+        EntryPoint("planted", "planted:make", "unidrop.backends"),
+    ]
+    monkeypatch.setitem(sys.modules, "planted", SimpleNamespace(make=make))
+    monkeypatch.setattr("unidrop.conformance.backend.entry_points", lambda group: points)
+    result = CliRunner().invoke(main, ["conformance", "--contract", "mask"])
+    assert result.exit_code == 1
+    assert "1 passed, 0 failed" in result.output
+    assert "! planted is broken" in result.output
+    assert mention in result.output
+
+
+def test_two_backends_of_one_name_are_refused(monkeypatch):
+    numpy, torch = (f"unidrop.adapters.backends.{name}" for name in ("numpy:Numpy", "torch:Torch"))
+    points = [EntryPoint("numpy", value, "unidrop.backends") for value in (numpy, torch)]
+    monkeypatch.setattr("unidrop.conformance.backend.entry_points", lambda group: points)
+    (backend,) = load_backends()
+    assert isinstance(backend, UnavailableBackend)
+    assert "several backends" in str(backend.error)
+
+
+def test_a_backend_whose_library_is_not_installed_is_no_failure(monkeypatch):
+    points = [
+        EntryPoint("absent", "no_such_library:Backend", "unidrop.backends"),
+        EntryPoint("numpy", "unidrop.adapters.backends.numpy:Numpy", "unidrop.backends"),
+    ]
+    monkeypatch.setattr("unidrop.conformance.backend.entry_points", lambda group: points)
+    result = CliRunner().invoke(main, ["conformance", "--contract", "mask"])
+    assert result.exit_code == 0
+    assert "! absent is not here" in result.output
+
+
+def test_a_dropout_that_exits_fails_its_cell_and_no_other(backend, monkeypatch):
+    monkeypatch.setattr(type(backend), "dropout", lambda *arguments, **options: sys.exit(0))
+    assert failing_dtypes(backend, "mask")
+    assert not failing_dtypes(backend, "generator")

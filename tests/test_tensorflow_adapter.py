@@ -302,3 +302,53 @@ def test_a_tensor_of_unknown_rank_raises_and_is_named():
     drop = tf.function(lambda x: dropout(x, 0.1, key=KEY), input_signature=[tf.TensorSpec(None)])
     with pytest.raises(ValueError, match=r"x has to have a known rank"):
         drop(X)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sparse_upstream_gradient_passes_through(compiled):
+    table = tf.Variable(tf.ones((10, 4)))
+
+    def gradient():
+        with tf.GradientTape() as tape:
+            picked = tf.gather(dropout(table, 0.5, key=Key(1)), [1, 3, 3])
+        return tf.convert_to_tensor(tape.gradient(picked, table))
+
+    came = (tf.function(gradient) if compiled else gradient)()
+    counts = np.array([0, 1, 0, 2, 0, 0, 0, 0, 0, 0], np.float32)[:, None]
+    expected = unidrop.keep_mask((10, 4), 0.5, Key(1)) * 2.0 * counts
+    np.testing.assert_array_equal(came.numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("x", [tf.Variable(tf.ones(37)), np.ones(37, np.float32)], ids=type)
+def test_what_converts_to_a_tensor_is_taken(x):
+    expected = unidrop.dropout(np.ones(37, np.float32), 0.5, Key(1))
+    np.testing.assert_array_equal(dropout(x, 0.5, key=Key(1)).numpy(), expected)
+
+
+def test_the_core_takes_a_variable():
+    expected = unidrop.dropout(np.ones(37, np.float32), 0.5, Key(1))
+    came = unidrop.dropout(tf.Variable(tf.ones(37)), 0.5, Key(1))
+    np.testing.assert_array_equal(came.numpy(), expected)
+
+
+@pytest.mark.parametrize("columns", [11, 16])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_a_window_of_unknown_length_gets_its_block(rows, columns):
+    @tf.function(input_signature=[tf.TensorSpec([None, 5]), tf.TensorSpec([], tf.int64)])
+    def window(x, start):
+        options = {"global_shape": (2**33, columns), "start": (start, 3)}
+        return unidrop.dropout(x, 0.3, Key(7), **options)
+
+    came = window(tf.ones((rows, 5)), tf.constant(2**31 + 7, tf.int64)).numpy()
+    whole = {"global_shape": (2**33, columns), "start": (2**31 + 7, 3)}
+    np.testing.assert_array_equal(came != 0, unidrop.keep_mask((rows, 5), 0.3, Key(7), **whole))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_length_of_noise_shape_may_be_a_tensor(compiled):
+    def run(x):
+        return dropout(x, 0.5, noise_shape=[tf.shape(x)[0], 1], key=Key(1))
+
+    came = (tf.function(run) if compiled else run)(tf.ones((9, 4))).numpy()
+    keep = unidrop.keep_mask((9, 4), 0.5, Key(1), broadcast_axes=(1,))
+    np.testing.assert_array_equal(came != 0, np.broadcast_to(keep, (9, 4)))

@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as native
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import unidrop
 import unidrop.adapters.torch as ours
 from unidrop import Key, keep_mask
 from unidrop.adapters.torch import Dropout, Dropout1d, Dropout2d, Dropout3d, dropout
@@ -800,3 +802,99 @@ def test_a_module_without_a_seed_refuses_a_call_number():
     with pytest.raises(AttributeError, match="without a seed"):
         module.calls = 3
     assert not hasattr(module, "calls")
+
+
+def masks_of_calls_in_threads(layer, ones, calls, as_bytes):
+    """Call one layer from many threads; return each call's mask."""
+    with ThreadPoolExecutor(8) as pool:
+        return sorted(pool.map(lambda _: as_bytes(layer(ones)), range(calls)))
+
+
+def test_threads_that_share_a_module_never_share_a_call_number():
+    module = Dropout(seed=SITE)
+    ones = torch.ones(257)
+    masks = masks_of_calls_in_threads(module, ones, 200, lambda y: y.numpy().tobytes())
+    expected = [dropout(ones, key=SITE.fold_in(n)).numpy().tobytes() for n in range(200)]
+    assert masks == sorted(expected)
+    assert module.calls == 200
+
+
+def test_a_data_parallel_replica_has_a_call_number_of_its_own_and_the_same():
+    module, masks = Dropout(seed=SITE), []
+    for _ in range(2):
+        replica = module._replicate_for_data_parallel()
+        replica.calls = module.calls.clone()  # as torch.nn.parallel.replicate sets it
+        masks.append(patterns(replica(torch.ones(37))))
+        assert replica.calls == 1
+    assert masks[0] == masks[1]
+    assert module.calls == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=name_of)
+def test_a_cast_of_the_module_leaves_the_call_number_an_integer(dtype):
+    module = Dropout(seed=SITE)
+    module.calls = 2049
+    module.type(dtype)
+    assert module.calls.dtype == torch.int64
+    assert module.calls == 2049
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda module: setattr(module, "calls", 5),
+        lambda module: module.load_state_dict({"calls": torch.tensor(5)}, assign=True),
+    ],
+    ids=["set", "loaded"],
+)
+def test_a_call_number_that_meets_a_meta_buffer_takes_its_place(prepare):
+    with torch.device("meta"):
+        module = Dropout(seed=SITE)
+    prepare(module)
+    assert patterns(module(torch.ones(37))) == patterns(
+        dropout(torch.ones(37), key=SITE.fold_in(5))
+    )
+    assert module.calls == 6
+
+
+def test_a_module_from_the_meta_device_counts_from_0_after_reset_parameters():
+    with torch.device("meta"):
+        module = Dropout(seed=SITE)
+    module.to_empty(device="cpu").reset_parameters()
+    assert module.calls == 0
+
+
+def test_a_checkpoint_of_nn_dropout_assigned_to_the_meta_device_counts_from_0():
+    with torch.device("meta"):
+        module = Dropout(seed=SITE)
+    module.load_state_dict(nn.Dropout().state_dict(), assign=True)
+    module(torch.ones(3))
+    assert module.calls == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own making
+def test_the_tangent_in_forward_mode_has_the_forward_calls_mask():
+    x, tangent = numbers(37, requires_grad=True), numbers(37)
+    with torch.autograd.forward_ad.dual_level():
+        y = dropout(torch.autograd.forward_ad.make_dual(x, tangent), 0.1, key=KEY)
+        came = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert patterns(came) == patterns(dropout(tangent, 0.1, key=KEY))
+
+
+def test_a_call_that_fails_while_it_drops_is_not_counted(monkeypatch):
+    module = Dropout(seed=SITE)
+
+    def out_of_memory(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours.Call, "drop", out_of_memory)
+        with pytest.raises(MemoryError):
+            module(torch.ones(3))
+    assert module.calls == 0
+
+
+@pytest.mark.parametrize("x", [nn.Linear(2, 2), torch.float32], ids=["module", "dtype"])
+def test_what_torch_has_that_is_no_tensor_raises_in_the_core_and_is_named(x):
+    with pytest.raises(TypeError, match=r"^x has to be an array"):
+        unidrop.dropout(x, 0.5, KEY)

@@ -50,13 +50,16 @@ def conformance(
 ) -> None:
     """Run the conformance matrix over every installed backend.
 
-    Exits with 1 if a contract does not hold, and with 2 on bad arguments.
+    Exits with 1 if a contract does not hold, a backend is broken or nothing was run, and with 2 on
+    bad arguments.
     """
     # What TensorFlow logs of its build would stand in the middle of the table.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A log has no width of its own; the table needs about this much.
     console = Console(width=None if sys.stdout.isatty() else 160)
     _check_names("--contract", contracts, list(CONTRACTS))
+    if json_path is not None and not json_path.parent.is_dir():
+        raise click.BadParameter(f"{json_path.parent} is no folder", param_hint="--json")
     try:
         loaded = list(load_backends(backends))
     except ValueError as error:
@@ -73,7 +76,7 @@ def conformance(
     report.print(console)
     if json_path is not None:
         json_path.write_text(report.to_json() + "\n", encoding="utf-8")
-    if report.failures:
+    if not report.is_good:
         sys.exit(1)
 
 

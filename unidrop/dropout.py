@@ -5,9 +5,10 @@ to prevent neural networks from overfitting", JMLR 15 (2014). This is the invert
 scales in training so that evaluation is the identity.
 """
 
+import itertools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -52,7 +53,8 @@ def dropout(
         Axes along which one decision is shared, and the mask has length 1.
     global_shape, start : sequence of int, optional
         x is the block that begins at ``start`` of an array of shape ``global_shape``, and gets
-        exactly that block of the whole mask. Elements of start may be 0-d integer arrays.
+        exactly that block of the whole mask. Elements of start may be 0-d integer arrays, whose
+        values are not checked.
     return_mask : bool, default False
         Whether to return the mask too.
 
@@ -164,8 +166,21 @@ def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
         return xp.zeros_like(x)
     if library.is_traced(x):
         return _select_part(library, xp, x, mask, rate)
-    if x.ndim == 0 or math.prod(x.shape) <= PIECE:
+    if math.prod(x.shape) <= PIECE:
         return library.laid_out_like(_select_part(library, xp, x, mask, rate), x)
+    if not library.is_mutable(xp.empty((0,))):
+        return _select_and_join(library, xp, x, mask, rate)
+    y = xp.empty_like(x)
+    for cut in _cuts(x.shape):
+        y[cut] = _select_part(library, xp, x[cut], mask[_shared(cut, mask)], rate)
+    return y
+
+
+def _select_and_join(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
+    """Return what `_select` does where items can't be assigned, at the price of one more output."""
+    if mask.shape == x.shape and x.ndim > 1:
+        x_flat, mask_flat = xp.reshape(x, (-1,)), xp.reshape(mask, (-1,))
+        return xp.reshape(_select_and_join(library, xp, x_flat, mask_flat, rate), x.shape)
     axis = max(range(x.ndim), key=lambda i: x.shape[i])
     length = x.shape[axis]
     step = max(1, PIECE * length // math.prod(x.shape))
@@ -174,13 +189,28 @@ def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
         for first in range(0, length, step)
     ]
     whole = mask.shape[axis] == 1
-    parts = (_select_part(library, xp, x[cut], mask if whole else mask[cut], rate) for cut in cuts)
-    if not library.is_mutable(xp.empty((0,))):
-        return xp.concat(list(parts), axis=axis)
-    y = xp.empty_like(x)
-    for cut, part in zip(cuts, parts, strict=True):
-        y[cut] = part
-    return y
+    parts = [_select_part(library, xp, x[cut], mask if whole else mask[cut], rate) for cut in cuts]
+    return xp.concat(parts, axis=axis)
+
+
+def _cuts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yield the parts of an array, of at most `PIECE` elements each, cut along its longest axes."""
+    size = math.prod(shape)
+    slices = [[slice(None)] for _ in shape]
+    for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        if size <= PIECE:
+            break
+        length, inner = shape[axis], size // shape[axis]
+        step = max(1, PIECE // inner)
+        slices[axis] = [slice(i, min(i + step, length)) for i in range(0, length, step)]
+        size = inner * step
+    return itertools.product(*slices)
+
+
+def _shared(cut: tuple[slice, ...], mask: Any) -> tuple[slice, ...]:
+    """Return the part of a mask for a part of an array: all of each axis that it shares."""
+    pairs = zip(cut, mask.shape, strict=True)
+    return tuple(slice(None) if length == 1 else part for part, length in pairs)
 
 
 def _select_part(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
@@ -198,7 +228,10 @@ def _select_part(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> An
             y = library.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
         else:
             y = scaled(xp.astype(x, dtype, copy=False))
-        return xp.astype(y, x.dtype, copy=False)
+        y = xp.astype(y, x.dtype, copy=False)
+    if y.dtype != x.dtype:
+        raise TypeError(f"x has dtype {x.dtype}, which {xp.__name__} does not have here and now")
+    return y
 
 
 def _to_float32(value: float) -> float:

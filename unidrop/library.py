@@ -137,6 +137,10 @@ class Library:
         return forward(x)
 
 
+_NO_ARRAY = (
+    "{name} has to be an array of NumPy, PyTorch, TensorFlow, JAX or another library that follows "
+    "the array API standard, but got {kind}"
+)
 _STANDARD = Library()
 _by_type: dict[type, Library] = {}
 
@@ -174,16 +178,15 @@ def library_of_namespace(xp: Any) -> tuple[Library, Any]:
 
 
 def _find(x: Any, name: str) -> Library:
+    if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+        raise TypeError(_NO_ARRAY.format(name=name, kind=type(x).__name__))
     roots = [base.__module__.partition(".")[0] for base in type(x).__mro__]
     for root in roots:
         if root in _registered():
             return _load(_registered()[root].value)
     if array_api_compat.is_array_api_obj(x):
         return _STANDARD
-    raise TypeError(
-        f"{name} has to be an array of NumPy, PyTorch, TensorFlow, JAX or another library that "
-        f"follows the array API standard, but got {type(x).__name__}"
-    )
+    raise TypeError(_NO_ARRAY.format(name=name, kind=type(x).__name__))
 
 
 @cache

@@ -6,6 +6,7 @@ itself for even i, times `ODD_MULTIPLIER` modulo 2^32 for odd i. An element is k
 number is at least the threshold. docs/spec.md is the whole story.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -60,7 +61,8 @@ def keep_mask(
         Axes along which the mask has length 1, and one decision is shared.
     global_shape, start : sequence of int, optional
         The array is the block that begins at ``start`` of an array of shape ``global_shape``, and
-        gets exactly that block of the whole mask. Elements of start may be 0-d integer arrays.
+        gets exactly that block of the whole mask. Elements of start may be 0-d integer arrays,
+        whose values are not checked.
 
     Returns
     -------
@@ -166,6 +168,7 @@ def _piece_mask(
         return _decide(xp, words, four, threshold)[skip : skip + length]
     index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
     aligned = not offsets and all(row.stride % 8 == 0 for row in rows)
+    number_of_rows = math.prod(row.length for row in rows)
     count = (piece.base % 8 + length + 7) // 8 if aligned else (length + 14) // 8
     block = add_pairs(words, shift_pair(words, index, 3), counting(words, count, device))
     zero = xp.zeros((1,), dtype=words.dtype, device=device)
@@ -175,7 +178,7 @@ def _piece_mask(
         skip = piece.base % 8
         return xp.reshape(xp.reshape(keep, (-1, count * 8))[:, skip : skip + length], (-1,))
     # Rows begin anywhere in their blocks: each takes its own part of what was decided for it.
-    _, number = counting(words, index[1].shape[0], device)
+    _, number = counting(words, number_of_rows, device)
     _, column = counting(words, length, device)
     taken = xp.reshape(number, (-1, 1)) * (count * 8) + (index[1] & 7) + column
     return xp.take(keep, xp.reshape(taken, (-1,)), axis=0)

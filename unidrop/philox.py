@@ -51,7 +51,8 @@ def _round_keys(key: tuple[Any, Any], words: Words) -> list[tuple[Any, Any]]:
     """Return the key of each round: the key, bumped by the increments before every later one."""
     concrete = isinstance(key[0], int)
     arithmetic = PYTHON if concrete else words
-    keys = [key]
+    # A traced key may have been made where words had another dtype, as in JAX with and without x64.
+    keys = [key if concrete else (words.split(key[0], 32)[1], words.split(key[1], 32)[1])]
     for _ in range(ROUNDS - 1):
         k0, k1 = (
             arithmetic.add(k, arithmetic.constant(increment))[1]

@@ -241,7 +241,8 @@ def noise_shape_axes(
     ----------
     noise_shape : sequence of int or None
         For each axis 1, where one decision is shared, or the array's own length, or None for
-        that. Axes that it lacks in front are shared, as in broadcasting. None: nothing is shared.
+        that; a tensor whose value is not known yet stands for it too. Axes that it lacks in front
+        are shared, as in broadcasting. None: nothing is shared.
     shape : sequence of int
         The array's shape; a length that is not known yet is not compared.
 
@@ -268,7 +269,9 @@ def noise_shape_axes(
     for axis, (noise, length) in enumerate(zip(given, shape[missing:], strict=True), start=missing):
         if noise is None:
             continue
-        noise = _index(noise, "noise_shape")
+        if _is_symbol(noise) and not hasattr(noise, "__index__"):
+            continue
+        noise = operator.index(noise) if _is_symbol(noise) else _index(noise, "noise_shape")
         if noise == 1:
             shared.append(axis)
         elif isinstance(length, int) and noise != length:

@@ -52,7 +52,7 @@ class Jax(CoreBackend):
             return super().words(counter, key, mode=mode)
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
-        """Fold a traced step in, under jit, in the mode's world."""
+        """Fold an array in, in the mode's world."""
         with _x64(mode):
             return super().traced_key(seed, step, mode=mode)
 

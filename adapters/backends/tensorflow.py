@@ -1,6 +1,6 @@
 """TensorFlow in the matrix: the functional form, eagerly and in a `tf.function`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,17 @@ class TensorFlow(CoreBackend):
     def _traced(self, x: Any, p: Any, seed: int, step: Any, options: dict[str, Any]) -> Any:
         self._traces += 1
         return _call(x, p, Key(seed).fold_in(step), options)
+
+    def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
+        """Run the generator in its mode."""
+        run = self._words if mode == "eager" else tf.function(self._words)
+        return [int(word[0]) for word in run(counter, key)]
+
+    def traced_key(self, seed: int, step: int, *, mode: str) -> int:
+        """Fold a step in, in its mode."""
+        run = self._folded if mode == "eager" else tf.function(self._folded)
+        lo, hi = run(seed, tf.constant(step, tf.int32))
+        return int(hi) << 32 | int(lo)
 
     def traces(self, mode: str) -> int:
         """Return how often a `tf.function` was traced."""

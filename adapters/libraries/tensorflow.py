@@ -104,8 +104,12 @@ class TensorFlow(Library):
 
     def linear(self, x: Any, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Any:
         """Return ``forward(x)``, whose gradient is ``transpose`` and keeps nothing of it."""
-        run = tf.custom_gradient(lambda v: (forward(v), transpose))
-        return run(x)
+
+        def with_gradient(v: Any) -> Any:
+            # The upstream gradient of a gather is sparse, and of a variable's reader not yet read.
+            return forward(v), lambda upstream: transpose(tf.convert_to_tensor(upstream))
+
+        return tf.custom_gradient(with_gradient)(tf.convert_to_tensor(x))
 
 
 def _uint64(lo: Any, hi: Any) -> Any:

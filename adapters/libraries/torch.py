@@ -46,5 +46,10 @@ class _Linear(torch.autograd.Function):
         ctx.transpose = inputs[2]
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # A product by a diagonal matrix is its own transpose.
+        return ctx.transpose(tangents[0])
+
+    @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         return ctx.transpose(upstream[0]), None, None

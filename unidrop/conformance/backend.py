@@ -9,8 +9,9 @@ Backends are found through the entry-point group ``unidrop.backends``; an entry 
 called without arguments and returns a `Backend`.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
@@ -144,6 +145,11 @@ class UnavailableBackend:
         self.name = name
         self.error = error
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether its library just is not installed; anything else is a failure."""
+        return isinstance(self.error, ModuleNotFoundError)
+
 
 def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBackend]:
     """Load the registered backends, or those named, in the order of their names.
@@ -151,22 +157,44 @@ def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBa
     Yields
     ------
     Backend or UnavailableBackend
-        The latter for one whose library is not installed or that fails to load, so that the others
-        still run.
+        The latter for one whose library is not installed or that is broken in any way, so that
+        the others still run.
 
     Raises
     ------
     ValueError
         If a name is not registered; says which are.
     """
-    points = {point.name: point for point in entry_points(group="unidrop.backends")}
+    points: dict[str, list[EntryPoint]] = defaultdict(list)
+    for point in entry_points(group="unidrop.backends"):
+        points[point.name].append(point)
     for name in names:
         if name not in points:
-            raise ValueError(
-                f"backend has to be one of {', '.join(sorted(points))}, but got {name!r}"
-            )
+            known = ", ".join(sorted(points))
+            raise ValueError(f"backend has to be one of {known}, but got {name!r}")
     for name in sorted(names or points):
         try:
-            yield points[name].load()()
-        except Exception as error:  # a backend may fail in any way; the others must not
+            yield _loaded(points[name])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # even one that exits must not take the others with it
             yield UnavailableBackend(name, error)
+
+
+def _loaded(points: Sequence[EntryPoint]) -> Backend:
+    """Return the backend of an entry point, checked to be one."""
+    if len({point.value for point in points}) > 1:
+        raise ValueError(f"several backends have this name: {[point.value for point in points]}")
+    backend = points[0].load()()
+    if not isinstance(backend, Backend):
+        members = (*Backend.__annotations__, *(n for n in vars(Backend) if not n.startswith("_")))
+        missing = [member for member in members if not hasattr(backend, member)]
+        raise TypeError(f"it lacks {', '.join(missing)}: see unidrop.conformance.Backend")
+    if backend.name != points[0].name:
+        raise ValueError(f"name has to be that of the entry point, but got {backend.name!r}")
+    empty = [mode for mode in backend.modes if not backend.dtypes(mode)]
+    if empty or not backend.modes or not backend.devices:
+        raise ValueError("a backend has to have a mode, a device, and in each mode a dtype")
+    if not isinstance(backend.abilities, Mapping):
+        raise TypeError(f"abilities has to be a mapping, but got {backend.abilities!r}")
+    return backend

@@ -52,16 +52,16 @@ class CoreBackend:
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator on arrays: by the library's own where it serves masks and keys."""
+        return [int(self.to_numpy(word)[0]) for word in self._words(counter, key)]
+
+    def _words(self, counter: Sequence[int], key: Sequence[int]) -> Sequence[Any]:
         library, xp = library_of_namespace(self.xp)
         lo, hi, reserved, tag = counter
-        words: Any
         if reserved == 0:
-            words = library.words(xp, (hi, lo), 1, (key[0], key[1]), tag, None)
-        else:
-            arithmetic = words_of(xp)
-            lanes = [xp.asarray([word], dtype=arithmetic.dtype) for word in counter]
-            words = philox((*lanes,), (key[0], key[1]), arithmetic)
-        return [int(self.to_numpy(word)[0]) for word in words]
+            return library.words(xp, (hi, lo), 1, (key[0], key[1]), tag, None)
+        words = words_of(xp)
+        lanes = [xp.asarray([word], dtype=words.dtype) for word in counter]
+        return philox((lanes[0], lanes[1], lanes[2], lanes[3]), (key[0], key[1]), words)
 
     def key(self, seed: int, *data: int | str) -> int:
         """Fold in Python's own integers and strings."""
@@ -73,5 +73,8 @@ class CoreBackend:
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold a 0-d int32 array into a key."""
         data = self.from_numpy(np.asarray(step, dtype=np.int32), self.devices[0], mode)
-        lo, hi = unidrop.Key(seed).fold_in(data).words
+        lo, hi = self._folded(seed, data)
         return int(self.to_numpy(hi)) << 32 | int(self.to_numpy(lo))
+
+    def _folded(self, seed: int, data: Any) -> Sequence[Any]:
+        return unidrop.Key(seed).fold_in(data).words

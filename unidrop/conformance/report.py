@@ -41,17 +41,24 @@ class Report:
         """The backends that could not be loaded."""
         return [outcome for outcome in self.outcomes if isinstance(outcome, UnavailableBackend)]
 
+    @property
+    def is_good(self) -> bool:
+        """Whether contracts were run, all of them hold, and no backend is broken."""
+        broken = any(not backend.is_missing for backend in self.unavailable)
+        return bool(self.results) and not self.failures and not broken
+
     def print(self, console: Console) -> None:
         """Print the table, what is missing and why, each failure, and a closing line."""
         console.print(self._table())
         for reason, abilities in self._missing().items():
             console.print(Text(f"- {reason}: {', '.join(abilities)}", style="dim"), soft_wrap=True)
         for backend in self.unavailable:
-            line = f"! {backend.name} is not here: {type(backend.error).__name__}: {backend.error}"
-            console.print(Text(line, style="yellow"), soft_wrap=True)
+            word, style = ("not here", "yellow") if backend.is_missing else ("broken", "bold red")
+            line = f"! {backend.name} is {word}: {type(backend.error).__name__}: {backend.error}"
+            console.print(Text(line, style=style), soft_wrap=True)
         for result in self.failures:
             _print_failure(console, result)
-        style = "bold red" if self.failures else "bold green"
+        style = "bold green" if self.is_good else "bold red"
         console.print(Text(self.summary(), style=style), soft_wrap=True)
 
     def summary(self) -> str:

@@ -76,7 +76,9 @@ def run_cell(cell: Cell) -> Result:
         cell.contract.check(cell)
     except ContractError as violation:
         return Result(cell, "failed", perf_counter() - begin, violation.expected, violation.came)
-    except Exception as error:  # a backend may raise anything, and that is a failure
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a backend may raise anything, or exit: that is a failure
         came = f"{type(error).__name__}: {error}"
         details = traceback.format_exc()
         return Result(cell, "failed", perf_counter() - begin, "no error", came, details)
