@@ -262,7 +262,7 @@ class Dropout(torch.nn.Module):
     Raises
     ------
     TypeError
-        If p is no Python number, or seed neither an integer nor a Key.
+        If p is no Python number, inplace no bool, or seed neither an integer nor a Key.
     ValueError
         If p is outside [0, 1], or seed outside [0, 2^64).
 
@@ -302,6 +302,8 @@ class Dropout(torch.nn.Module):
     ) -> None:
         super().__init__()
         Rate.of(p)
+        if inplace not in (True, False):
+            raise TypeError(f"inplace has to be a bool, but got {inplace!r}; seed= goes by name")
         self.p = p
         self.inplace = inplace
         self.key = seed if seed is None or isinstance(seed, Key) else Key(seed)

@@ -4,8 +4,10 @@ import doctest
 import importlib
 import importlib.metadata
 import pkgutil
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +73,14 @@ def test_type_information_is_shipped():
     files = {str(file) for file in importlib.metadata.files("unidrop") or ()}
     direct = importlib.metadata.distribution("unidrop").read_text("direct_url.json") or ""
     assert "unidrop/py.typed" in files or '"editable": true' in direct
+
+
+def test_a_clone_that_shadows_the_installed_package_finds_its_adapters(tmp_path):
+    clone = tmp_path / "unidrop"
+    clone.mkdir()
+    for file in Path(unidrop.__file__).parent.glob("*.py"):
+        shutil.copy(file, clone)
+    code = "import unidrop, unidrop.adapters.numpy; print(unidrop.__file__)"
+    run = [sys.executable, "-c", code]
+    shown = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == str(clone / "__init__.py")

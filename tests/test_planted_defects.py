@@ -253,3 +253,13 @@ def test_a_dropout_that_exits_fails_its_cell_and_no_other(backend, monkeypatch):
     monkeypatch.setattr(type(backend), "dropout", lambda *arguments, **options: sys.exit(0))
     assert failing_dtypes(backend, "mask")
     assert not failing_dtypes(backend, "generator")
+
+
+def test_an_error_of_the_wrong_type_is_said_to_be_one():
+    def raises_anything(x, p, seed, step, **options):
+        raise LookupError(f"no such rate as {p}")
+
+    (cell,) = cells(Planted(raises_anything), ["bad-rate"])
+    result = run_cell(cell)
+    assert result.expected.startswith("ValueError that mentions '-0.1'")
+    assert result.came == "LookupError('no such rate as -0.1')"

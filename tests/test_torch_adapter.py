@@ -898,3 +898,10 @@ def test_a_call_that_fails_while_it_drops_is_not_counted(monkeypatch):
 def test_what_torch_has_that_is_no_tensor_raises_in_the_core_and_is_named(x):
     with pytest.raises(TypeError, match=r"^x has to be an array"):
         unidrop.dropout(x, 0.5, KEY)
+
+
+def test_a_seed_in_the_place_of_inplace_raises_and_says_so():
+    with pytest.raises(
+        TypeError, match=r"inplace has to be a bool, but got 42; seed= goes by name"
+    ):
+        Dropout(0.2, 42)

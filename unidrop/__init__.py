@@ -1,5 +1,10 @@
 """One dropout that drops the very same elements in every array library."""
 
+from pkgutil import extend_path
+
+# In a clone, the folder unidrop/ shadows the installed package but lacks its part adapters/.
+__path__ = extend_path(__path__, __name__)
+
 from unidrop.dropout import dropout
 from unidrop.key import Key
 from unidrop.mask import STREAM_VERSION, keep_mask

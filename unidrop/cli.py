@@ -26,7 +26,8 @@ try:
     from unidrop.conformance.report import Outcome, Report
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"the command line needs {error.name}, which is not installed: pip install 'unidrop[cli]'"
+        f"the command line needs {error.name}, which is not installed: install unidrop with its "
+        "extra 'cli', as in pip install '.[cli]'"
     ) from None
 
 __all__ = ["main"]
@@ -115,7 +116,8 @@ def _run(
 
 def _list(console: Console, loaded: Sequence[Backend | UnavailableBackend]) -> None:
     for contract in CONTRACTS.values():
-        console.print(f"[bold]{contract.name}[/]  {contract.promise}", soft_wrap=True)
+        needs = f" [dim](needs {', '.join(contract.needs)})[/]" if contract.needs else ""
+        console.print(f"[bold]{contract.name}[/]  {contract.promise}{needs}", soft_wrap=True)
     console.print()
     for backend in loaded:
         if isinstance(backend, UnavailableBackend):

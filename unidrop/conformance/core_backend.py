@@ -17,8 +17,8 @@ __all__ = ["CoreBackend"]
 class CoreBackend:
     """Calls `unidrop.dropout` eagerly; a subclass says how to reach its arrays.
 
-    It has to define ``name``, ``xp`` (the namespace as users name it), ``dtypes``, ``from_numpy``
-    and ``to_numpy``, and may override the rest.
+    It has to define ``name``, ``xp`` (the namespace as users name it), ``dtypes`` and ``abilities``
+    (`core_abilities` and what it adds), and may override the rest.
     """
 
     name: str
