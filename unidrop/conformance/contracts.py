@@ -24,7 +24,13 @@ from unidrop.conformance.compare import (
     check_output,
     numpy_dtype,
 )
-from unidrop.conformance.golden import GoldenMask, golden_masks, golden_outputs, read_golden
+from unidrop.conformance.golden import (
+    GoldenMask,
+    GoldenOutput,
+    golden_masks,
+    golden_outputs,
+    read_golden,
+)
 
 __all__ = ["CONTRACTS", "Cell", "Contract"]
 
@@ -133,6 +139,13 @@ def _check_golden_masks(cell: Cell, where: Callable[[GoldenMask], bool]) -> None
         check_mask(keep, expected, what)
 
 
+def _golden_outputs(cell: Cell) -> list[GoldenOutput]:
+    limit = cell.backend.step_limit
+    chosen = [g for g in golden_outputs() if g.dtype == cell.dtype and g.step < limit]
+    _check_some(chosen)
+    return chosen
+
+
 def _check_some(chosen: Sized) -> None:
     """Raise ContractError where there is nothing to compare: that would hold of anything."""
     if not chosen:
@@ -224,10 +237,7 @@ def _traces(cell: Cell) -> None:
     every_dtype=True,
 )
 def _output(cell: Cell) -> None:
-    limit = cell.backend.step_limit
-    chosen = [g for g in golden_outputs() if g.dtype == cell.dtype and g.step < limit]
-    _check_some(chosen)
-    for golden in chosen:
+    for golden in _golden_outputs(cell):
         with np.errstate(all="ignore"):
             y = cell.dropout(golden.x, golden.p, golden.seed, golden.step)
             check_output(y, golden.y, golden.x, f"output {golden.name!r}")
@@ -326,13 +336,15 @@ def _check_raises(
     every_dtype=True,
 )
 def _gradient(cell: Cell) -> None:
-    for shape, p in (((13, 7), 0.3), ((64,), 0.9), ((5,), 1.0)):
-        x = cell.values(shape)
-        upstream = cell.values(shape)[..., ::-1].copy()
-        came = cell.able.gradient(cell.array(x), cell.array(upstream), p, SEED, 2, mode=cell.mode)
+    for golden in _golden_outputs(cell):
+        x = cell.array(cell.values(golden.x.shape))
+        upstream = cell.array(golden.x)
         with np.errstate(all="ignore"):
-            expected = unidrop.dropout(upstream, p, _key(SEED, 2))
-        check_output(cell.backend.to_numpy(came), expected, upstream, f"gradient at p = {p}")
+            came = cell.able.gradient(
+                x, upstream, golden.p, golden.seed, golden.step, mode=cell.mode
+            )
+            what = f"gradient for the upstream gradient x of output {golden.name!r}"
+            check_output(cell.backend.to_numpy(came), golden.y, golden.x, what)
 
 
 @_contract("layout", "The mask follows logical indices, whatever the memory layout.", ("layouts",))
