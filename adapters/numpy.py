@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from unidrop.dropout import Call
-from unidrop.key import Key
-from unidrop.mask import check_key
+from unidrop.key import Key, check_key
 from unidrop.rate import Rate
 
 __all__ = ["dropout", "dropout_backward"]

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from unidrop.dropout import Call
-from unidrop.key import Key
+from unidrop.key import Key, check_key
 from unidrop.library import library_of
-from unidrop.mask import check_key
 from unidrop.rate import Rate
 from unidrop.window import noise_shape_axes
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from unidrop.dropout import Call
 from unidrop.dtypes import integer_bits
-from unidrop.key import Key
-from unidrop.mask import check_key
+from unidrop.key import Key, check_key
 from unidrop.rate import Rate
 from unidrop.words import checked_integer
 

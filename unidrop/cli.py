@@ -34,7 +34,9 @@ __all__ = ["main"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(unidrop.__version__, message="unidrop %(version)s, stream 1")
+@click.version_option(
+    unidrop.__version__, message=f"unidrop %(version)s, stream {unidrop.STREAM_VERSION}"
+)
 def main() -> None:
     """One dropout that drops the very same elements in every array library."""
 
@@ -90,9 +92,9 @@ def _check_names(option: str, names: tuple[str, ...], known: list[str]) -> None:
 def _run(
     console: Console, loaded: Sequence[Backend | UnavailableBackend], contracts: tuple[str, ...]
 ) -> Report:
-    todo: list[Cell | Missing | UnavailableBackend] = []
+    planned: list[Cell | Missing | UnavailableBackend] = []
     for backend in loaded:
-        todo.extend(
+        planned.extend(
             [backend] if isinstance(backend, UnavailableBackend) else cells(backend, contracts)
         )
     outcomes: list[Outcome] = []
@@ -105,8 +107,8 @@ def _run(
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", total=len(todo))
-        for item in todo:
+        task = bar.add_task("", total=len(planned))
+        for item in planned:
             if isinstance(item, Cell):
                 bar.update(task, description=f"{item.backend.name} {item.contract.name}")
             outcomes.append(run_cell(item) if isinstance(item, Cell) else item)

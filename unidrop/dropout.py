@@ -15,9 +15,9 @@ from typing import Any, Self
 import numpy
 
 from unidrop.dtypes import compute_dtype, dtype_name
-from unidrop.key import Key
+from unidrop.key import Key, check_key
 from unidrop.library import Library, library_of
-from unidrop.mask import PIECE, check_key, window_mask
+from unidrop.mask import PIECE, window_mask
 from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Window
 

@@ -7,7 +7,7 @@ from unidrop.library import Library, library_of
 from unidrop.philox import philox
 from unidrop.words import checked_integer, words_of
 
-__all__ = ["Key"]
+__all__ = ["Key", "check_key"]
 
 _TAG_INTEGER = 1
 _TAG_STRING = 2
@@ -177,6 +177,15 @@ class Key:
         if self.is_traced:
             return type(self).from_words, (self._lo, self._hi)
         return type(self), (int(self),)
+
+
+def check_key(key: object) -> None:
+    """Raise TypeError unless key is a `Key`."""
+    if not isinstance(key, Key):
+        raise TypeError(
+            "key has to be a unidrop.Key, such as Key(42).fold_in(step), "
+            f"but got {key!r} of type {type(key).__name__}"
+        )
 
 
 def _is_index(value: object) -> bool:

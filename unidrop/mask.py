@@ -12,14 +12,14 @@ from typing import Any, Final
 
 import numpy
 
-from unidrop.key import Key
+from unidrop.key import Key, check_key
 from unidrop.library import Library, library_of_namespace
 from unidrop.philox import FourWords, philox
 from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Axis, Piece, Window
 from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shift_pair, words_of
 
-__all__ = ["check_key", "keep_mask", "window_mask"]
+__all__ = ["STREAM_VERSION", "keep_mask", "window_mask"]
 
 STREAM_VERSION: Final = 1
 ODD_MULTIPLIER: Final = 0x6C078965
@@ -92,15 +92,6 @@ def keep_mask(
     if not training:
         return xp.ones(window.shape, dtype=xp.bool, device=device)
     return window_mask(library, xp, window, rate, key, device, xp.zeros((0,)))
-
-
-def check_key(key: object) -> None:
-    """Raise TypeError unless key is a `Key`."""
-    if not isinstance(key, Key):
-        raise TypeError(
-            "key has to be a unidrop.Key, such as Key(42).fold_in(step), "
-            f"but got {key!r} of type {type(key).__name__}"
-        )
 
 
 def window_mask(

@@ -24,9 +24,6 @@ class ContractError(AssertionError):
         self.expected = expected
         self.came = came
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ContractError, (self.expected, self.came)
-
 
 def check_equal(came: object, expected: object, what: str) -> None:
     """Raise ContractError unless two plain values are equal."""
