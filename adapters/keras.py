@@ -62,7 +62,7 @@ class _Keyed(keras.layers.Layer):
         call = Call.of(inputs, Rate.of(self.rate, "rate"), broadcast_axes=axes, name="inputs")
         key = self._next_key()
         try:
-            return call.drop(inputs, key)[0]
+            return call.drop(inputs, key)
         except BaseException:
             self._uncount()
             raise

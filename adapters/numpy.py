@@ -91,14 +91,13 @@ def dropout(
             raise ValueError(f"give either key or rng, but got key={key!r} and rng={rng!r}")
     _check_out(out, x)
     call = Call.of(x, rate, training=training, broadcast_axes=broadcast_axes)
-    generator = _generator_of(rng)
-    if call.drops:
-        output, mask = call.drop(x, _drawn(generator) if key is None else key)
+    generator = _generator_of(rng) if key is None else None
+    if not call.drops:
+        output, mask = _written(out, x), call.ones(x)
     else:
-        output, mask = x, call.ones()
-    if out is not None:
-        out[...] = output
-        output = out
+        key = _drawn(generator) if key is None else key
+        mask = call.mask(x, key) if return_mask else None
+        output = call.drop(x, key, mask=mask, out=out)
     return (output, mask) if return_mask else output
 
 
@@ -167,15 +166,10 @@ def dropout_backward(
             f"give the forward call's key or its mask, but got key={key!r} and mask={mask!r}"
         )
     if not call.drops:
-        result = grad
-    elif key is not None:
-        result = call.drop(grad, key)[0]
-    else:
-        result = call.select(grad, _checked_mask(mask, call.window.shape))
-    if out is None:
-        return result
-    out[...] = result
-    return out
+        return _written(out, grad)
+    if key is not None:
+        return call.drop(grad, key, out=out)
+    return _written(out, call.select(grad, _checked_mask(mask, call.window.shape)))
 
 
 def _rate_of(p: float, keep_prob: float | None) -> Rate:
@@ -198,7 +192,7 @@ def _generator_of(rng: Rng) -> np.random.Generator:
         ) from None
 
 
-def _drawn(generator: np.random.Generator) -> Key:
+def _drawn(generator: Any) -> Key:
     return Key(int(generator.integers(0, 2**64, dtype=np.uint64)))
 
 
@@ -214,6 +208,14 @@ def _check_out(out: object, x: NDArray[Any]) -> None:
         )
     if not out.flags.writeable:
         raise ValueError("out has to be writeable, but got a read-only array")
+
+
+def _written(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
+    """Return a result, in ``out`` if that is given."""
+    if out is None:
+        return result
+    out[...] = result
+    return out
 
 
 def _checked_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool]:

@@ -63,4 +63,4 @@ def dropout(
     check_key(key)
     axes = noise_shape_axes(noise_shape, library_of(x).shape(x))
     call = Call.of(x, Rate.of(rate, "rate"), broadcast_axes=axes)
-    return call.drop(x, key)[0] if call.drops else x
+    return call.drop(x, key) if call.drops else x

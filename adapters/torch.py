@@ -14,6 +14,7 @@ from torch import Tensor
 from unidrop.dropout import Call
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key, check_key
+from unidrop.library import library_of
 from unidrop.rate import Rate
 from unidrop.words import checked_integer
 
@@ -28,6 +29,10 @@ __all__ = [
     "dropout3d",
 ]
 
+
+# Looked up here, since what is looked up for the first time can't be compiled.
+for _tensor in (torch.empty(0), torch.nn.Parameter(torch.empty(0))):
+    library_of(_tensor)
 
 # Reading a call number and advancing it is one act, also where threads share a module. One lock
 # for all, since a module has to be copied and pickled.
@@ -208,9 +213,31 @@ def _no_axes(input: Tensor, training: bool) -> tuple[int, ...]:
 
 
 def _drop(input: Tensor, call: Call, key: Key, inplace: bool) -> Tensor:
-    output: Tensor = call.drop(input, key)[0]
-    # Copied under autograd: PyTorch then refuses what it always does, before anything is written.
-    return input.copy_(output) if inplace else output
+    output: Tensor
+    if not inplace:
+        output = call.drop(input, key)
+        return output
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        # PyTorch would say so when it has written.
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed"
+        )
+    if _is_watched(input):
+        # Copied by PyTorch, which then refuses what it always does, before it writes.
+        return input.copy_(call.drop(input, key))
+    output = call.drop(input, key, out=input)
+    torch.autograd.graph.increment_version(input)
+    return output
+
+
+def _is_watched(input: Tensor) -> bool:
+    """Tell whether PyTorch is to see what is written to a tensor in place."""
+    return (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and input.requires_grad)
+        or torch.autograd.forward_ad._current_level >= 0
+        or input.is_inference()
+    )
 
 
 def _drop_drawn(input: Tensor, call: Call, inplace: bool) -> Tensor:
@@ -316,9 +343,14 @@ class Dropout(torch.nn.Module):
             return input
         if self.key is None:
             return _drop_drawn(input, call, self.inplace)
+        if torch.compiler.is_compiling():
+            number = torch.ops.unidrop.next_call(self.calls)
+            return _drop(input, call, self.key.fold_in(number), self.inplace)
+        calls = self.calls
         with _COUNTING:
-            number = self._call_number()
-            self.calls.add_(1)
+            # Read where that waits for nothing.
+            number = int(calls) if calls.device.type == "cpu" else calls.clone()
+            calls.add_(1)
         try:
             return _drop(input, call, self.key.fold_in(number), self.inplace)
         except BaseException:
@@ -332,10 +364,6 @@ class Dropout(torch.nn.Module):
         return shown if self.key is None else f"{shown}, seed={self.key}"
 
     _axes: Callable[[Tensor, bool], Sequence[int]] = staticmethod(_no_axes)
-
-    def _call_number(self) -> int | Tensor:
-        """Return the number of this call: read where that waits for nothing."""
-        return int(self.calls) if self.calls.device.type == "cpu" else self.calls.clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # DataParallel gives each replica a buffer of its own, with the number of this call.

@@ -778,7 +778,16 @@ def test_what_is_no_array_of_numbers_raises_and_is_named(x):
 
 
 def test_what_is_public_is_what_is_listed():
-    assert unidrop.__all__ == ["STREAM_VERSION", "Key", "dropout", "keep_mask"]
+    assert unidrop.__all__ == [
+        "STREAM_VERSION",
+        "Key",
+        "dropout",
+        "explain",
+        "get_num_threads",
+        "keep_mask",
+        "only",
+        "set_num_threads",
+    ]
     assert unidrop.STREAM_VERSION == 1
 
 

@@ -32,7 +32,9 @@ def imported_by(code):
     "code",
     [
         "import unidrop",
-        "import unidrop, numpy; unidrop.dropout(numpy.ones(9), 0.5, unidrop.Key(1))",
+        "import unidrop, numpy; path = unidrop.only('portable'); path.__enter__(); "
+        "unidrop.dropout(numpy.ones(9), 0.5, unidrop.Key(1))",
+        "import unidrop; unidrop.set_num_threads(2)",
         "import unidrop.adapters.numpy",
     ],
 )

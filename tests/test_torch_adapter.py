@@ -14,6 +14,7 @@ import reference
 import torch
 import torch.nn.functional as native
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import unidrop
@@ -905,3 +906,60 @@ def test_a_seed_in_the_place_of_inplace_raises_and_says_so():
         TypeError, match=r"inplace has to be a bool, but got 42; seed= goes by name"
     ):
         Dropout(0.2, 42)
+
+
+def compiled(function, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("functional", [dropout, ours.dropout2d])
+def test_a_compiled_call_is_one_graph_whatever_the_step_and_drops_what_the_eager_one_does(
+    backend, functional
+):
+    graphs = CompileCounterWithBackend(backend)
+    call = compiled(lambda x, step: functional(x, 0.3, key=SITE.fold_in(step)), graphs)
+    x, upstream = numbers(2, 5, 7, 9, requires_grad=True), numbers(2, 5, 7, 9)
+    for step in range(3):
+        came = call(x, torch.tensor(step))
+        expected = functional(x, 0.3, key=SITE.fold_in(step))
+        assert torch.equal(came, expected)
+        assert torch.equal(
+            torch.autograd.grad(came, x, upstream)[0],
+            torch.autograd.grad(expected, x, upstream)[0],
+        )
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_module_is_one_graph_and_counts_its_calls(backend):
+    graphs = CompileCounterWithBackend(backend)
+    module, eager = Dropout(0.3, seed=SITE), Dropout(0.3, seed=SITE)
+    call, x = compiled(module, graphs), numbers(5, 7)
+    for _ in range(3):
+        assert torch.equal(call(x), eager(x))
+    assert int(module.calls) == 3
+    assert graphs.frame_count == 1
+
+
+def test_a_compiled_call_keeps_a_key_for_its_backward_pass_and_no_mask():
+    kept = []
+    call = compiled(lambda x, step: dropout(x, 0.3, key=SITE.fold_in(step)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        call(numbers(64, 64, requires_grad=True), torch.tensor(1))
+    assert sum(tensor.numel() for tensor in kept) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("axes", [(), (0, 2)])
+def test_the_operator_keeps_the_rules_of_operators(dtype, axes):
+    x = torch.randn(3, 4, 5, dtype=dtype, requires_grad=True)
+    key = torch.tensor(KEY.words, dtype=torch.int64)
+    torch.library.opcheck(torch.ops.unidrop.dropout.default, (x, key, 0.3, axes))
+
+
+def test_the_operator_drops_what_the_function_does():
+    x, key = numbers(3, 4, 5), torch.tensor(KEY.words, dtype=torch.int64)
+    expected = unidrop.dropout(x, 0.3, KEY, broadcast_axes=(1,))
+    assert torch.equal(torch.ops.unidrop.dropout(x, key, 0.3, (1,)), expected)

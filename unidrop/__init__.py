@@ -8,6 +8,17 @@ __path__ = extend_path(__path__, __name__)
 from unidrop.dropout import dropout
 from unidrop.key import Key
 from unidrop.mask import STREAM_VERSION, keep_mask
+from unidrop.path import explain, only
+from unidrop.threads import get_num_threads, set_num_threads
 
-__all__ = ["STREAM_VERSION", "Key", "dropout", "keep_mask"]
+__all__ = [
+    "STREAM_VERSION",
+    "Key",
+    "dropout",
+    "explain",
+    "get_num_threads",
+    "keep_mask",
+    "only",
+    "set_num_threads",
+]
 __version__ = "0.1.0"

@@ -59,7 +59,7 @@ def conformance(
     # What TensorFlow logs of its build would stand in the middle of the table.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A log has no width of its own; the table needs about this much.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     _check_names("--contract", contracts, list(CONTRACTS))
     if json_path is not None and not json_path.parent.is_dir():
         raise click.BadParameter(f"{json_path.parent} is no folder", param_hint="--json")

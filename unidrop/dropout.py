@@ -18,6 +18,7 @@ from unidrop.dtypes import compute_dtype, dtype_name
 from unidrop.key import Key, check_key
 from unidrop.library import Library, library_of
 from unidrop.mask import PIECE, window_mask
+from unidrop.path import kernels_for
 from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Window
 
@@ -96,9 +97,11 @@ def dropout(
         start=start,
     )
     if not call.drops:
-        return (x, call.ones()) if return_mask else x
-    y, mask = call.drop(x, key)
-    return (y, mask) if return_mask else y
+        return (x, call.ones(x)) if return_mask else x
+    if not return_mask:
+        return call.drop(x, key)
+    mask = call.mask(x, key)
+    return call.drop(x, key, mask=mask), mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,6 @@ class Call:
     """
 
     library: Library
-    xp: Any
-    device: Any
     window: Window
     rate: Rate
     drops: bool
@@ -141,23 +142,58 @@ class Call:
         compute_dtype(x.dtype, name)
         window = Window.of(library.shape(x), broadcast_axes, global_shape, start)
         drops = bool(training) and rate.p > 0
-        return cls(library, library.namespace(x), library.device(x), window, rate, drops)
+        return cls(library, window, rate, drops)
 
-    def ones(self) -> Any:
+    def ones(self, x: Any) -> Any:
         """Return the mask of a call that drops nothing."""
-        return self.xp.ones(self.window.shape, dtype=self.xp.bool, device=self.device)
+        xp = self.library.namespace(x)
+        return xp.ones(self.window.shape, dtype=xp.bool, device=self.library.device(x))
 
-    def drop(self, x: Any, key: Key) -> tuple[Any, Any]:
-        """Return the output and the mask of a key."""
-        mask = window_mask(self.library, self.xp, self.window, self.rate, key, self.device, x)
-        y = self.library.linear(
-            x, lambda v: self.select(v, mask), lambda upstream: self.drop(upstream, key)[0]
+    def mask(self, x: Any, key: Key) -> Any:
+        """Return the mask of a key, made as x is: traced, or at once."""
+        xp, device = self.library.namespace(x), self.library.device(x)
+        return window_mask(self.library, xp, self.window, self.rate, key, device, x)
+
+    def drop(self, x: Any, key: Key, *, mask: Any = None, out: Any = None) -> Any:
+        """Return the output under a key.
+
+        Parameters
+        ----------
+        x : array
+        key : Key
+        mask : array of bool, optional
+            The key's mask, if it has been made already.
+        out : array, optional
+            Of x's shape and dtype, or x itself: where to write, past any gradient.
+        """
+        if out is not None:
+            return self._drop(x, key, mask, out)
+        if mask is None and self.library.is_traced(x):
+            recorded = self.library.recorded(x, self.rate.p, key, self.window)
+            if recorded is not None:
+                return recorded
+        return self.library.linear(
+            x,
+            lambda v: self._drop(v, key, mask, None),
+            lambda upstream: self.drop(upstream, key),
         )
-        return y, mask
+
+    def _drop(self, x: Any, key: Key, mask: Any, out: Any) -> Any:
+        kernels = None
+        if self.rate.threshold != KEEP_NOTHING:
+            kernels = kernels_for(self.library, x, key, self.window)
+        if kernels is not None and 0 not in x.shape:
+            package, memory, number, base = kernels
+            return package.drop(self.library, x, memory, self.window, self.rate, number, base, out)
+        y = self.select(x, self.mask(x, key) if mask is None else mask)
+        if out is None:
+            return y
+        self.library.assign(out, y)
+        return out
 
     def select(self, x: Any, mask: Any) -> Any:
         """Return x times the scale where a mask is True, and +0 elsewhere."""
-        return _select(self.library, self.xp, x, mask, self.rate)
+        return _select(self.library, self.library.namespace(x), x, mask, self.rate)
 
 
 def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:

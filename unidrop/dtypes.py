@@ -1,5 +1,6 @@
 """Dtypes by name, since every library has its own objects for them, and not all have bfloat16."""
 
+from functools import lru_cache
 from typing import Any
 
 __all__ = ["compute_dtype", "dtype_name", "integer_bits"]
@@ -24,8 +25,17 @@ def dtype_name(dtype: Any) -> str:
     >>> dtype_name(numpy.dtype(">f4"))
     'float32'
     """
+    if type(dtype).__module__ == "numpy.dtypes":
+        return _numpy_name(dtype)
     name = getattr(dtype, "name", None)
     return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+
+
+@lru_cache(maxsize=64)
+def _numpy_name(dtype: Any) -> str:
+    """Return what NumPy takes a while to put together."""
+    name: str = dtype.name
+    return name
 
 
 def compute_dtype(dtype: Any, name: str = "x") -> str:

@@ -12,20 +12,42 @@ Requirements this design meets:
 
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import array_api_compat
+import numpy
 
 from unidrop.dtypes import integer_bits
 from unidrop.philox import FourWords, philox
 from unidrop.words import Narrow, Pair, add_pairs, counting, words_of
 
-__all__ = ["Library", "library_of", "library_of_namespace"]
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+__all__ = ["Library", "Memory", "library_of", "library_of_namespace"]
+
+
+class Memory(NamedTuple):
+    """Where an array's elements lie in this process's memory.
+
+    Attributes
+    ----------
+    address : int
+        Of the first element.
+    strides : tuple of int or None
+        How many elements apart neighbours along each axis are; None means C order, no gaps.
+    """
+
+    address: int
+    strides: tuple[int, ...] | None
 
 
 class Library:
-    """A library that follows the array API standard; the base class of those that differ."""
+    """A library that follows the array API standard; the base class of those that differ.
+
+    The last five methods are for libraries whose arrays lie in this process's memory, so that
+    fused kernels can read and write them; they are called only if `memory` returns a `Memory`.
+    """
 
     def namespace(self, x: Any) -> Any:
         """Return the standard's namespace for an array of this library."""
@@ -136,6 +158,33 @@ class Library:
         """
         return forward(x)
 
+    def recorded(self, x: Any, p: float, key: Any, window: Any) -> Any:
+        """Return the output as one operator of what traces x, or None.
+
+        A library whose compiler would keep what lies between its operations, as a mask, has one.
+        """
+        return None
+
+    def memory(self, x: Any) -> Memory | str:
+        """Return where the elements of x lie, or why they can't be reached."""
+        return "its library does not say where an array's elements lie"
+
+    def output_like(self, x: Any) -> tuple[Any, Memory]:
+        """Return something like x to be written, and where; neither gaps nor values are in it."""
+        raise TypeError(f"{type(self).__name__} has no memory, and so no output in it")
+
+    def finished(self, output: Any, x: Any) -> Any:
+        """Return the array of what `output_like` returned for x, now that it is written."""
+        return output
+
+    def assign(self, out: Any, x: Any) -> None:
+        """Write the elements of x to an array or an output of the same shape and dtype."""
+        out[...] = x
+
+    def from_numpy(self, mask: numpy.ndarray[Any, Any]) -> Any:
+        """Return the array of a NumPy array that nobody else has, on the default device."""
+        return mask
+
 
 _NO_ARRAY = (
     "{name} has to be an array of NumPy, PyTorch, TensorFlow, JAX or another library that follows "
@@ -190,7 +239,10 @@ def _find(x: Any, name: str) -> Library:
 
 
 @cache
-def _registered() -> dict[str, EntryPoint]:
+def _registered() -> "dict[str, EntryPoint]":
+    # Imported when the first array arrives: it takes as long as a third of NumPy.
+    from importlib.metadata import entry_points
+
     return {point.name: point for point in entry_points(group="unidrop.libraries")}
 
 

@@ -14,6 +14,7 @@ import numpy
 
 from unidrop.key import Key, check_key
 from unidrop.library import Library, library_of_namespace
+from unidrop.path import kernels_for
 from unidrop.philox import FourWords, philox
 from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Axis, Piece, Window
@@ -91,7 +92,7 @@ def keep_mask(
     library, xp = library_of_namespace(numpy if xp is None else xp)
     if not training:
         return xp.ones(window.shape, dtype=xp.bool, device=device)
-    return window_mask(library, xp, window, rate, key, device, xp.zeros((0,)))
+    return window_mask(library, xp, window, rate, key, device, xp.zeros((0,), device=device))
 
 
 def window_mask(
@@ -105,6 +106,10 @@ def window_mask(
     if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
         fill = xp.ones if rate.threshold == 0 else xp.zeros
         return fill(window.shape, dtype=xp.bool, device=device)
+    kernels = kernels_for(library, like, key, window)
+    if kernels is not None:
+        package, _, number, base = kernels
+        return library.from_numpy(package.keep(window, rate, number, base))
     words = words_of(xp, device)
 
     def decide(piece: Piece) -> Any:

@@ -4,9 +4,10 @@ J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, "Parallel random numbers:
 3", SC11, doi:10.1145/2063384.2063405.
 """
 
+from collections.abc import Iterator
 from typing import Any, Final
 
-from unidrop.words import PYTHON, Words
+from unidrop.words import MASK32, PYTHON, Exact, Words
 
 __all__ = ["philox"]
 
@@ -17,7 +18,7 @@ KEY_INCREMENTS: Final = (0x9E3779B9, 0xBB67AE85)
 FourWords = tuple[Any, Any, Any, Any]
 
 
-def philox(counter: FourWords, key: tuple[Any, Any], words: Words = PYTHON) -> FourWords:
+def philox(counter: FourWords, key: tuple[Any, Any], words: Words | Exact = PYTHON) -> FourWords:
     """Return the four words that Philox4x32-10 makes of a counter under a key.
 
     Parameters
@@ -47,18 +48,19 @@ def philox(counter: FourWords, key: tuple[Any, Any], words: Words = PYTHON) -> F
     return c0, c1, c2, c3
 
 
-def _round_keys(key: tuple[Any, Any], words: Words) -> list[tuple[Any, Any]]:
-    """Return the key of each round: the key, bumped by the increments before every later one."""
-    concrete = isinstance(key[0], int)
-    arithmetic = PYTHON if concrete else words
+def _round_keys(key: tuple[Any, Any], words: Words | Exact) -> Iterator[tuple[Any, Any]]:
+    """Yield the key of each round: the key, bumped by the increments before every later one."""
+    k0, k1 = key
+    if isinstance(k0, int):
+        for _ in range(ROUNDS):
+            yield words.constant(k0), words.constant(k1)
+            k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
+        return
     # A traced key may have been made where words had another dtype, as in JAX with and without x64.
-    keys = [key if concrete else (words.split(key[0], 32)[1], words.split(key[1], 32)[1])]
-    for _ in range(ROUNDS - 1):
+    k0, k1 = words.split(k0, 32)[1], words.split(k1, 32)[1]
+    for _ in range(ROUNDS):
+        yield k0, k1
         k0, k1 = (
-            arithmetic.add(k, arithmetic.constant(increment))[1]
-            for k, increment in zip(keys[-1], KEY_INCREMENTS, strict=True)
+            words.add(k, words.constant(increment))[1]
+            for k, increment in zip((k0, k1), KEY_INCREMENTS, strict=True)
         )
-        keys.append((k0, k1))
-    if not concrete:
-        return keys
-    return [(words.constant(k0), words.constant(k1)) for k0, k1 in keys]

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 __all__ = ["Axis", "Piece", "Window", "noise_shape_axes"]
 
@@ -37,24 +37,33 @@ class Window:
     ----------
     shape : tuple of int
         The mask's shape: that of the array, with 1 along broadcast axes.
+    strides : tuple of int
+        How far apart neighbours along each axis of the array are in the numbering; 0 along
+        broadcast axes.
     whole : Piece
         The window itself, as its own only piece.
+    broadcast_axes : tuple of int
+        The axes along which the mask has length 1, counted from the first.
+    is_part : bool
+        Whether there is a larger array that this is a block of.
     offsets : tuple of (0-d integer array, int)
         What traced starts add to every index: the start, and the stride to multiply it by.
     """
 
     shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
     whole: Piece
+    broadcast_axes: tuple[int, ...] = ()
+    is_part: bool = False
     offsets: tuple[tuple[Any, int], ...] = ()
 
-    @classmethod
+    @staticmethod
     def of(
-        cls,
         shape: Sequence[Any],
         broadcast_axes: Sequence[int] = (),
         global_shape: Sequence[int] | None = None,
         start: Sequence[Any] | None = None,
-    ) -> Self:
+    ) -> "Window":
         """Validate the arguments that users give and return the window they mean.
 
         Parameters
@@ -76,6 +85,8 @@ class Window:
             global shape, or the whole has more than 2^64 elements.
         """
         shape = _lengths(shape, "shape", _index_or_symbol)
+        if global_shape is None and start is None and broadcast_axes == ():
+            return _whole(shape, frozenset())
         broadcast = _normalised_axes(broadcast_axes, len(shape))
         mask_shape = tuple(1 if i in broadcast else n for i, n in enumerate(shape))
         if (global_shape is None) != (start is None):
@@ -84,14 +95,15 @@ class Window:
             )
             raise ValueError(f"global_shape and start go together: got {given} without {missing}")
         if global_shape is None or start is None:
-            _check_size(mask_shape, "shape")
-            return cls(mask_shape, Piece(0, (Axis(math.prod(mask_shape), 1),)))
+            return _whole(mask_shape, broadcast)
         total = _whole_lengths(global_shape, shape, broadcast)
         starts = _starts(start, shape, total, broadcast)
         terms = list(zip(starts, _strides(total), strict=True))
         base = sum(s * stride for s, stride in terms if isinstance(s, int))
         offsets = tuple((s, stride) for s, stride in terms if not isinstance(s, int))
-        return cls(mask_shape, Piece(base, _merged(mask_shape, total)), offsets)
+        strides = _shared(_strides(total), broadcast)
+        whole = Piece(base, _merged(mask_shape, total))
+        return Window(mask_shape, strides, whole, tuple(sorted(broadcast)), True, offsets)
 
     @property
     def size(self) -> Any:
@@ -101,6 +113,16 @@ class Window:
     def pieces(self, most: int) -> Iterator[Piece]:
         """Yield parts of at most ``most`` elements that follow each other in C order."""
         return _pieces(self.whole, most)
+
+
+def _whole(mask_shape: tuple[Any, ...], broadcast: frozenset[int]) -> Window:
+    """Return the window that is all there is."""
+    _check_size(mask_shape, "shape")
+    strides = _strides(mask_shape)
+    if broadcast:
+        strides = _shared(strides, broadcast)
+    whole = Piece(0, (Axis(math.prod(mask_shape), 1),))
+    return Window(mask_shape, strides, whole, tuple(sorted(broadcast)))
 
 
 def _pieces(piece: Piece, most: int) -> Iterator[Piece]:
@@ -151,7 +173,9 @@ def _is_symbol(value: Any) -> bool:
 def _lengths(
     shape: Sequence[Any], name: str, convert: Callable[[Any, str], Any] = _index
 ) -> tuple[Any, ...]:
-    lengths = tuple(convert(n, name) for n in _sequence(shape, name))
+    lengths = _sequence(shape, name)
+    if not all(type(n) is int for n in lengths):
+        lengths = tuple(convert(n, name) for n in lengths)
     for length in lengths:
         if isinstance(length, int) and length < 0:
             raise ValueError(f"{name} has to hold lengths of 0 or more, but got {lengths}")
@@ -215,8 +239,17 @@ def _check_size(shape: tuple[Any, ...], name: str) -> None:
         raise ValueError(f"{name} has to have at most 2**64 elements, but got {shape}")
 
 
-def _strides(total: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(total[i + 1 :]) for i in range(len(total)))
+def _strides(total: tuple[Any, ...]) -> tuple[Any, ...]:
+    strides: list[Any] = []
+    stride: Any = 1
+    for length in reversed(total):
+        strides.append(stride)
+        stride = stride * length
+    return tuple(reversed(strides))
+
+
+def _shared(strides: tuple[Any, ...], broadcast: frozenset[int]) -> tuple[Any, ...]:
+    return tuple(0 if i in broadcast else stride for i, stride in enumerate(strides))
 
 
 def _merged(shape: tuple[Any, ...], total: tuple[int, ...]) -> tuple[Axis, ...]:

@@ -12,7 +12,6 @@ A *pair* is a 64-bit number as ``(hi, lo)``, two 32-bit words.
 """
 
 import operator
-from types import SimpleNamespace
 from typing import Any, Final
 
 from unidrop.dtypes import integer_bits
@@ -20,6 +19,7 @@ from unidrop.dtypes import integer_bits
 __all__ = [
     "MASK32",
     "PYTHON",
+    "Exact",
     "Narrow",
     "Pair",
     "Wide",
@@ -40,7 +40,7 @@ Pair = tuple[Any, Any]
 
 
 class Wide:
-    """Words in ``int64`` arrays, or in Python's integers.
+    """Words in ``int64`` arrays.
 
     A multiplier of 2^31 or more is taken as itself minus 2^32, so that the product of a word and
     a multiplier always lies between -2^63 and 2^63; the word is then added to the high half.
@@ -142,11 +142,29 @@ class Narrow:
         return self.shift_left(hi & _MASK16, 16) | (lo & _MASK16)
 
 
+class Exact:
+    """Words that are Python's integers, which are of any size."""
+
+    def constant(self, word: int) -> int:
+        """Return the word."""
+        return word
+
+    def add(self, a: int, b: int) -> Pair:
+        """Return ``(carry, sum)`` of two words."""
+        return divmod(a + b, 1 << 32)
+
+    def mulhilo(self, a: int, m: int) -> Pair:
+        """Return the ``(hi, lo)`` words of the product of two words."""
+        return divmod(a * m, 1 << 32)
+
+    def split(self, value: int, bits: int) -> Pair:
+        """Return the ``(hi, lo)`` words of an integer of ``bits`` bits."""
+        return divmod(value, 1 << 32)
+
+
 Words = Wide | Narrow
 
-PYTHON: Final = Wide(
-    SimpleNamespace(bitwise_right_shift=operator.rshift, bitwise_left_shift=operator.lshift)
-)
+PYTHON: Final = Exact()
 
 
 def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:

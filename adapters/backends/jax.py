@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from numpy.typing import NDArray
 
-from unidrop.conformance import CoreBackend
+from unidrop.conformance import CoreBackend, eager_modes
 
 __all__ = ["Jax"]
 
@@ -18,13 +18,15 @@ class Jax(CoreBackend):
 
     name = "jax"
     xp = jnp
-    modes = ("eager", "eager-x64")
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
         "gradient": "JAX has no adapter yet",
         "layer": "JAX has no adapter yet",
         "layouts": "JAX arrays have no strides",
     }
+
+    def __init__(self) -> None:
+        self.modes = tuple(name + x64 for name in eager_modes(jnp.ones(1)) for x64 in ("", "-x64"))
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return JAX's floating-point dtypes; the double ones need x64."""

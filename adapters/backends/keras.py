@@ -12,16 +12,18 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from unidrop.adapters.keras import Dropout
+from unidrop.conformance import eager_modes, on_path_of
 
 __all__ = ["Keras"]
+
+_FUNCTION = "tf.function"
 
 
 class Keras:
     """The Keras layer, whose call number is the step."""
 
     name = "keras"
-    modes = ("eager", "tf.function")
-    compiled_modes = ("tf.function",)
+    compiled_modes = (_FUNCTION,)
     devices = ("cpu",)
     step_limit = 1 << 31
     abilities: Mapping[str, str | None] = {
@@ -42,6 +44,7 @@ class Keras:
             )
         # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
         tf.get_logger().setLevel("ERROR")
+        self.modes = (*eager_modes(tf.ones(1)), _FUNCTION)
         self._traces = 0
         self._layers: dict[Any, tuple[Dropout, Callable[..., Any]]] = {}
 
@@ -77,7 +80,8 @@ class Keras:
         noise_shape = tuple(1 if axis in shared else None for axis in range(x.shape.rank))
         layer, function = self._layer(p, seed, noise_shape if shared else None, x.dtype.name)
         layer.calls = step
-        return (layer if mode == "eager" else function)(x, training=training)
+        with on_path_of(mode):
+            return (function if mode == _FUNCTION else layer)(x, training=training)
 
     def _layer(
         self, p: Any, seed: int, noise_shape: Any, dtype: str
@@ -105,21 +109,23 @@ class Keras:
         """Differentiate through a tape."""
         layer, function = self._layer(p, seed, None, x.dtype.name)
         layer.calls = step
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = (layer if mode == "eager" else function)(x, training=True)
-        return tape.gradient(y, x, upstream)
+        with on_path_of(mode):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = (function if mode == _FUNCTION else layer)(x, training=True)
+            return tape.gradient(y, x, upstream)
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Model":
         """Return a layer, in a model that saves its weights."""
-        return _Model(p, seed, dtype, compiled=mode != "eager")
+        return _Model(p, seed, dtype, mode)
 
 
 class _Model:
-    def __init__(self, p: float, seed: int, dtype: str, *, compiled: bool) -> None:
+    def __init__(self, p: float, seed: int, dtype: str, mode: str) -> None:
         self._layer = Dropout(p, seed=seed, dtype=dtype, autocast=False)
         self._model = keras.Sequential([keras.Input((None,)), self._layer])
-        self._call = tf.function(self._layer) if compiled else self._layer
+        self._call = tf.function(self._layer) if mode == _FUNCTION else self._layer
+        self._mode = mode
 
     @property
     def calls(self) -> int:
@@ -130,7 +136,8 @@ class _Model:
         self._layer.calls = value
 
     def __call__(self, x: Any, *, training: bool) -> Any:
-        return self._call(x, training=training)
+        with on_path_of(self._mode):
+            return self._call(x, training=training)
 
     def save(self) -> bytes:
         with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop.adapters.numpy import dropout, dropout_backward
-from unidrop.conformance import CoreBackend
+from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
 __all__ = ["Numpy"]
 
@@ -24,6 +24,9 @@ class Numpy(CoreBackend):
         "layer": "NumPy has functions, and no layers",
         "traced_key": "NumPy's integers are read at once",
     }
+
+    def __init__(self) -> None:
+        self.modes = eager_modes(np.ones(1))
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return the standard's floating-point dtypes, and bfloat16 as ml_dtypes defines it."""
@@ -43,11 +46,13 @@ class Numpy(CoreBackend):
         """Call the adapter; windows are the core's."""
         if "global_shape" in options:
             return super().dropout(x, p, seed, step, mode=mode, **options)
-        return dropout(x, p, key=Key(seed).fold_in(step), **options)
+        with on_path_of(mode):
+            return dropout(x, p, key=Key(seed).fold_in(step), **options)
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Call the backward function."""
-        return dropout_backward(upstream, p, key=Key(seed).fold_in(step))
+        with on_path_of(mode):
+            return dropout_backward(upstream, p, key=Key(seed).fold_in(step))
 
     def layouts(self, x: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Return the layouts that NumPy's users meet."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from unidrop import Key
 from unidrop import dropout as core_dropout
 from unidrop.adapters.tensorflow import dropout
-from unidrop.conformance import CoreBackend
+from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
 __all__ = ["TensorFlow"]
 
@@ -22,7 +22,6 @@ class TensorFlow(CoreBackend):
 
     name = "tensorflow"
     xp = tf
-    modes = ("eager", _FUNCTION)
     compiled_modes = (_FUNCTION,)
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
@@ -34,6 +33,7 @@ class TensorFlow(CoreBackend):
     def __init__(self) -> None:
         # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
         tf.get_logger().setLevel("ERROR")
+        self.modes = (*eager_modes(tf.ones(1)), _FUNCTION)
         self._traces = 0
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
@@ -56,8 +56,9 @@ class TensorFlow(CoreBackend):
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the functional form; what it does not take is the core's."""
-        if mode == "eager":
-            return _call(x, p, Key(seed).fold_in(step), options)
+        if mode != _FUNCTION:
+            with on_path_of(mode):
+                return _call(x, p, Key(seed).fold_in(step), options)
         static = (p, type(p), seed, tuple(options.items()), x.dtype, x.shape.rank)
         if static not in self._compiled:
             self._compiled[static] = tf.function(
@@ -71,12 +72,12 @@ class TensorFlow(CoreBackend):
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator in its mode."""
-        run = self._words if mode == "eager" else tf.function(self._words)
+        run = tf.function(self._words) if mode == _FUNCTION else self._words
         return [int(word[0]) for word in run(counter, key)]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold a step in, in its mode."""
-        run = self._folded if mode == "eager" else tf.function(self._folded)
+        run = tf.function(self._folded) if mode == _FUNCTION else self._folded
         lo, hi = run(seed, tf.constant(step, tf.int32))
         return int(hi) << 32 | int(lo)
 
@@ -93,7 +94,8 @@ class TensorFlow(CoreBackend):
                 y = dropout(x, p, key=Key(seed).fold_in(step))
             return tape.gradient(y, x, upstream)
 
-        return (run if mode == "eager" else tf.function(run))(x, upstream, tf.constant(step))
+        with on_path_of(mode):
+            return (tf.function(run) if mode == _FUNCTION else run)(x, upstream, tf.constant(step))
 
 
 def _call(x: Any, p: Any, key: Key, options: dict[str, Any]) -> Any:

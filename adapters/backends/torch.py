@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop.adapters.torch import Dropout, dropout
-from unidrop.conformance import CoreBackend
+from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
 __all__ = ["Torch"]
 
@@ -28,6 +28,7 @@ class Torch(CoreBackend):
 
     def __init__(self) -> None:
         self.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self.modes = eager_modes(torch.ones(1))
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return PyTorch's floating-point and complex dtypes."""
@@ -53,14 +54,16 @@ class Torch(CoreBackend):
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the functional form; what it does not take is the core's."""
         if set(options) <= {"training"}:
-            return dropout(x, p, key=Key(seed).fold_in(step), **options)
+            with on_path_of(mode):
+                return dropout(x, p, key=Key(seed).fold_in(step), **options)
         return super().dropout(x, p, seed, step, mode=mode, **options)
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Differentiate through autograd."""
         x = x.requires_grad_()
-        y = dropout(x, p, key=Key(seed).fold_in(step))
-        return torch.autograd.grad(y, x, upstream)[0]
+        with on_path_of(mode):
+            y = dropout(x, p, key=Key(seed).fold_in(step))
+            return torch.autograd.grad(y, x, upstream)[0]
 
     def layouts(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Return the layouts that PyTorch's users meet."""
@@ -72,12 +75,13 @@ class Torch(CoreBackend):
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Layer":
         """Return the module."""
-        return _Layer(Dropout(p, seed=seed).to(device))
+        return _Layer(Dropout(p, seed=seed).to(device), mode)
 
 
 class _Layer:
-    def __init__(self, module: Dropout) -> None:
+    def __init__(self, module: Dropout, mode: str) -> None:
         self._module = module
+        self._mode = mode
 
     @property
     def calls(self) -> int:
@@ -88,7 +92,8 @@ class _Layer:
         self._module.calls = value  # type: ignore[assignment] # the module takes integers too
 
     def __call__(self, x: torch.Tensor, *, training: bool) -> Any:
-        return self._module.train(training)(x)
+        with on_path_of(self._mode):
+            return self._module.train(training)(x)
 
     def save(self) -> bytes:
         buffer = io.BytesIO()

@@ -9,15 +9,19 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from unidrop.library import Library
+from unidrop.adapters.libraries.numpy import address_of, memory_of
+from unidrop.library import Library, Memory
 from unidrop.philox import FourWords
 from unidrop.words import Pair
 
 __all__ = ["TensorFlow"]
 
 _PHILOX = 1
+
+_EagerTensor = tf.__internal__.EagerTensor
 
 
 def _placed(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,6 +114,28 @@ class TensorFlow(Library):
             return forward(v), lambda upstream: transpose(tf.convert_to_tensor(upstream))
 
         return tf.custom_gradient(with_gradient)(tf.convert_to_tensor(x))
+
+    def memory(self, x: Any) -> Memory | str:
+        """Return where an eager tensor of the CPU lies."""
+        if isinstance(x, tf.Variable):
+            x = tf.convert_to_tensor(x)
+        if not isinstance(x, _EagerTensor):
+            return f"a {type(x).__name__} is no eager tf.Tensor"
+        if not x.device.endswith("CPU:0"):
+            return f"it is on {x.device}, and kernels are for the first CPU"
+        if x.shape.rank == 0:
+            return "it is a scalar, which TensorFlow gives no view of"
+        return memory_of(np.asarray(x))
+
+    def output_like(self, x: Any) -> tuple[Any, Memory]:
+        """Return a tensor that nobody else has yet, from TensorFlow's own allocator."""
+        with tf.device(x.device):
+            y = tf.raw_ops.Empty(shape=x.shape, dtype=x.dtype)
+        return y, Memory(address_of(np.asarray(y)), None)
+
+    def from_numpy(self, mask: np.ndarray[Any, Any]) -> Any:
+        """Return a tensor that is a copy."""
+        return tf.constant(mask)
 
 
 def _uint64(lo: Any, hi: Any) -> Any:

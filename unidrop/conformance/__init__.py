@@ -14,12 +14,13 @@ from unidrop.conformance.backend import (
 )
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
-from unidrop.conformance.core_backend import CoreBackend
+from unidrop.conformance.core_backend import FUSED, CoreBackend, eager_modes, on_path_of
 from unidrop.conformance.runner import Missing, Result, cells, check, run_cell
 
 __all__ = [
     "ABILITIES",
     "CONTRACTS",
+    "FUSED",
     "AbleBackend",
     "Backend",
     "Cell",
@@ -32,6 +33,8 @@ __all__ = [
     "UnavailableBackend",
     "cells",
     "check",
+    "eager_modes",
     "load_backends",
+    "on_path_of",
     "run_cell",
 ]

@@ -1,6 +1,7 @@
 """A backend whose arrays go through the core: what those of array-API libraries share."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,20 @@ from unidrop.library import library_of_namespace
 from unidrop.philox import philox
 from unidrop.words import words_of
 
-__all__ = ["CoreBackend"]
+__all__ = ["FUSED", "CoreBackend", "eager_modes", "on_path_of"]
+
+#: The mode in which arrays take the fused kernels.
+FUSED = "fused"
+
+
+def eager_modes(array: Any) -> tuple[str, ...]:
+    """Return the modes of what runs at once: "eager", and "fused" if kernels take such an array."""
+    return ("eager", FUSED) if unidrop.explain(array).name == FUSED else ("eager",)
+
+
+def on_path_of(mode: str) -> AbstractContextManager[None]:
+    """Return the context in which arrays take a mode's path; eager modes are the portable one."""
+    return unidrop.only("portable") if mode.startswith("eager") else nullcontext()
 
 
 class CoreBackend:
@@ -48,7 +62,8 @@ class CoreBackend:
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the core."""
-        return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+        with on_path_of(mode):
+            return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator on arrays: by the library's own where it serves masks and keys."""

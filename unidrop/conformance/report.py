@@ -111,7 +111,7 @@ class Report:
         table = Table(title=f"unidrop conformance, stream {STREAM_VERSION}", title_justify="left")
         table.add_column("contract", no_wrap=True)
         for backend, mode in columns:
-            table.add_column(f"{backend}\n{mode}", justify="center")
+            table.add_column(f"{backend}\n{mode}", justify="center", overflow="fold")
         shown = {name for name, _, _ in cells} | {name for name, _ in missing}
         for name in CONTRACTS:
             if name in shown:

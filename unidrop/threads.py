@@ -1,0 +1,160 @@
+"""Threads that help the caller with a large array.
+
+A job says by itself which of its units are still to be taken, so a helper needs nothing but the
+job: it may come late, or never, and the caller finishes alone. Results do not depend on it.
+"""
+
+import operator
+import os
+import time
+from collections.abc import Callable
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+__all__ = ["get_num_threads", "run", "set_num_threads"]
+
+# Fewer units are finished by the time a helper wakes up.
+_WORTH_CALLING = 16
+
+# A finaliser or a signal's handler may make a call in the middle of another.
+_lock = RLock()
+_number: int | None = None
+_helpers: "ThreadPoolExecutor | None" = None
+
+
+def set_num_threads(number: int) -> None:
+    """Set how many threads work on one large array, the caller's included.
+
+    The default is the environment variable ``UNIDROP_NUM_THREADS``, or else ``OMP_NUM_THREADS``,
+    or else the number of processors that the process may use. No result depends on it.
+
+    Parameters
+    ----------
+    number : int
+        At least 1, which leaves all work to the caller's thread.
+
+    Raises
+    ------
+    TypeError
+        If number is no integer.
+    ValueError
+        If it is less than 1.
+
+    Examples
+    --------
+    >>> import unidrop
+    >>> before = unidrop.get_num_threads()
+    >>> unidrop.set_num_threads(1)
+    >>> unidrop.get_num_threads()
+    1
+    >>> unidrop.set_num_threads(before)
+    """
+    global _number, _helpers
+    number = _checked(number, "number")
+    with _lock:
+        _number, helpers, _helpers = number, _helpers, None
+    if helpers is not None:
+        helpers.shutdown(wait=False)
+
+
+def get_num_threads() -> int:
+    """Return how many threads work on one large array, the caller's included."""
+    global _number
+    with _lock:
+        if _number is None:
+            _number = _default()
+        return _number
+
+
+def run(kernel: Callable[[Any, bool], bool], job: Any, units: int, owners: Any) -> None:
+    """Run a kernel over all units of a job, and return when every one is finished.
+
+    Parameters
+    ----------
+    kernel : callable
+        Takes units of a job until none is left, and whether it is a helper that does so; returns
+        whether all units are finished.
+    job : array of int
+    units : int
+        How many units it has.
+    owners : object
+        What owns the memory that the job has addresses of. Each helper holds on to it, so that it
+        outlives a caller who is interrupted.
+    """
+    if units >= _WORTH_CALLING and get_num_threads() > 1:
+        _call(min(get_num_threads(), units) - 1, kernel, job, owners)
+    while not kernel(job, False):
+        time.sleep(0)
+
+
+def _call(helpers: int, kernel: Callable[[Any, bool], bool], job: Any, owners: Any) -> None:
+    try:
+        pool = _pool()
+        try:
+            for _ in range(helpers):
+                pool.submit(_help, kernel, job, owners)
+        except RuntimeError:
+            # No thread can be started, or the number of them was just changed. The pool goes, and
+            # with it what waits there and holds on to the array.
+            _dismiss(pool)
+    except ImportError:
+        return  # the interpreter is shutting down
+
+
+def _help(kernel: Callable[[Any, bool], bool], job: Any, owners: Any) -> None:
+    kernel(job, True)
+
+
+def _pool() -> "ThreadPoolExecutor":
+    global _helpers
+    with _lock:
+        if _helpers is None:
+            # Imported when it is needed, for it imports logging.
+            from concurrent.futures import ThreadPoolExecutor
+
+            _helpers = ThreadPoolExecutor(max(1, get_num_threads() - 1), "unidrop")
+        return _helpers
+
+
+def _dismiss(pool: "ThreadPoolExecutor") -> None:
+    global _helpers
+    with _lock:
+        if _helpers is pool:
+            _helpers = None
+
+
+def _default() -> int:
+    if os.environ.get("UNIDROP_NUM_THREADS"):
+        given = os.environ["UNIDROP_NUM_THREADS"].strip()
+        number = int(given) if given.lstrip("-").isdecimal() else given
+        return _checked(number, "UNIDROP_NUM_THREADS")
+    # Others' variable: a number, or one for each level, or what other programs are to judge.
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if first.isdecimal() and int(first) > 0:
+        return int(first)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _checked(number: Any, name: str) -> int:
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        checked = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} has to be an integer, but got {number!r}") from None
+    if checked < 1:
+        raise ValueError(f"{name} has to be 1 or more, but got {checked}")
+    return checked
+
+
+def _forget_helpers() -> None:
+    """Start without threads: a process that forks leaves them behind, and maybe the lock held."""
+    global _helpers, _lock
+    _helpers, _lock = None, RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_helpers)
