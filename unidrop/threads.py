@@ -8,11 +8,9 @@ import operator
 import os
 import time
 from collections.abc import Callable
-from threading import RLock
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import RLock, Thread
+from typing import Any
 
 __all__ = ["get_num_threads", "run", "set_num_threads"]
 
@@ -22,7 +20,7 @@ _WORTH_CALLING = 16
 # A finaliser or a signal's handler may make a call in the middle of another.
 _lock = RLock()
 _number: int | None = None
-_helpers: "ThreadPoolExecutor | None" = None
+_helpers: "_Helpers | None" = None
 
 
 def set_num_threads(number: int) -> None:
@@ -57,7 +55,7 @@ def set_num_threads(number: int) -> None:
     with _lock:
         _number, helpers, _helpers = number, _helpers, None
     if helpers is not None:
-        helpers.shutdown(wait=False)
+        helpers.dismiss()
 
 
 def get_num_threads() -> int:
@@ -85,45 +83,54 @@ def run(kernel: Callable[[Any, bool], bool], job: Any, units: int, owners: Any) 
         outlives a caller who is interrupted.
     """
     if units >= _WORTH_CALLING and get_num_threads() > 1:
-        _call(min(get_num_threads(), units) - 1, kernel, job, owners)
+        _called().call(units - 1, kernel, job, owners)
     while not kernel(job, False):
         time.sleep(0)
 
 
-def _call(helpers: int, kernel: Callable[[Any, bool], bool], job: Any, owners: Any) -> None:
-    try:
-        pool = _pool()
-        try:
-            for _ in range(helpers):
-                pool.submit(_help, kernel, job, owners)
-        except RuntimeError:
-            # No thread can be started, or the number of them was just changed. The pool goes, and
-            # with it what waits there and holds on to the array.
-            _dismiss(pool)
-    except ImportError:
-        return  # the interpreter is shutting down
+class _Helpers:
+    """Threads that wait for jobs, and end with the process.
+
+    Not a `concurrent.futures.ThreadPoolExecutor`: its locks are Python's, and an interrupt that
+    comes while one is held leaves a process that does not end. A `SimpleQueue` has none of those.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.jobs: SimpleQueue[Any] = SimpleQueue()
+        self.count = 0
+        for _ in range(most):
+            thread = Thread(target=_help, args=(self.jobs,), name="unidrop", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return  # there can be no more threads, now or since the interpreter shuts down
+            self.count += 1
+
+    def call(self, most: int, *job: Any) -> None:
+        """Let as many help with a job."""
+        for _ in range(min(most, self.count)):
+            self.jobs.put(job)
+
+    def dismiss(self) -> None:
+        """End the threads, once they have done what was asked of them before."""
+        for _ in range(self.count):
+            self.jobs.put(None)
 
 
-def _help(kernel: Callable[[Any, bool], bool], job: Any, owners: Any) -> None:
-    kernel(job, True)
+def _help(jobs: "SimpleQueue[Any]") -> None:
+    while (task := jobs.get()) is not None:
+        kernel, job, _ = task
+        kernel(job, True)
+        # Not held on to while waiting for the next.
+        del task, kernel, job, _
 
 
-def _pool() -> "ThreadPoolExecutor":
+def _called() -> _Helpers:
     global _helpers
     with _lock:
         if _helpers is None:
-            # Imported when it is needed, for it imports logging.
-            from concurrent.futures import ThreadPoolExecutor
-
-            _helpers = ThreadPoolExecutor(max(1, get_num_threads() - 1), "unidrop")
+            _helpers = _Helpers(get_num_threads() - 1)
         return _helpers
-
-
-def _dismiss(pool: "ThreadPoolExecutor") -> None:
-    global _helpers
-    with _lock:
-        if _helpers is pool:
-            _helpers = None
 
 
 def _default() -> int:
