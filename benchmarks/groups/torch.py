@@ -1,0 +1,128 @@
+"""PyTorch, eager on the CPU: against a multiply and `torch.nn.functional.dropout`."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import unidrop
+from benchmarks.effort import LARGE, MIDDLE, SMALL, Effort, Shape
+from benchmarks.rows import Row, timed
+from benchmarks.targets import Target, at_most, faster
+from benchmarks.timing import Candidate
+from benchmarks.work import SCALE, P, key, uniform
+from unidrop.adapters.torch import Dropout, dropout
+
+__all__ = ["rows"]
+
+_OWN = "F.dropout"
+_OURS = ("unidrop", "unidrop module")
+
+_FORWARD_TARGETS: dict[Shape, tuple[Target, ...]] = {
+    SMALL: tuple(at_most(1, ours, _OWN) for ours in _OURS)
+}
+_BACKWARD_TARGETS: dict[Shape, tuple[Target, ...]] = {
+    SMALL: tuple(at_most(1.1, ours, _OWN) for ours in _OURS),
+    MIDDLE: tuple(
+        target
+        for ours in _OURS
+        for target in (at_most(1.3, ours, "multiply"), faster(8, ours, _OWN))
+    ),
+    LARGE: tuple(
+        target
+        for ours in _OURS
+        for target in (at_most(1.3, ours, "multiply"), faster(3, ours, _OWN))
+    ),
+}
+
+
+def rows(effort: Effort) -> Iterator[Row]:
+    """Yield the sweep over sizes, forward and backward, channels-last, dtypes, and in place."""
+    for shape in effort.shapes:
+        targets = _FORWARD_TARGETS.get(shape, ())
+        yield Row("torch", "forward", shape, timed(_forward, shape), own=_OWN, targets=targets)
+    for shape in effort.shapes:
+        if shape in _BACKWARD_TARGETS:
+            yield Row(
+                "torch",
+                "forward + backward",
+                shape,
+                timed(_backward, shape),
+                targets=_BACKWARD_TARGETS[shape],
+            )
+    yield Row(
+        "torch",
+        "channels-last",
+        effort.images,
+        timed(_channels_last, effort.images),
+        base="contiguous",
+        targets=(at_most(4, "channels-last", "contiguous"),),
+    )
+    shape = (effort.elements,)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield Row("torch", name, shape, timed(_dtype, shape, dtype))
+    yield Row("torch", "in place", shape, timed(_in_place, shape))
+
+
+def _candidates(
+    x: Tensor, finish: Callable[[Tensor], object] = lambda y: None
+) -> Sequence[Candidate]:
+    """Return all ways to drop from a tensor; each output goes through the same function."""
+    module = Dropout(P, seed=42)
+
+    def drop(step: int) -> None:
+        finish(dropout(x, P, key=key(step)))
+
+    return (
+        Candidate("unidrop", drop),
+        Candidate("unidrop module", lambda step: finish(module(x))),
+        Candidate("portable", drop, lambda: unidrop.only("portable")),
+        Candidate("multiply", lambda step: finish(x * SCALE)),
+        Candidate(_OWN, lambda step: finish(functional.dropout(x, P))),
+    )
+
+
+def _forward(shape: Shape) -> Sequence[Candidate]:
+    return _candidates(torch.from_numpy(uniform(shape)))
+
+
+def _backward(shape: Shape) -> Sequence[Candidate]:
+    x = torch.from_numpy(uniform(shape)).requires_grad_()
+    gradient = torch.ones(shape)
+
+    def backward(y: Tensor) -> None:
+        x.grad = None
+        y.backward(gradient)
+
+    return _candidates(x, backward)
+
+
+def _channels_last(shape: Shape) -> Sequence[Candidate]:
+    x = torch.from_numpy(uniform(shape))
+    strided = x.to(memory_format=torch.channels_last)
+    return (
+        Candidate("contiguous", lambda step: dropout(x, P, key=key(step))),
+        Candidate("channels-last", lambda step: dropout(strided, P, key=key(step))),
+        Candidate(_OWN, lambda step: functional.dropout(strided, P)),
+    )
+
+
+def _dtype(shape: Shape, dtype: torch.dtype) -> Sequence[Candidate]:
+    x = torch.from_numpy(uniform(shape)).to(dtype)
+    return (
+        Candidate("unidrop", lambda step: dropout(x, P, key=key(step))),
+        Candidate("multiply", lambda step: x * SCALE),
+        Candidate(_OWN, lambda step: functional.dropout(x, P)),
+    )
+
+
+def _in_place(shape: Shape) -> Sequence[Candidate]:
+    x, multiplied, dropped = (torch.from_numpy(uniform(shape)) for _ in range(3))
+    return (
+        Candidate("unidrop", lambda step: dropout(x, P, inplace=True, key=key(step))),
+        # By 1, since a larger number would soon reach infinity.
+        Candidate("multiply", lambda step: multiplied.mul_(1.0)),
+        Candidate(_OWN, lambda step: functional.dropout(dropped, P, inplace=True)),
+    )
