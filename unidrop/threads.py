@@ -82,10 +82,26 @@ def run(kernel: Callable[[Any, bool], bool], job: Any, units: int, owners: Any) 
         What owns the memory that the job has addresses of. Each helper holds on to it, so that it
         outlives a caller who is interrupted.
     """
-    if units >= _WORTH_CALLING and get_num_threads() > 1:
-        _called().call(units - 1, kernel, job, owners)
-    while not kernel(job, False):
-        time.sleep(0)
+    try:
+        if units >= _WORTH_CALLING and get_num_threads() > 1:
+            _called().call(units - 1, kernel, job, owners)
+    finally:
+        # Also after an interrupt, or a helper would write to an array that is used again.
+        _finish(kernel, job)
+
+
+def _finish(kernel: Callable[[Any, bool], bool], job: Any) -> None:
+    interrupt = None
+    is_finished = False
+    while not is_finished:
+        try:
+            is_finished = kernel(job, False)
+            if not is_finished:
+                time.sleep(0)
+        except KeyboardInterrupt as raised:
+            interrupt = raised
+    if interrupt is not None:
+        raise interrupt
 
 
 class _Helpers:
