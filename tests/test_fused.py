@@ -1437,8 +1437,8 @@ def failed(contract, dtype=None):
 
 DEFECTS = {
     "another multiplier for odd elements": (
-        "from unidrop.mask import ODD_MULTIPLIER",
-        "ODD_MULTIPLIER = 0x6C078967",
+        "from unidrop.philox import ODD_MULTIPLIER, philox",
+        "from unidrop.philox import philox\n\nODD_MULTIPLIER = 0x6C078967",
         "mask",
         None,
     ),

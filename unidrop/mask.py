@@ -15,7 +15,7 @@ import numpy
 from unidrop.key import Key, check_key
 from unidrop.library import Library, library_of_namespace
 from unidrop.path import kernels_for
-from unidrop.philox import FourWords, philox
+from unidrop.philox import ODD_MULTIPLIER, FourWords, philox
 from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Axis, Piece, Window
 from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shift_pair, words_of
@@ -23,7 +23,6 @@ from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shif
 __all__ = ["STREAM_VERSION", "keep_mask", "window_mask"]
 
 STREAM_VERSION: Final = 1
-ODD_MULTIPLIER: Final = 0x6C078965
 
 # Elements that are decided at a time where the library runs eagerly: few enough for the words of a
 # piece to stay in cache, and enough for the overhead of a call, and of a thread pool, not to show.

@@ -9,11 +9,14 @@ from typing import Any, Final
 
 from unidrop.words import MASK32, PYTHON, Exact, Words
 
-__all__ = ["philox"]
+__all__ = ["ODD_MULTIPLIER", "philox"]
 
 ROUNDS: Final = 10
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS: Final = (0x9E3779B9, 0xBB67AE85)
+
+#: A word decides two elements of a mask: the even one as it is, the odd one times this, mod 2^32.
+ODD_MULTIPLIER: Final = 0x6C078965
 
 FourWords = tuple[Any, Any, Any, Any]
 

@@ -28,8 +28,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from unidrop.mask import ODD_MULTIPLIER
-from unidrop.philox import philox
+from unidrop.philox import ODD_MULTIPLIER, philox
 
 __all__ = ["AXES", "TILE_ROWS", "UNIT", "kernel", "tile_columns"]
 
