@@ -53,8 +53,8 @@ def dropout(
     return_mask : bool, default False
         Whether to return the mask too: ``(output, mask)``.
     out : numpy.ndarray, optional
-        Where to write the output, of x's shape and dtype; may be x itself. Untouched if the call
-        raises.
+        Where to write the output, of x's shape and dtype; may be x itself. Untouched if an
+        argument is wrong.
 
     Returns
     -------

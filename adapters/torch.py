@@ -225,7 +225,12 @@ def _drop(input: Tensor, call: Call, key: Key, inplace: bool) -> Tensor:
     if _is_watched(input):
         # Copied by PyTorch, which then refuses what it always does, before it writes.
         return input.copy_(call.drop(input, key))
-    output = call.drop(input, key, out=input)
+    try:
+        output = call.drop(input, key, out=input)
+    except KeyboardInterrupt:
+        # It is raised when all is written.
+        torch.autograd.graph.increment_version(input)
+        raise
     torch.autograd.graph.increment_version(input)
     return output
 

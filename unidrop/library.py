@@ -4,9 +4,10 @@ Requirements this design meets:
 
 * The core imports no framework and names none. A library that follows the standard, through
   array-api-compat or by itself, needs nothing: `Library` describes it.
-* One that differs (it is traced, has its own gradient, its own Philox, or no standard namespace)
-  says so in a subclass, found through the entry-point group ``unidrop.libraries`` by the top-level
-  module of its array class, and imported only when such an array arrives.
+* One that differs (it is traced, has its own gradient or Philox, no standard namespace, or knows
+  where its elements lie) says so in a subclass, found through the entry-point group
+  ``unidrop.libraries`` by the top-level module of its array class, and imported only when such an
+  array arrives.
 * A type seen once is looked up in a dictionary ever after.
 """
 
@@ -46,7 +47,8 @@ class Library:
     """A library that follows the array API standard; the base class of those that differ.
 
     The last five methods are for libraries whose arrays lie in this process's memory, so that
-    fused kernels can read and write them; they are called only if `memory` returns a `Memory`.
+    fused kernels can read and write them; `output_like`, `finished` and `from_numpy` are called
+    only where `memory` has returned a `Memory`.
     """
 
     def namespace(self, x: Any) -> Any:
@@ -181,8 +183,8 @@ class Library:
         """Write the elements of x to an array or an output of the same shape and dtype."""
         out[...] = x
 
-    def from_numpy(self, mask: numpy.ndarray[Any, Any]) -> Any:
-        """Return the array of a NumPy array that nobody else has, on the default device."""
+    def from_numpy(self, mask: numpy.ndarray[Any, Any], device: Any) -> Any:
+        """Return the array, on a device of the CPU, of a NumPy array that nobody else has."""
         return mask
 
 

@@ -108,7 +108,7 @@ def window_mask(
     kernels = kernels_for(library, like, key, window)
     if kernels is not None:
         package, _, number, base = kernels
-        return library.from_numpy(package.keep(window, rate, number, base))
+        return library.from_numpy(package.keep(window, rate, number, base), device)
     words = words_of(xp, device)
 
     def decide(piece: Piece) -> Any:

@@ -1,8 +1,9 @@
 """The one place where an array's path is chosen: fused kernels, or portable operations.
 
 The path changes the time and never a bit. Fused kernels take an array whose elements lie in this
-process's memory, if Numba is there to compile them; everything else, and whatever is traced, takes
-the operations of its own library.
+process's memory, if Numba is there to compile them; everything else takes the operations of its own
+library. So does what is traced, unless its library records dropout as one operator
+(`Library.recorded`), which chooses when it runs.
 """
 
 from collections.abc import Iterator
@@ -68,6 +69,8 @@ def explain(x: Any) -> Path:
     compute_dtype(x.dtype)
     if _only.get() == "portable":
         return Path("portable", "unidrop.only says so")
+    if 0 in x.shape:
+        return Path("portable", "it is empty")
     found = _kernels_or_why(library, x)
     if isinstance(found, str):
         return Path("portable", found)
@@ -129,7 +132,7 @@ def kernels_for(
     found = _kernels_or_why(library, x, key, window)
     if isinstance(found, str):
         if allowed == "fused":
-            raise RuntimeError(f"only fused kernels are allowed, but they can't take x: {found}")
+            raise RuntimeError(f"only fused kernels are allowed, but they can't take this: {found}")
         return None
     package, memory = found
     lo, hi = key.words

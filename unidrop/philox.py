@@ -29,8 +29,8 @@ def philox(counter: FourWords, key: tuple[Any, Any], words: Words | Exact = PYTH
     counter : four words
         Python integers, or arrays of words that broadcast together.
     key : two words
-        Python integers, or 0-d arrays of words.
-    words : Words
+        Python integers, or words that broadcast with the counter's.
+    words : Words or Exact
         The arithmetic of the integers that hold them; Python's by default.
 
     Returns

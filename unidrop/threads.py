@@ -152,7 +152,7 @@ def _called() -> _Helpers:
 def _default() -> int:
     if os.environ.get("UNIDROP_NUM_THREADS"):
         given = os.environ["UNIDROP_NUM_THREADS"].strip()
-        number = int(given) if given.lstrip("-").isdecimal() else given
+        number = int(given) if given.removeprefix("-").isdecimal() else given
         return _checked(number, "UNIDROP_NUM_THREADS")
     # Others' variable: a number, or one for each level, or what other programs are to judge.
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()

@@ -46,6 +46,6 @@ class Jax(Library):
         """Return an array in the same memory, or a copy where JAX can't use that."""
         return jax.device_put(output, x.sharding if x.committed else None)
 
-    def from_numpy(self, mask: np.ndarray[Any, Any]) -> Any:
+    def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> Any:
         """Return an array in the same memory, or a copy where JAX can't use that."""
         return jax.device_put(mask)

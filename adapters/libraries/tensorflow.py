@@ -133,9 +133,10 @@ class TensorFlow(Library):
             y = tf.raw_ops.Empty(shape=x.shape, dtype=x.dtype)
         return y, Memory(address_of(np.asarray(y)), None)
 
-    def from_numpy(self, mask: np.ndarray[Any, Any]) -> Any:
+    def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> Any:
         """Return a tensor that is a copy."""
-        return tf.constant(mask)
+        with tf.device(device):
+            return tf.constant(mask)
 
 
 def _uint64(lo: Any, hi: Any) -> Any:

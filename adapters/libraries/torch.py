@@ -86,7 +86,7 @@ class Torch(Library):
         """Write the elements of x to out."""
         out.copy_(x)
 
-    def from_numpy(self, mask: np.ndarray[Any, Any]) -> torch.Tensor:
+    def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> torch.Tensor:
         """Return a tensor in the same memory."""
         return torch.from_numpy(mask)
 

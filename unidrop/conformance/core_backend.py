@@ -14,7 +14,7 @@ from unidrop.words import words_of
 
 __all__ = ["FUSED", "CoreBackend", "eager_modes", "on_path_of"]
 
-#: The mode in which arrays take the fused kernels.
+#: The mode in which arrays take the fused kernels wherever those can take them.
 FUSED = "fused"
 
 

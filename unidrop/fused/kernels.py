@@ -8,15 +8,15 @@ Requirements this design meets:
 * The generator is the core's `philox`: `_Lanes` is arithmetic on words that it takes.
 * Words go through a buffer that stays in the first-level cache, so that rows may begin and end
   inside a block, and a tile can be turned over.
-* A kernel takes one argument, a job: numbers and addresses. So one compilation serves an array
-  whether it is read-only or not, and of one dimension or of five.
+* What a kernel knows of an array is in one argument, a job: numbers and addresses. So one
+  compilation serves an array whether it is read-only or not, and of one dimension or of five.
 * Any number of threads may run one job at once. They take units of it by atomic additions to its
   counters, without Python's lock: the caller from the front, its helpers from the back, so that
   an array that is used again finds itself in the same caches. Who takes what changes no result.
 * All that is compiled is in this file but for the stream's definition, for Numba compiles again
   when a kernel's own file has changed, and looks at no other.
 
-Importing this module imports Numba; nothing does so until a kernel is needed.
+Importing this module imports Numba; nothing does so until an array comes that a kernel could take.
 """
 
 from collections.abc import Callable
@@ -126,7 +126,7 @@ class _Lanes:
         return self._with("fmul", other)
 
     def to(self, conversion: str, element: Any) -> "_Lanes":
-        """Return the lanes converted: by bitcast, zext, trunc or uitofp."""
+        """Return the lanes converted: by bitcast, zext, trunc or sitofp."""
         kind = ir.VectorType(element, self.value.type.count)
         return _Lanes(self.builder, getattr(self.builder, conversion)(self.value, kind))
 
