@@ -935,25 +935,3 @@ def assert_calm(run):
     """Ask that a process ended well, whatever was printed of interrupts."""
     assert run.returncode == 0, run.stderr
     assert "Fatal Python error" not in run.stderr
-
-
-INTERRUPTED = """
-def interrupt():
-    raise KeyboardInterrupt
-
-set_num_threads(1)
-expect_right()
-set_num_threads({number})
-{warm}
-
-def scene(at):
-    out = np.empty_like(X)
-    try:
-        with at:
-            dropout(X, 0.1, key=KEY, out=out)
-    except KeyboardInterrupt:
-        pass
-    {then}
-
-at_each_point(interrupt, scene)
-"""

@@ -82,23 +82,19 @@ def run(kernel: Callable[[Any, bool], bool], job: Any, units: int, owners: Any) 
         What owns the memory that the job has addresses of. Each helper holds on to it, so that it
         outlives a caller who is interrupted.
     """
-    try:
-        if units >= _WORTH_CALLING and get_num_threads() > 1:
-            _called().call(units - 1, kernel, job, owners)
-    finally:
-        # Also after an interrupt, or a helper would write to an array that is used again.
-        _finish(kernel, job)
-
-
-def _finish(kernel: Callable[[Any, bool], bool], job: Any) -> None:
-    interrupt = None
-    is_finished = False
+    interrupt: BaseException | None = None
+    is_called = is_finished = False
+    # To the end, also after an interrupt: a helper would write to an array that is used again.
     while not is_finished:
         try:
-            is_finished = kernel(job, False)
-            if not is_finished:
+            if not is_called:
+                is_called = True
+                if units >= _WORTH_CALLING and get_num_threads() > 1:
+                    _called().call(units - 1, kernel, job, owners)
+            while not kernel(job, False):
                 time.sleep(0)
-        except KeyboardInterrupt as raised:
+            is_finished = True
+        except BaseException as raised:  # a signal's handler may raise anything
             interrupt = raised
     if interrupt is not None:
         raise interrupt
@@ -111,9 +107,12 @@ class _Helpers:
     comes while one is held leaves a process that does not end. A `SimpleQueue` has none of those.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self) -> None:
         self.jobs: SimpleQueue[Any] = SimpleQueue()
         self.count = 0
+
+    def start(self, most: int) -> None:
+        """Start as many threads, or as many as there can be."""
         for _ in range(most):
             thread = Thread(target=_help, args=(self.jobs,), name="unidrop", daemon=True)
             try:
@@ -145,7 +144,9 @@ def _called() -> _Helpers:
     global _helpers
     with _lock:
         if _helpers is None:
-            _helpers = _Helpers(get_num_threads() - 1)
+            # Known before its threads are, so that those of an interrupted start are not lost.
+            _helpers = _Helpers()
+            _helpers.start(get_num_threads() - 1)
         return _helpers
 
 

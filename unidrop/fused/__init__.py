@@ -5,6 +5,7 @@ every array takes the portable operations. A kernel knows addresses, and no arra
 library says where its elements lie (`Library.memory`).
 """
 
+import logging
 import math
 import os
 import sys
@@ -33,7 +34,10 @@ _ITEM_SIZES = {
     "complex128": 16,
 }
 
-# A process that forks while Numba compiles would leave its child with Numba's lock held.
+# A process that forks while Numba compiles would leave its child with Numba's lock held. Numba
+# logs while it compiles: logging has to have registered its own lock before, as it is imported, so
+# that a fork takes this one first.
+logging.getLogger(__name__)
 _compiling = RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
