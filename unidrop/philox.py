@@ -5,7 +5,7 @@ J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, "Parallel random numbers:
 """
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from unidrop.words import MASK32, PYTHON, Exact, Words
 
@@ -60,10 +60,11 @@ def _round_keys(key: tuple[Any, Any], words: Words | Exact) -> Iterator[tuple[An
             k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
         return
     # A traced key may have been made where words had another dtype, as in JAX with and without x64.
-    k0, k1 = words.split(k0, 32)[1], words.split(k1, 32)[1]
+    traced = cast(Words, words)
+    k0, k1 = traced.split(k0, 32)[1], traced.split(k1, 32)[1]
     for _ in range(ROUNDS):
         yield k0, k1
         k0, k1 = (
-            words.add(k, words.constant(increment))[1]
+            traced.add(k, traced.constant(increment))[1]
             for k, increment in zip((k0, k1), KEY_INCREMENTS, strict=True)
         )

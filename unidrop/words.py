@@ -143,23 +143,15 @@ class Narrow:
 
 
 class Exact:
-    """Words that are Python's integers, which are of any size."""
+    """Words that are Python's integers, under a key of them: what `philox` asks for then."""
 
     def constant(self, word: int) -> int:
         """Return the word."""
         return word
 
-    def add(self, a: int, b: int) -> Pair:
-        """Return ``(carry, sum)`` of two words."""
-        return divmod(a + b, 1 << 32)
-
     def mulhilo(self, a: int, m: int) -> Pair:
         """Return the ``(hi, lo)`` words of the product of two words."""
         return divmod(a * m, 1 << 32)
-
-    def split(self, value: int, bits: int) -> Pair:
-        """Return the ``(hi, lo)`` words of an integer of ``bits`` bits."""
-        return divmod(value, 1 << 32)
 
 
 Words = Wide | Narrow
