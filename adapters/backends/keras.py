@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import get_ident
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -26,8 +27,10 @@ class Keras:
     compiled_modes = (_FUNCTION,)
     devices = ("cpu",)
     step_limit = 1 << 31
+    missing_modes: Mapping[str, str] = MappingProxyType({})
+    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     abilities: Mapping[str, str | None] = {
-        **dict.fromkeys(("broadcast_axes", "gradient", "layer", "traces")),
+        **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
         "windows": "a Keras layer has no windows",
         "mask": "a Keras layer returns its output alone",
         "words": "the layer's words are those of its backend",
@@ -117,14 +120,21 @@ class Keras:
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Model":
         """Return a layer, in a model that saves its weights."""
-        return _Model(p, seed, dtype, mode)
+        return _Model(p, seed, dtype, mode, self._counted)
 
 
 class _Model:
-    def __init__(self, p: float, seed: int, dtype: str, mode: str) -> None:
+    def __init__(
+        self,
+        p: float,
+        seed: int,
+        dtype: str,
+        mode: str,
+        counted: Callable[[Dropout], Callable[..., Any]],
+    ) -> None:
         self._layer = Dropout(p, seed=seed, dtype=dtype, autocast=False)
         self._model = keras.Sequential([keras.Input((None,)), self._layer])
-        self._call = tf.function(self._layer) if mode == _FUNCTION else self._layer
+        self._call = tf.function(counted(self._layer)) if mode == _FUNCTION else self._layer
         self._mode = mode
 
     @property
@@ -138,6 +148,17 @@ class _Model:
     def __call__(self, x: Any, *, training: bool) -> Any:
         with on_path_of(self._mode):
             return self._call(x, training=training)
+
+    def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        with on_path_of(self._mode), tf.GradientTape() as tape:
+            tape.watch(x)
+            y = self._call(x, training=True)
+
+        def pullback(upstream: Any) -> Any:
+            with on_path_of(self._mode):
+                return tape.gradient(y, x, upstream)
+
+        return y, pullback
 
     def save(self) -> bytes:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """PyTorch in the matrix: the functional form and the module; the core for windows."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -23,7 +23,7 @@ class Torch(CoreBackend):
     xp = torch
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
-        **dict.fromkeys(("gradient", "layouts", "layer")),
+        **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient")),
     }
 
     def __init__(self) -> None:
@@ -94,6 +94,16 @@ class _Layer:
     def __call__(self, x: torch.Tensor, *, training: bool) -> Any:
         with on_path_of(self._mode):
             return self._module.train(training)(x)
+
+    def vjp(self, x: torch.Tensor) -> tuple[Any, Callable[[Any], Any]]:
+        x = x.requires_grad_()
+        y = self(x, training=True)
+
+        def pullback(upstream: torch.Tensor) -> torch.Tensor:
+            with on_path_of(self._mode):
+                return torch.autograd.grad(y, x, upstream)[0]
+
+        return y, pullback
 
     def save(self) -> bytes:
         buffer = io.BytesIO()

@@ -15,6 +15,7 @@ from unidrop.conformance.backend import (
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
 from unidrop.conformance.core_backend import FUSED, CoreBackend, eager_modes, on_path_of
+from unidrop.conformance.remote import RemoteBackend
 from unidrop.conformance.runner import Missing, Result, cells, check, run_cell
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "CoreBackend",
     "Layer",
     "Missing",
+    "RemoteBackend",
     "Result",
     "UnavailableBackend",
     "cells",

@@ -10,7 +10,7 @@ called without arguments and returns a `Backend`.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +24,7 @@ __all__ = [
     "UnavailableBackend",
     "has_ability",
     "load_backends",
+    "why_lacking",
 ]
 
 #: Every ability that a contract may ask for, and what it means.
@@ -38,6 +39,7 @@ ABILITIES: Mapping[str, str] = {
     "key": "key(...) folds integers and strings into a key",
     "traced_key": "traced_key(...) folds an array into a key",
     "layer": "layer(...) makes a layer that counts its calls",
+    "layer_gradient": "the layer's vjp(...) differentiates a training call",
 }
 
 
@@ -55,6 +57,16 @@ class Layer(Protocol):
     def load(self, state: bytes) -> None:
         """Restore what another layer's `save` returned."""
 
+    def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """Apply the layer in training; with the ability "layer_gradient".
+
+        Returns
+        -------
+        y, pullback
+            The output, and a function of an upstream gradient that runs the backward pass, with
+            whatever that computes again, and returns the gradient with respect to x.
+        """
+
 
 @runtime_checkable
 class Backend(Protocol):
@@ -70,9 +82,13 @@ class Backend(Protocol):
         Where it runs on this machine.
     compiled_modes : sequence of str
         Those of modes that trace and compile; with the ability "traces".
+    missing_modes : mapping of str to str
+        Ways in which the framework runs and this backend can't, each with the reason.
     abilities : mapping of str to str or None
         For each of `ABILITIES` that it has, None; for one it lacks, why. One that is not
         mentioned is lacking without a reason.
+    mode_limits : mapping of str to mapping of str to str
+        For a mode, which abilities or contracts, by name, do not apply in it, each with the reason.
     step_limit : int
         Steps are below this: 2^64, unless they are an array's or a layer's narrower integers.
     """
@@ -80,8 +96,10 @@ class Backend(Protocol):
     name: str
     modes: Sequence[str]
     compiled_modes: Sequence[str]
+    missing_modes: Mapping[str, str]
     devices: Sequence[str]
     abilities: Mapping[str, str | None]
+    mode_limits: Mapping[str, Mapping[str, str]]
     step_limit: int
 
     def dtypes(self, mode: str) -> Sequence[str]:
@@ -133,9 +151,15 @@ class AbleBackend(Backend, Protocol):
         """Return a new layer, in training call n of which the key is ``Key(seed).fold_in(n)``."""
 
 
-def has_ability(backend: Backend, ability: str) -> bool:
-    """Tell whether a backend declares an ability."""
-    return ability in backend.abilities and backend.abilities[ability] is None
+def has_ability(backend: Backend, ability: str, mode: str) -> bool:
+    """Tell whether a backend declares an ability for a mode."""
+    return why_lacking(backend, ability, mode) is None
+
+
+def why_lacking(backend: Backend, ability: str, mode: str) -> str | None:
+    """Return why a backend lacks an ability in a mode, or None if it has it."""
+    reason = backend.abilities.get(ability, f"{ability} is not declared")
+    return reason or backend.mode_limits.get(mode, {}).get(ability)
 
 
 class UnavailableBackend:
@@ -195,6 +219,19 @@ def _loaded(points: Sequence[EntryPoint]) -> Backend:
     empty = [mode for mode in backend.modes if not backend.dtypes(mode)]
     if empty or not backend.modes or not backend.devices:
         raise ValueError("a backend has to have a mode, a device, and in each mode a dtype")
-    if not isinstance(backend.abilities, Mapping):
-        raise TypeError(f"abilities has to be a mapping, but got {backend.abilities!r}")
+    for name in ("abilities", "mode_limits", "missing_modes"):
+        if not isinstance(getattr(backend, name), Mapping):
+            raise TypeError(f"{name} has to be a mapping, but got {getattr(backend, name)!r}")
+    _check_modes(backend)
     return backend
+
+
+def _check_modes(backend: Backend) -> None:
+    """Raise ValueError for what would be passed over without a word, such as a misspelt mode."""
+    for name in ("compiled_modes", "mode_limits"):
+        unknown = [mode for mode in getattr(backend, name) if mode not in backend.modes]
+        if unknown:
+            raise ValueError(f"{name} has to name modes, but got {unknown}")
+    both = [mode for mode in backend.missing_modes if mode in backend.modes]
+    if both:
+        raise ValueError(f"missing_modes has to name other modes than modes, but got {both}")

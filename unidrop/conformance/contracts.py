@@ -36,6 +36,9 @@ __all__ = ["CONTRACTS", "Cell", "Contract"]
 
 SEED = 42
 
+# How many steps a compiled mode has to take with what it traced at the first.
+_STEPS = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Contract:
@@ -167,7 +170,7 @@ def _mask(cell: Cell) -> None:
 
 @_contract("threshold", "An element is kept where u >= T: at u = T kept, at u = T - 1 dropped.")
 def _threshold(cell: Cell) -> None:
-    windows = has_ability(cell.backend, "windows")
+    windows = has_ability(cell.backend, "windows", cell.mode)
     _check_golden_masks(
         cell, lambda g: _is_threshold_case(g) and (windows or g.global_shape is None)
     )
@@ -231,10 +234,10 @@ def _steps(cell: Cell) -> None:
 )
 def _traces(cell: Cell) -> None:
     before = cell.able.traces(cell.mode)
-    for step in range(10):
+    for step in range(_STEPS):
         cell.keeps((5, 13), 0.37, SEED, step)
     traced = cell.able.traces(cell.mode) - before
-    check_equal(traced, 1, "traces over 10 steps:")
+    check_equal(traced, 1, f"traces over {_STEPS} steps:")
 
 
 @_contract(
@@ -431,6 +434,44 @@ def _layer_resumes(cell: Cell) -> None:
     resumed.load(layer.save())
     check_equal(int(resumed.calls), 3, "calls")
     _check_layer_call(cell, resumed, x, 3)
+
+
+@_contract(
+    "layer-traces",
+    "A layer in a compiled mode is traced once, however often it is called.",
+    ("layer", "traces"),
+    compiled_only=True,
+)
+def _layer_traces(cell: Cell) -> None:
+    layer = _layer(cell, 0.5, SEED)
+    x = cell.ones((5, 13))
+    before = cell.able.traces(cell.mode)
+    for call in range(_STEPS):
+        _check_layer_call(cell, layer, x, call)
+    traced = cell.able.traces(cell.mode) - before
+    check_equal(traced, 1, f"traces over {_STEPS} calls:")
+
+
+@_contract(
+    "layer-gradient",
+    "A layer's gradient is by the mask of its own call, also where the backward pass computes "
+    "that again, and where another call came between.",
+    ("layer", "layer_gradient"),
+)
+def _layer_gradient(cell: Cell) -> None:
+    layer = _layer(cell, 0.5, SEED)
+    x, upstream = cell.values((8, 9)), cell.values((9, 8)).reshape(8, 9)[::-1].copy()
+    pending = [layer.vjp(cell.array(x)) for _ in range(2)]
+    check_equal(int(layer.calls), 2, "calls after two:")
+    for call, (y, pullback) in reversed(list(enumerate(pending))):
+        key = _key(SEED, call)
+        expected = _by_core(unidrop.dropout, x, 0.5, key)
+        check_output(cell.backend.to_numpy(y), expected, x, f"output of call {call}")
+        expected = _by_core(unidrop.dropout, upstream, 0.5, key)
+        came = cell.backend.to_numpy(pullback(cell.array(upstream)))
+        check_output(came, expected, upstream, f"gradient of call {call}")
+    check_equal(int(layer.calls), 2, "calls after the backward passes:")
+    _check_layer_call(cell, layer, x, 2)
 
 
 def _layer(cell: Cell, p: float, seed: int) -> Any:

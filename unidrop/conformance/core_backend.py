@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,9 +40,11 @@ class CoreBackend:
     xp: Any
     modes: Sequence[str] = ("eager",)
     compiled_modes: Sequence[str] = ()
+    missing_modes: Mapping[str, str] = MappingProxyType({})
     devices: Sequence[str] = ("cpu",)
     step_limit = 1 << 64
     abilities: Mapping[str, str | None]
+    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
     core_abilities: ClassVar[dict[str, str | None]] = {
         **dict.fromkeys(("broadcast_axes", "windows", "mask", "words", "key", "traced_key")),

@@ -1,9 +1,9 @@
-"""How the matrix is shown: a table in the terminal, and JSON."""
+"""How the matrix is shown: tables in the terminal, and JSON."""
 
 import json
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +18,12 @@ from unidrop.mask import STREAM_VERSION
 __all__ = ["Report"]
 
 Outcome = Result | Missing | UnavailableBackend
+
+_Column = tuple[str, str]
+
+# The widest mark of a cell, and what stands beside each column: two spaces and a rule.
+_MARK = len("✗ 10 of 10")
+_PADDING = 3
 
 
 class Report:
@@ -48,10 +54,12 @@ class Report:
         return bool(self.results) and not self.failures and not broken
 
     def print(self, console: Console) -> None:
-        """Print the table, what is missing and why, each failure, and a closing line."""
-        console.print(self._table())
-        for reason, abilities in self._missing().items():
-            console.print(Text(f"- {reason}: {', '.join(abilities)}", style="dim"), soft_wrap=True)
+        """Print the tables, what is missing and why, each failure, and a closing line."""
+        for table in self._tables(console.width):
+            console.print(table)
+        for reason, contracts in self._missing().items():
+            named = "all contracts" if len(contracts) == len(CONTRACTS) else ", ".join(contracts)
+            console.print(Text(f"- {reason}: {named}", style="dim"), soft_wrap=True)
         for backend in self.unavailable:
             word, style = ("not here", "yellow") if backend.is_missing else ("broken", "bold red")
             line = f"! {backend.name} is {word}: {type(backend.error).__name__}: {backend.error}"
@@ -84,6 +92,7 @@ class Report:
                     {
                         "contract": outcome.contract.name,
                         "backend": outcome.backend.name,
+                        "mode": outcome.mode,
                         "reason": outcome.reason,
                     }
                     for outcome in self.outcomes
@@ -97,39 +106,74 @@ class Report:
             indent=1,
         )
 
-    def _table(self) -> Table:
-        columns = dict.fromkeys((r.cell.backend.name, r.cell.mode) for r in self.results)
-        cells: Mapping[tuple[str, str, str], list[Result]] = defaultdict(list)
-        for result in self.results:
-            cell = result.cell
-            cells[cell.contract.name, cell.backend.name, cell.mode].append(result)
-        missing = {
-            (outcome.contract.name, outcome.backend.name)
-            for outcome in self.outcomes
-            if isinstance(outcome, Missing)
-        }
-        table = Table(title=f"unidrop conformance, stream {STREAM_VERSION}", title_justify="left")
-        table.add_column("contract", no_wrap=True)
-        for backend, mode in columns:
-            table.add_column(f"{backend}\n{mode}", justify="center", overflow="fold")
-        shown = {name for name, _, _ in cells} | {name for name, _ in missing}
-        for name in CONTRACTS:
-            if name in shown:
-                table.add_row(
-                    name,
-                    *(
-                        _mark(cells[name, backend, mode], (name, backend) in missing)
-                        for backend, mode in columns
-                    ),
-                )
-        return table
+    def _tables(self, width: int) -> Iterator[Table]:
+        """Yield tables of as many columns as fit beside each other, all with the same rows."""
+        cells: dict[_Column, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+        missing: dict[_Column, set[str]] = defaultdict(set)
+        columns: dict[_Column, None] = {}
+        for outcome in self.outcomes:
+            if isinstance(outcome, Result):
+                column = outcome.cell.backend.name, outcome.cell.mode
+                cells[column][outcome.cell.contract.name].append(outcome)
+            elif isinstance(outcome, Missing):
+                column = outcome.backend.name, outcome.mode
+                missing[column].add(outcome.contract.name)
+            else:
+                continue
+            columns[column] = None
+        shown = {name for found in (*cells.values(), *missing.values()) for name in found}
+        names = [name for name in CONTRACTS if name in shown]
+        title = f"unidrop conformance, stream {STREAM_VERSION}"
+        for group in _beside_each_other(sorted(columns, key=_backend_of), names, width):
+            table = Table(title=title, title_justify="left")
+            title = ""
+            table.add_column("contract", no_wrap=True)
+            for backend, mode in group:
+                table.add_column(f"{backend}\n{mode}", justify="center", no_wrap=True)
+            for name in names:
+                marks = (_mark(cells[c][name], name in missing[c]) for c in group)
+                table.add_row(name, *marks)
+            yield table
 
     def _missing(self) -> Mapping[str, Sequence[str]]:
-        reasons: dict[str, list[str]] = defaultdict(list)
+        """Return the contracts for which each reason stands, by the line that says so."""
+        modes: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
+        for (backend, mode, reason), contracts in self._lacking().items():
+            modes[backend, reason, tuple(contracts)].append(mode)
+        return {
+            f"{backend} ({', '.join(where)}): {reason}": contracts
+            for (backend, reason, contracts), where in modes.items()
+        }
+
+    def _lacking(self) -> Mapping[tuple[str, str, str], Sequence[str]]:
+        lacking: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for outcome in self.outcomes:
             if isinstance(outcome, Missing):
-                reasons[f"{outcome.backend.name}: {outcome.reason}"].append(outcome.contract.name)
-        return reasons
+                where = outcome.backend.name, outcome.mode, outcome.reason
+                lacking[where].append(outcome.contract.name)
+        return lacking
+
+
+def _backend_of(column: _Column) -> str:
+    return column[0]
+
+
+def _beside_each_other(
+    columns: Sequence[_Column], names: Sequence[str], width: int
+) -> Iterator[list[_Column]]:
+    """Yield groups of columns that fit into a width beside the contracts' names."""
+    first = max(map(len, names), default=0) + _PADDING + 1
+    group: list[_Column] = []
+    used = first
+    for column in columns:
+        needed = max(*map(len, column), _MARK) + _PADDING
+        if group and used + needed > width:
+            yield group
+            group, used = [], first
+        group.append(column)
+        used += needed
+    if group:
+        yield group
 
 
 def _mark(results: Sequence[Result], missing: bool) -> Text:

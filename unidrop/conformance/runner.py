@@ -5,7 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from unidrop.conformance.backend import Backend, UnavailableBackend, has_ability, load_backends
+from unidrop.conformance.backend import (
+    ABILITIES,
+    Backend,
+    UnavailableBackend,
+    load_backends,
+    why_lacking,
+)
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
 
@@ -14,10 +20,11 @@ __all__ = ["Missing", "Result", "cells", "check", "run_cell"]
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Why a contract does not apply to a backend: an ability that it lacks."""
+    """Why a contract does not apply to a backend in a mode: what it lacks there."""
 
     contract: Contract
     backend: Backend
+    mode: str
     reason: str
 
 
@@ -57,16 +64,41 @@ def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Mi
     ValueError
         If a contract's name is unknown; says which are known.
     """
-    for contract in _contracts(contracts):
-        lacking = [need for need in contract.needs if not has_ability(backend, need)]
-        if lacking:
-            reason = backend.abilities.get(lacking[0]) or f"{lacking[0]} is not declared"
-            yield Missing(contract, backend, reason)
-            continue
-        for device in backend.devices:
-            for mode in backend.compiled_modes if contract.compiled_only else backend.modes:
+    chosen = _contracts(contracts)
+    _check_limits(backend)
+    for mode, reason in backend.missing_modes.items():
+        for contract in chosen:
+            yield Missing(contract, backend, mode, reason)
+    for contract in chosen:
+        for mode in backend.modes:
+            lacking = _why_not(contract, backend, mode)
+            if lacking is not None:
+                yield Missing(contract, backend, mode, lacking)
+                continue
+            if contract.compiled_only and mode not in backend.compiled_modes:
+                continue
+            for device in backend.devices:
                 for dtype in _dtypes(contract, backend.dtypes(mode)):
                     yield Cell(contract, backend, device, dtype, mode)
+
+
+def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
+    """Return why a contract does not apply to a backend in a mode, or None if it does."""
+    for need in contract.needs:
+        reason = why_lacking(backend, need, mode)
+        if reason is not None:
+            return reason
+    return backend.mode_limits.get(mode, {}).get(contract.name)
+
+
+def _check_limits(backend: Backend) -> None:
+    for mode, limits in backend.mode_limits.items():
+        unknown = [name for name in limits if name not in ABILITIES and name not in CONTRACTS]
+        if unknown:
+            raise ValueError(
+                f"mode_limits of {backend.name} in mode {mode} has to name abilities or "
+                f"contracts, but got {unknown}"
+            )
 
 
 def run_cell(cell: Cell) -> Result:
