@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["run_python", "run_tests"]
+__all__ = ["TESTS", "run_python", "run_tests"]
 
-_TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent
 
 
 def run_python(backend: str, *arguments: str) -> str:
     """Run Python where Keras has a backend, and return what it printed; raise if it fails."""
-    path = os.pathsep.join([str(_TESTS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,
@@ -29,7 +29,7 @@ def run_python(backend: str, *arguments: str) -> str:
 
 def run_tests(backend: str, *arguments: str, expected: int) -> None:
     """Run pytest on files, by default beside this one: all pass, none is skipped or missing."""
-    paths = [str(_TESTS / name) if name.endswith(".py") else name for name in arguments]
+    paths = [str(TESTS / name) if name.endswith(".py") else name for name in arguments]
     # Keras' own tests lie where nothing is to be written.
     output = run_python(backend, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
     summary = output.strip().splitlines()[-1]
