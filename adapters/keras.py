@@ -34,6 +34,10 @@ class _Keyed(keras.layers.Layer):
     def _set_key(self, seed: int | Key | None) -> None:
         self.seed = int(seed) if isinstance(seed, Key) else seed
         self._key = Key(seed) if isinstance(seed, int) else seed
+        # Looked up here, since what is looked up for the first time can't be compiled by torch.
+        library_of(keras.ops.convert_to_tensor(0))
+        if self.rate > 0:
+            library_of(self.seed_generator.state.value)
 
     @property
     def calls(self) -> int:

@@ -1,0 +1,159 @@
+"""Tests of the Keras layers on every backend, NumPy's too; `test_keras_backends.py` runs them.
+
+A backend is chosen before Keras is imported, so these run in a process for each.
+"""
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from keras_models import BACKEND, SITE, X, assert_bits, dropped
+
+from unidrop import Key
+from unidrop.adapters.keras import Dropout, SpatialDropout1D, SpatialDropout2D, SpatialDropout3D
+
+SPATIAL = {
+    SpatialDropout1D: ((2, 3, 4), (1,)),
+    SpatialDropout2D: ((2, 3, 5, 4), (1, 2)),
+    SpatialDropout3D: ((2, 3, 5, 2, 4), (1, 2, 3)),
+}
+
+
+# --- The layer by itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1])
+@pytest.mark.parametrize("seed", [SITE, int(SITE), 2**64 - 1, 2**63], ids=str)
+def test_training_call_n_has_the_key_with_n_folded_in(seed, rate):
+    layer, site = Dropout(rate, seed=seed), Key(int(seed))
+    for n in range(3):
+        assert_bits(layer(X, training=True), dropped(X, n, rate, site))
+    assert layer.calls == 3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_each_policy_has_the_same_mask_and_its_own_bits(dtype):
+    layer = Dropout(0.001, seed=SITE, dtype=dtype)
+    x = np.random.default_rng(0).standard_normal(30000).astype("float32")
+    expected = dropped(x.astype(getattr(ml_dtypes, dtype, dtype)), 0, 0.001)
+    assert keras.backend.standardize_dtype(layer(x, training=True).dtype) == dtype
+    layer.calls = 0
+    assert_bits(keras.ops.cast(layer(x, training=True), "float32"), expected.astype("float32"))
+
+
+@pytest.mark.parametrize("layer", SPATIAL, ids=lambda layer: layer.__name__)
+def test_whole_feature_maps_are_dropped(layer):
+    shape, axes = SPATIAL[layer]
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    made = layer(0.5, seed=SITE, **({} if len(axes) == 1 else {"data_format": "channels_last"}))
+    for n in range(2):
+        assert_bits(made(x, training=True), dropped(x, n, axes=axes))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"training": False}], ids=str)
+def test_inference_is_the_identity_and_does_not_count(arguments):
+    layer = Dropout(0.5, seed=SITE)
+    assert_bits(layer(X, **arguments), X)
+    assert layer.calls == 0
+
+
+def test_integers_raise_and_do_not_count():
+    layer = Dropout(0.5, seed=SITE)
+    with pytest.raises(TypeError, match=r"inputs has to be of a floating"):
+        layer(np.ones(3, "int32"), training=True)
+    assert layer.calls == 0
+
+
+def test_a_symbolic_call_keeps_shape_and_dtype_and_does_not_count():
+    layer = Dropout(0.5, seed=SITE, dtype="float16")
+    output = layer(keras.Input((None, 10), dtype="float16"), training=True)
+    assert (output.shape, output.dtype) == ((None, None, 10), "float16")
+    assert layer.calls == 0
+
+
+def test_set_random_seed_reproduces_an_unseeded_layer():
+    runs = []
+    for _ in range(2):
+        keras.utils.set_random_seed(5)
+        layer = Dropout(0.5)
+        runs.append([keras.ops.convert_to_numpy(layer(X, training=True)) for _ in range(2)])
+    np.testing.assert_array_equal(*runs)
+    assert not np.array_equal(*runs[0])
+
+
+def test_the_call_number_can_be_set():
+    layer = Dropout(0.5, seed=SITE)
+    layer.calls = 2**31 - 2
+    assert_bits(layer(X, training=True), dropped(X, 2**31 - 2))
+    assert layer.calls == 2**31 - 1
+
+
+def test_a_layer_around_time_steps_has_one_mask_for_all_of_them():
+    x = np.ones((2, 3, 10), "float32")
+    model = keras.Sequential([keras.layers.TimeDistributed(Dropout(0.5, seed=SITE))])
+    y = keras.ops.convert_to_numpy(model(x, training=True))
+    assert set(np.unique(y)) == {0.0, 2.0}
+
+
+def test_a_model_of_fixed_inputs_predicts_them_and_does_not_count():
+    layer = Dropout(0.5, seed=SITE)
+    model = keras.Sequential([keras.Input((10,)), layer])
+    model.compile(loss="mse")
+    assert np.array_equal(model.predict(X, verbose=0), X)
+    assert model.evaluate(X, X, verbose=0) == 0
+    assert layer.calls == 0
+
+
+# --- Machinery ---------------------------------------------------------------------------------
+
+
+def test_a_cloned_model_has_the_same_seed_and_calls_of_its_own():
+    layer = Dropout(0.5, seed=SITE)
+    model = keras.Sequential([keras.Input((10,)), layer])
+    model(X, training=True)
+    clone = keras.models.clone_model(model)
+    assert_bits(clone(X, training=True), dropped(X, 0))
+    assert (layer.calls, clone.layers[0].calls) == (1, 1)
+
+
+@pytest.mark.parametrize("layer", [Dropout, *SPATIAL], ids=lambda layer: layer.__name__)
+def test_a_serialized_layer_is_ours_again(layer):
+    config = keras.layers.serialize(layer(0.2, seed=SITE))
+    assert type(keras.layers.deserialize(config)) is layer
+    assert keras.layers.deserialize(config).seed == int(SITE)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Cell(keras.layers.Layer):
+    """A recurrent cell that drops its inputs and adds them up."""
+
+    state_size = output_size = 10
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = Dropout(0.5, seed=SITE)
+
+    def call(self, inputs, states, training=False):
+        state = states[0] + self.dropout(inputs, training=training)
+        return state, [state]
+
+
+# TensorFlow and torch run a cell once more, to see its outputs, before the loop over time; JAX's
+# loop forgets what layers in it do to their state. So it is with Keras' own dropout.
+CALLS = {True: (0, 1, 2), False: {"jax": (0, 0, 0), "numpy": (0, 1, 2)}.get(BACKEND, (1, 2, 3))}
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_each_time_step_of_a_recurrent_cell_is_a_call(unroll):
+    cell = Cell()
+    x = np.ones((4, 3, 10), "float32")
+    y = keras.layers.RNN(cell, unroll=unroll)(x, training=True)
+    assert_bits(y, sum(dropped(x[:, time], n) for time, n in enumerate(CALLS[unroll])))
+
+
+def test_both_directions_have_a_call_of_their_own():
+    model = keras.layers.Bidirectional(keras.layers.RNN(Cell(), unroll=True), merge_mode="sum")
+    x = np.ones((4, 1, 10), "float32")
+    y = keras.ops.convert_to_numpy(model(x, training=True))
+    assert y.shape == (4, 10)
+    assert set(np.unique(y)) <= {0.0, 2.0, 4.0}

@@ -1,0 +1,40 @@
+"""A plugin of pytest that puts our layers in the place of Keras' own, for Keras' own tests."""
+
+from typing import Any
+
+import keras.src.layers
+import pytest
+
+from unidrop.adapters import keras as ours
+
+NAMES = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"]
+
+made: set[str] = set()
+
+
+def _replaced(name: str) -> type:
+    layer = getattr(ours, name)
+    assert issubclass(layer, getattr(keras.src.layers, name))
+    init = layer.__init__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.add(name)
+        init(self, *args, **kwargs)
+
+    layer.__init__ = counted
+    return layer
+
+
+for _name in NAMES:
+    setattr(keras.src.layers, _name, _replaced(_name))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a test that Keras has of a layer did not come to make one of ours."""
+    if session.testscollected and made != {name for name in NAMES if _is_tested(session, name)}:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _is_tested(session: pytest.Session, name: str) -> bool:
+    of_spatial = name.startswith("Spatial")
+    return any(("spatial" in item.nodeid) == of_spatial for item in session.items)

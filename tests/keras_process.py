@@ -1,0 +1,36 @@
+"""Runs Python and pytest in a process of its own, where Keras has a backend of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["TESTS", "run_python", "run_tests"]
+
+TESTS = Path(__file__).parent
+
+
+def run_python(backend: str, *arguments: str) -> str:
+    """Run Python where Keras has a backend, and return what it printed; raise if it fails."""
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": path.rstrip(os.pathsep),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{arguments} on {backend}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_tests(backend: str, *arguments: str, expected: int) -> None:
+    """Run pytest on files, by default beside this one: all pass, none is skipped or missing."""
+    paths = [str(TESTS / name) if name.endswith(".py") else name for name in arguments]
+    # Keras' own tests lie where nothing is to be written.
+    output = run_python(backend, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
+    summary = output.strip().splitlines()[-1]
+    assert re.fullmatch(rf"{expected} passed(, \d+ warnings?)? in .*", summary), output

@@ -1,0 +1,81 @@
+"""Tests of training with the Keras layers on every backend; `test_keras_backends.py` runs them.
+
+A backend is chosen before Keras is imported, so these run in a process for each. Keras' NumPy
+backend has no gradient, and so no training.
+"""
+
+import warnings
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from keras_models import BACKEND, SITE, Record, X, assert_bits, dropped, recording
+
+from unidrop import Key
+from unidrop.adapters.keras import Dropout
+
+FITS = [{}, {"run_eagerly": True}, {"jit_compile": True}, {"jit_compile": False}]
+if BACKEND != "torch":  # where Keras refuses it
+    FITS.append({"steps_per_execution": 3})
+
+
+@pytest.fixture
+def quick_torch_compile(monkeypatch):
+    """Let torch.compile do all but generate machine code, which takes Inductor a minute.
+
+    It warns of what Keras does, which it can't take into a graph: of gradients it looks at.
+    """
+    if BACKEND != "torch":
+        yield
+        return
+    import torch
+
+    own = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: own(*a, **k, backend="aot_eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("options", FITS, ids=str)
+def test_fit_drops_and_advances_once_a_step(options, quick_torch_compile):
+    layer = Dropout(0.5, seed=SITE)
+    model = recording(layer, **options)
+    x, y = np.tile(X, (3, 1)), np.zeros((12, 1))
+    model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0, validation_data=(X, y[:4]))
+    assert layer.calls == 6
+    assert_bits(model.layers[1].seen, dropped(X, 5))
+    model.evaluate(X, y[:4], verbose=0)
+    model.predict(X, verbose=0)
+    assert layer.calls == 6
+
+
+def test_train_on_batch_advances_by_1():
+    layer = Dropout(0.5, seed=SITE)
+    model = recording(layer)
+    for n in range(2):
+        model.train_on_batch(X, np.zeros((4, 1)))
+        assert_bits(model.layers[1].seen, dropped(X, n))
+    assert layer.calls == 2
+
+
+def test_layers_of_a_functional_model_have_masks_of_their_own():
+    sites = [Key(42).fold_in(f"block/{n}") for n in range(2)]
+    layers, records = [Dropout(0.5, seed=site) for site in sites], [Record(), Record()]
+    inputs = keras.Input((10,))
+    first, second = (record(layer(inputs)) for layer, record in zip(layers, records, strict=True))
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.add([first, second])))
+    model.compile("sgd", "mse")
+    model.fit(X, np.zeros((4, 1)), batch_size=4, epochs=2, shuffle=False, verbose=0)
+    for site, record in zip(sites, records, strict=True):
+        assert_bits(record.seen, dropped(X, 1, site=site))
+
+
+def test_a_model_trains_in_mixed_precision():
+    layer = Dropout(0.5, seed=SITE, dtype="mixed_bfloat16")
+    model = recording(layer)
+    model.fit(X, np.zeros((4, 1)), batch_size=4, epochs=2, shuffle=False, verbose=0)
+    assert layer.calls == 2
+    expected = dropped(X.astype(ml_dtypes.bfloat16), 1).astype("float32")
+    assert_bits(model.layers[1].seen, expected)
