@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from unidrop.library import Library, library_of
 from unidrop.philox import philox
-from unidrop.words import checked_integer, words_of
+from unidrop.words import checked_integer
 
 __all__ = ["Key", "check_key"]
 
@@ -202,7 +202,7 @@ def _is_index(value: object) -> bool:
 def _like(word: int, array: Any) -> Any:
     """Return a Python word as an array like another word."""
     library = library_of(array)
-    words = words_of(library.namespace(array), library.device(array))
+    words = library.arithmetic(library.namespace(array), library.device(array))
     return (array & 0) | words.constant(word)
 
 
