@@ -21,6 +21,7 @@ from jax import numpy as jnp
 
 from unidrop.adapters.libraries.jax_dropout import drop
 from unidrop.adapters.libraries.numpy import address_of, aligned_like, memory_of
+from unidrop.key import Key
 from unidrop.library import Library, Memory
 from unidrop.philox import ODD_MULTIPLIER, FourWords, philox
 from unidrop.words import MASK32, Narrow, Pair, Words, add_pairs
@@ -141,6 +142,11 @@ class Jax(Library):
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not have here and now")
         lo, hi = map(_word, key.words)
+        if jnp.ndim(lo) or jnp.ndim(hi):
+            raise ValueError(
+                f"key has to be one key, but got a batch of them, of shape {jnp.shape(lo)}: apply "
+                "jax.vmap to the function that calls dropout"
+            )
         starts = [self.split(start, "start") for start, _ in window.offsets]
         return drop(x, (lo, hi), starts, window, rate)
 
@@ -221,3 +227,29 @@ def _unpacked(bits: Any, *, count: Any) -> Any:
     keep = (bits[..., None] >> places & np.uint32(1)) != 0
     *rows, words, _ = keep.shape
     return keep.reshape(*rows, words * 8 * _TURNS)[..., : count * 8].reshape(-1)
+
+
+class _Held(int):
+    """An integer that stands in a tree for a word, such as an axis for `jax.vmap`, and is none."""
+
+
+def _leaves(key: Key) -> tuple[tuple[Any, Any], None]:
+    lo, hi = (word if isinstance(word, _Held) else _word(word) for word in key.words)
+    return (lo, hi), None
+
+
+def _named_leaves(key: Key) -> tuple[tuple[Any, Any], None]:
+    (lo, hi), _ = _leaves(key)
+    return ((jax.tree_util.GetAttrKey("lo"), lo), (jax.tree_util.GetAttrKey("hi"), hi)), None
+
+
+def _key_of(_: None, leaves: Any) -> Key:
+    """Return the key of two leaves, which stand for words, or in JAX's trees for anything."""
+    lo, hi = leaves
+    if isinstance(lo, np.uint32) and isinstance(hi, np.uint32):
+        return Key.from_words(lo, hi)
+    lo, hi = (_Held(leaf) if type(leaf) is int else leaf for leaf in leaves)
+    return Key.holding(lo, hi)
+
+
+jax.tree_util.register_pytree_with_keys(Key, _named_leaves, _key_of, _leaves)
