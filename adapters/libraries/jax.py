@@ -3,9 +3,9 @@
 Requirements this design meets:
 
 * XLA on the CPU fuses the generator's rounds into everything that reads a word, and computes them
-  again for each. A loop is a border that fusion does not cross, so decisions are made in one of
-  four turns, each of which leaves one bit an element; and what is kept of four turns is one array
-  of 32 bits for 32 elements. The ten rounds are fused into that, and nothing else goes to memory.
+  again for each. A loop is a border that fusion does not cross. So decisions are made in four turns
+  of a loop, and what is left of a block after its turn is a bit an element, in one array of 32 bits
+  for 32 elements. The ten rounds are fused into that, and nothing else goes to memory.
 * Nothing in it depends on where an element lies, so that a partitioner can give each device its
   own part, and needs no communication for that.
 * A step that is traced has 32 bits unless the user has enabled 64: words are ``uint32`` always.
@@ -23,7 +23,7 @@ from unidrop.adapters.libraries.jax_dropout import drop
 from unidrop.adapters.libraries.numpy import address_of, aligned_like, memory_of
 from unidrop.key import Key
 from unidrop.library import Library, Memory
-from unidrop.philox import ODD_MULTIPLIER, FourWords, philox
+from unidrop.philox import ODD_MULTIPLIER, ROUNDS, FourWords, next_round_key, philox, philox_round
 from unidrop.words import MASK32, Narrow, Pair, Words, add_pairs
 
 __all__ = ["Jax"]
@@ -91,9 +91,8 @@ class _Doubled:
 
 _WORDS = _Wrapping(jnp)
 
-# Where this many words of decisions are made at a time, the quicker program is worth that it takes
-# twice as long to compile.
-_MANY = 1 << 9
+# Up to this many blocks a row, the time goes into starting operations, and into compiling them.
+_FEW = 1 << 11
 
 
 class Jax(Library):
@@ -122,8 +121,8 @@ class Jax(Library):
         self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], threshold: int, device: Any
     ) -> Any:
         """Return the decisions of consecutive blocks, flat, by way of one bit each."""
-        bits = _bits(*map(_word, (*first, *key, threshold)), words=-(-count // _TURNS))
-        return _unpacked(bits, count=count)
+        numbers = map(_word, (*first, *key, threshold))
+        return _compiled_decisions(*numbers, count=count)
 
     def split(self, value: Any, name: str) -> Pair:
         """Return an integer as words; it has 64 bits where the user has enabled those."""
@@ -188,45 +187,63 @@ def _words(hi: Any, lo: Any, key_lo: Any, key_hi: Any, tag: Any, *, count: Any) 
     return philox((lo, hi, zero, zero | tag), (key_lo, key_hi), _WORDS)
 
 
-@partial(jax.jit, static_argnames="words", inline=True)
-def _bits(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, *, words: Any) -> Any:
-    """Return words of 32 decisions, the first of them lowest: along one more axis, if in rows."""
-    many = jax.config.jax_enable_x64 and isinstance(words, int) and words >= _MANY
-    generate = _philox_of_many if many else partial(philox, words=_WORDS)
-    numbers = lax.iota(np.uint32, words)
+def _decisions(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, count: Any) -> Any:
+    """Return the decisions of blocks, flat; hi and lo are of shape () or (rows, 1)."""
+    few = isinstance(count, int) and count <= _FEW
+    turns = 1 if few else _TURNS
+    numbers = lax.iota(np.uint32, -(-count // turns))
     # An array that is cut for many devices may have more than 2^32 blocks.
-    far = numbers >> np.uint32(30)
+    far = numbers >> np.uint32(30) if turns > 1 else lax.full_like(numbers, 0)
 
     def turn(i: Any, bits: Any) -> Any:
-        near = numbers * np.uint32(_TURNS) + lax.convert_element_type(i, np.uint32)
+        near = numbers * np.uint32(turns) + lax.convert_element_type(i, np.uint32)
         block_hi, block_lo = add_pairs(_WORDS, (hi, lo), (far, near))
         zero = lax.full_like(block_lo, 0)
+        generate = _philox_of_few if few else _philox_of_many
         four = generate((block_lo, block_hi, zero, zero), (key_lo, key_hi))
         byte = zero
         for place, word in enumerate(four):
             for u, at in ((word, 2 * place), (word * np.uint32(ODD_MULTIPLIER), 2 * place + 1)):
                 byte |= lax.convert_element_type(u >= threshold, np.uint32) << np.uint32(at)
-        return bits >> np.uint32(8) | byte << np.uint32(24)
+        return bits >> np.uint32(8) | byte << np.uint32(8 * (turns - 1))
 
-    nothing = (hi | lo | numbers | key_lo | key_hi) & np.uint32(0)
-    return lax.fori_loop(0, _TURNS, turn, nothing)
+    # Made of all operands, so that it differs where they do: between devices, or over a batch.
+    bits = (hi | lo | numbers | key_lo | key_hi) & np.uint32(0)
+    bits = turn(0, bits) if few else lax.fori_loop(0, turns, turn, bits)
+    places = lax.broadcasted_iota(np.uint32, (1,) * bits.ndim + (8 * turns,), bits.ndim)
+    keep = (bits[..., None] >> places & np.uint32(1)) != 0
+    *rows, words, _ = keep.shape
+    return keep.reshape(*rows, words * 8 * turns)[..., : count * 8].reshape(-1)
+
+
+_compiled_decisions = jax.jit(_decisions, static_argnames="count", inline=True)
+
+
+def _philox_of_few(counter: FourWords, key: Pair) -> FourWords:
+    """Return the words of a few blocks, by a program that is small: a round, in a loop."""
+
+    def one(_: Any, state: Any) -> Any:
+        counter, round_key = state
+        return philox_round(counter, round_key, _WORDS), next_round_key(round_key, _WORDS)
+
+    # All as wide as the blocks, and different where the blocks or the key are.
+    counter, key = jax.tree.map(
+        lambda word: word | (counter[0] | key[0] | key[1]) & 0, (counter, key)
+    )
+    four: FourWords = lax.fori_loop(0, ROUNDS, one, (counter, key))[0]
+    return four
 
 
 def _philox_of_many(counter: FourWords, key: Pair) -> FourWords:
+    """Return the words of many blocks, by numbers of 64 bits where JAX has them."""
+    if not jax.config.jax_enable_x64:
+        return philox(counter, key, _WORDS)
     double = partial(lax.convert_element_type, new_dtype=np.uint64)
     k0, k1 = map(double, key)
     c0, c1, c2, c3 = map(double, counter)
     four = philox((c0, c1, c2, c3), (k0, k1), cast(Any, _Doubled()))
     a, b, c, d = (lax.convert_element_type(word, np.uint32) for word in four)
     return a, b, c, d
-
-
-@partial(jax.jit, static_argnames="count", inline=True)
-def _unpacked(bits: Any, *, count: Any) -> Any:
-    places = lax.broadcasted_iota(np.uint32, (1,) * bits.ndim + (8 * _TURNS,), bits.ndim)
-    keep = (bits[..., None] >> places & np.uint32(1)) != 0
-    *rows, words, _ = keep.shape
-    return keep.reshape(*rows, words * 8 * _TURNS)[..., : count * 8].reshape(-1)
 
 
 class _Held(int):
