@@ -179,12 +179,17 @@ class Call:
         )
 
     def _drop(self, x: Any, key: Key, mask: Any, out: Any) -> Any:
-        kernels = None
         if self.rate.threshold != KEEP_NOTHING and 0 not in x.shape:
             kernels = kernels_for(self.library, x, key, self.window)
-        if kernels is not None:
-            package, memory, number, base = kernels
-            return package.drop(self.library, x, memory, self.window, self.rate, number, base, out)
+            if kernels is not None:
+                package, memory, number, base = kernels
+                return package.drop(
+                    self.library, x, memory, self.window, self.rate, number, base, out
+                )
+            if mask is None and out is None:
+                compiled = self.library.compiled(x, self.rate, key, self.window)
+                if compiled is not None:
+                    return compiled
         y = self.select(x, self.mask(x, key) if mask is None else mask)
         if out is None:
             return y

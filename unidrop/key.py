@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from unidrop.library import Library, library_of
 from unidrop.philox import philox
-from unidrop.words import checked_integer, words_of
+from unidrop.words import checked_integer
 
 __all__ = ["Key", "check_key"]
 
@@ -75,13 +75,17 @@ class Key:
         if isinstance(lo_word, int) and isinstance(hi_word, int):
             return cls((hi_word << 32) + lo_word)
         if isinstance(lo_word, int):
-            return cls._traced(_like(lo_word, hi_word), hi_word)
+            return cls.holding(_like(lo_word, hi_word), hi_word)
         if isinstance(hi_word, int):
-            return cls._traced(lo_word, _like(hi_word, lo_word))
-        return cls._traced(lo_word, hi_word)
+            return cls.holding(lo_word, _like(hi_word, lo_word))
+        return cls.holding(lo_word, hi_word)
 
     @classmethod
-    def _traced(cls, lo: Any, hi: Any) -> Self:
+    def holding(cls, lo: Any, hi: Any) -> Self:
+        """Return the key that holds two words as they are, unchecked: for a library's own trees.
+
+        Whatever stands there for a word may be held, such as a batch of them, or None.
+        """
         key = cls.__new__(cls)
         object.__setattr__(key, "_lo", lo)
         object.__setattr__(key, "_hi", hi)
@@ -95,7 +99,7 @@ class Key:
     @property
     def is_traced(self) -> bool:
         """Whether the key's words are arrays, whose values may be unknown yet."""
-        return not isinstance(self._lo, int)
+        return not (isinstance(self._lo, int) and isinstance(self._hi, int))
 
     def fold_in(self, data: Any) -> Self:
         """Return the key made of this one and an integer or a string.
@@ -145,7 +149,7 @@ class Key:
         like = self._lo if self.is_traced else lo
         xp = library.namespace(like)
         lo, hi, _, _ = library.words(xp, (hi, lo), 1, self.words, tag, library.device(like))
-        return type(self)._traced(xp.reshape(lo, ()), xp.reshape(hi, ()))
+        return type(self).holding(xp.reshape(lo, ()), xp.reshape(hi, ()))
 
     def __int__(self) -> int:
         if self.is_traced:
@@ -202,7 +206,7 @@ def _is_index(value: object) -> bool:
 def _like(word: int, array: Any) -> Any:
     """Return a Python word as an array like another word."""
     library = library_of(array)
-    words = words_of(library.namespace(array), library.device(array))
+    words = library.arithmetic(library.namespace(array), library.device(array))
     return (array & 0) | words.constant(word)
 
 

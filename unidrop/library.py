@@ -19,8 +19,8 @@ import array_api_compat
 import numpy
 
 from unidrop.dtypes import integer_bits
-from unidrop.philox import FourWords, philox
-from unidrop.words import Narrow, Pair, add_pairs, counting, words_of
+from unidrop.philox import FourWords, decide, philox
+from unidrop.words import Narrow, Pair, Words, add_pairs, counting, words_of
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -74,6 +74,10 @@ class Library:
         """Tell whether items of x may be assigned."""
         return bool(array_api_compat.is_writeable_array(x))
 
+    def arithmetic(self, xp: Any, device: Any) -> Words:
+        """Return how this library's integers hold words."""
+        return words_of(xp, device)
+
     def words(
         self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
     ) -> FourWords:
@@ -83,7 +87,8 @@ class Library:
         ----------
         xp : namespace
         first : (hi, lo)
-            The number of the first block: Python integers or 0-d arrays.
+            The number of the first block: Python integers; or arrays of shape (rows, 1), and each
+            row has blocks of its own.
         count : int
             The number of blocks.
         key : (lo, hi)
@@ -95,14 +100,40 @@ class Library:
 
         Returns
         -------
-        four arrays of shape (count,)
-            In the dtype of `words_of`.
+        four arrays of shape (count,) or (rows, count)
+            In the dtype of `arithmetic`.
         """
-        words = words_of(xp, device)
+        words = self.arithmetic(xp, device)
         base = tuple(words.constant(w) if isinstance(w, int) else w for w in first)
         hi, lo = add_pairs(words, base, counting(words, count, device))
         zero = xp.zeros((1,), dtype=words.dtype, device=device)
         return philox((lo, hi, zero, zero + words.constant(tag)), key, words)
+
+    def decisions(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], threshold: int, device: Any
+    ) -> Any:
+        """Return the decisions of consecutive blocks of a mask, flat: eight a block.
+
+        Parameters
+        ----------
+        xp : namespace
+        first : (hi, lo)
+            The number of the first block: Python integers; or arrays of shape (rows, 1), and each
+            row has blocks of its own.
+        count : int
+            The number of blocks, in each row.
+        key : (lo, hi)
+            The key's words: Python integers or 0-d arrays.
+        threshold : int
+            0 < threshold < 2^32.
+        device : device
+            Where to make them.
+        """
+        # A library's own generator counts one run of blocks.
+        is_one_run = isinstance(first[0], int)
+        args = (xp, first, count, key, 0, device)
+        four = self.words(*args) if is_one_run else Library.words(self, *args)
+        return decide(xp, self.arithmetic(xp, device), four, threshold)
 
     def split(self, value: Any, name: str) -> Pair:
         """Return a 0-d integer array as ``(hi, lo)`` 0-d words, zero-extended from its width.
@@ -119,7 +150,7 @@ class Library:
             raise TypeError(f"{name} has to be an integer, but got an array of dtype {value.dtype}")
         if self.shape(value) != ():
             raise ValueError(f"{name} has to be 0-d, but got shape {self.shape(value)}")
-        words = words_of(self.namespace(value), self.device(value))
+        words = self.arithmetic(self.namespace(value), self.device(value))
         if bits == 64 and isinstance(words, Narrow):
             raise ValueError(
                 f"{name} has dtype {value.dtype}, but there are no 64-bit integers here and now: "
@@ -164,6 +195,14 @@ class Library:
         """Return the output as one operator of what traces x, or None.
 
         A library whose compiler would keep what lies between its operations, as a mask, has one.
+        """
+        return None
+
+    def compiled(self, x: Any, rate: Any, key: Any, window: Any) -> Any:
+        """Return the output as one compiled program, or None.
+
+        A library whose operations are slow one by one, or whose gradient keeps what lies between
+        them, has one. It is asked where kernels can't take x, and something is to be dropped.
         """
         return None
 

@@ -15,10 +15,9 @@ import numpy
 from unidrop.key import Key, check_key
 from unidrop.library import Library, library_of_namespace
 from unidrop.path import kernels_for
-from unidrop.philox import ODD_MULTIPLIER, FourWords, philox
 from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Axis, Piece, Window
-from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shift_pair, words_of
+from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shift_pair
 
 __all__ = ["STREAM_VERSION", "keep_mask", "window_mask"]
 
@@ -109,7 +108,7 @@ def window_mask(
     if kernels is not None:
         package, _, number, base = kernels
         return library.from_numpy(package.keep(window, rate, number, base), device)
-    words = words_of(xp, device)
+    words = library.arithmetic(xp, device)
 
     def decide(piece: Piece) -> Any:
         return _piece_mask(library, xp, words, piece, window.offsets, rate.threshold, key, device)
@@ -159,16 +158,15 @@ def _piece_mask(
     if not rows and not offsets:
         first, skip = divmod(piece.base, 8)
         count = (skip + length + 7) // 8
-        four = library.words(xp, pair(first), count, key.words, 0, device)
-        return _decide(xp, words, four, threshold)[skip : skip + length]
+        keep = library.decisions(xp, pair(first), count, key.words, threshold, device)
+        return keep[skip : skip + length]
     index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
-    aligned = not offsets and all(row.stride % 8 == 0 for row in rows)
+    strides = (*(row.stride for row in rows), *(stride for _, stride in offsets))
+    aligned = all(stride % 8 == 0 for stride in strides)
     number_of_rows = math.prod(row.length for row in rows)
     count = (piece.base % 8 + length + 7) // 8 if aligned else (length + 14) // 8
-    block = add_pairs(words, shift_pair(words, index, 3), counting(words, count, device))
-    zero = xp.zeros((1,), dtype=words.dtype, device=device)
-    four = philox((block[1], block[0], zero, zero), key.words, words)
-    keep = _decide(xp, words, four, threshold)
+    first_of_row = shift_pair(words, index, 3)
+    keep = library.decisions(xp, first_of_row, count, key.words, threshold, device)
     if aligned:
         skip = piece.base % 8
         return xp.reshape(xp.reshape(keep, (-1, count * 8))[:, skip : skip + length], (-1,))
@@ -198,12 +196,3 @@ def _row_indices(
         hi, lo = index
         index = add_pairs(words, (xp.expand_dims(hi, axis=-1), xp.expand_dims(lo, axis=-1)), steps)
     return xp.reshape(index[0], (-1, 1)), xp.reshape(index[1], (-1, 1))
-
-
-def _decide(xp: Any, words: Words, four: FourWords, threshold: int) -> Any:
-    """Return eight decisions a block, flat."""
-    least = words.constant(threshold)
-    # Stacked before the comparison: XLA takes half a minute to compile eight of them.
-    even = xp.stack(four, axis=-1)
-    odd = words.mullo(even, ODD_MULTIPLIER)
-    return xp.reshape(xp.stack([even >= least, odd >= least], axis=-1), (-1,))

@@ -9,7 +9,15 @@ from typing import Any, Final, cast
 
 from unidrop.words import MASK32, PYTHON, Exact, Words
 
-__all__ = ["ODD_MULTIPLIER", "philox"]
+__all__ = [
+    "ODD_MULTIPLIER",
+    "ROUNDS",
+    "FourWords",
+    "decide",
+    "next_round_key",
+    "philox",
+    "philox_round",
+]
 
 ROUNDS: Final = 10
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
@@ -43,12 +51,45 @@ def philox(counter: FourWords, key: tuple[Any, Any], words: Words | Exact = PYTH
     >>> [f"{word:08x}" for word in philox((0, 0, 0, 0), (0, 0))]
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
+    for round_key in _round_keys(key, words):
+        counter = philox_round(counter, round_key, words)
+    return counter
+
+
+def philox_round(counter: FourWords, round_key: tuple[Any, Any], words: Words | Exact) -> FourWords:
+    """Return what one of the rounds makes of the words before it."""
     c0, c1, c2, c3 = counter
-    for k0, k1 in _round_keys(key, words):
-        hi0, lo0 = words.mulhilo(c0, MULTIPLIERS[0])
-        hi1, lo1 = words.mulhilo(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-    return c0, c1, c2, c3
+    hi0, lo0 = words.mulhilo(c0, MULTIPLIERS[0])
+    hi1, lo1 = words.mulhilo(c2, MULTIPLIERS[1])
+    return hi1 ^ c1 ^ round_key[0], lo1, hi0 ^ c3 ^ round_key[1], lo0
+
+
+def next_round_key(round_key: tuple[Any, Any], words: Words) -> tuple[Any, Any]:
+    """Return the key of the round after one, where it is arrays of words."""
+    k0, k1 = (
+        words.add(k, words.constant(increment))[1]
+        for k, increment in zip(round_key, KEY_INCREMENTS, strict=True)
+    )
+    return k0, k1
+
+
+def decide(xp: Any, words: Words, four: FourWords, threshold: int) -> Any:
+    """Return the eight decisions of each block, flat: whether what decides is at least a threshold.
+
+    Parameters
+    ----------
+    xp : namespace
+    words : Words
+    four : four arrays of words
+        The blocks' words, of one shape.
+    threshold : int
+        0 < threshold < 2^32.
+    """
+    least = words.constant(threshold)
+    # Stacked before the comparison: XLA takes half a minute to compile eight of them.
+    even = xp.stack(four, axis=-1)
+    odd = words.mullo(even, ODD_MULTIPLIER)
+    return xp.reshape(xp.stack([even >= least, odd >= least], axis=-1), (-1,))
 
 
 def _round_keys(key: tuple[Any, Any], words: Words | Exact) -> Iterator[tuple[Any, Any]]:
@@ -64,7 +105,4 @@ def _round_keys(key: tuple[Any, Any], words: Words | Exact) -> Iterator[tuple[An
     k0, k1 = traced.split(k0, 32)[1], traced.split(k1, 32)[1]
     for _ in range(ROUNDS):
         yield k0, k1
-        k0, k1 = (
-            traced.add(k, traced.constant(increment))[1]
-            for k, increment in zip((k0, k1), KEY_INCREMENTS, strict=True)
-        )
+        k0, k1 = next_round_key((k0, k1), traced)

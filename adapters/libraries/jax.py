@@ -1,14 +1,98 @@
-"""JAX below the adapters: what is traced, how to build complex arrays, where one lies in memory."""
+"""JAX below the adapters: keys as pytrees, words, decisions, and where an array lies in memory.
 
-from typing import Any
+Requirements this design meets:
+
+* XLA on the CPU fuses the generator's rounds into everything that reads a word, and computes them
+  again for each. A loop is a border that fusion does not cross. So decisions are made in four turns
+  of a loop, and what is left of a block after its turn is a bit an element, in one array of 32 bits
+  for 32 elements. The ten rounds are fused into that, and nothing else goes to memory.
+* Nothing in it depends on where an element lies, so that a partitioner can give each device its
+  own part, and needs no communication for that.
+* A step that is traced has 32 bits unless the user has enabled 64: words are ``uint32`` always.
+"""
+
+from functools import partial
+from typing import Any, cast
 
 import jax
 import numpy as np
+from jax import lax
+from jax import numpy as jnp
 
+from unidrop.adapters.libraries.jax_dropout import drop
 from unidrop.adapters.libraries.numpy import address_of, aligned_like, memory_of
+from unidrop.key import Key
 from unidrop.library import Library, Memory
+from unidrop.philox import ODD_MULTIPLIER, ROUNDS, FourWords, next_round_key, philox, philox_round
+from unidrop.words import MASK32, Narrow, Pair, Words, add_pairs
 
 __all__ = ["Jax"]
+
+_TURNS = 4  # blocks that one word of 32 bits holds the decisions of
+_MASK16 = 0xFFFF
+
+
+class _Wrapping(Narrow):
+    """Words in ``uint32`` arrays, whose sums and products XLA defines modulo 2^32."""
+
+    def constant(self, word: int) -> Any:
+        """Return a word that combines with arrays of words."""
+        return np.uint32(word)
+
+    def add(self, a: Any, b: Any) -> Pair:
+        """Return ``(carry, sum)`` of two words."""
+        total = a + b
+        return (total < b).astype(np.uint32), total
+
+    def mulhilo(self, a: Any, m: int) -> Pair:
+        """Return the ``(hi, lo)`` words of the product of words ``a`` and a Python word ``m``."""
+        hi_a, lo_a = a >> np.uint32(16), a & np.uint32(_MASK16)
+        hi_m, lo_m = np.uint32(m >> 16), np.uint32(m & _MASK16)
+        cross = lo_a * hi_m + (lo_a * lo_m >> np.uint32(16))
+        cross2 = hi_a * lo_m + (cross & np.uint32(_MASK16))
+        hi = hi_a * hi_m + (cross >> np.uint32(16)) + (cross2 >> np.uint32(16))
+        return hi, self.mullo(a, m)
+
+    def mullo(self, a: Any, m: int) -> Any:
+        """Return the low word of the product of words ``a`` and a Python word ``m``."""
+        return a * np.uint32(m)
+
+    def split(self, value: Any, bits: int) -> Pair:
+        """Return the ``(hi, lo)`` words of an integer array of ``bits`` bits, zero-extended."""
+        lo = lax.convert_element_type(value, np.uint32)
+        if bits == 64:
+            return lax.convert_element_type(value >> 32, np.uint32), lo
+        return lo & np.uint32(0), lo & np.uint32((1 << min(bits, 32)) - 1)
+
+
+class _Doubled:
+    """Words in ``uint64`` arrays, whose upper halves hold rubbish: for the generator alone.
+
+    One multiplication makes both words of a product, where `_Wrapping` takes five.
+    """
+
+    def constant(self, word: int) -> Any:
+        """Return a word that combines with arrays of words."""
+        return np.uint64(word)
+
+    def split(self, value: Any, bits: int) -> Pair:
+        """Return a word as it is."""
+        return None, value
+
+    def add(self, a: Any, b: Any) -> Pair:
+        """Return the sum of two words."""
+        return None, a + b
+
+    def mulhilo(self, a: Any, m: int) -> Pair:
+        """Return the words of a product."""
+        product = (a & np.uint64(MASK32)) * np.uint64(m)
+        return product >> np.uint64(32), product
+
+
+_WORDS = _Wrapping(jnp)
+
+# Up to this many blocks a row, the time goes into starting operations, and into compiling them.
+_FEW = 1 << 11
 
 
 class Jax(Library):
@@ -22,9 +106,48 @@ class Jax(Library):
         """Tell a tracer from an array that has its values."""
         return isinstance(x, jax.core.Tracer)
 
+    def arithmetic(self, xp: Any, device: Any) -> Words:
+        """Return arithmetic on ``uint32``, also where there are 64-bit integers."""
+        return _WORDS
+
+    def words(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
+    ) -> FourWords:
+        """Return the words of consecutive blocks, by one compiled program."""
+        four: FourWords = _words(*map(_word, (*first, *key, tag)), count=count)
+        return four
+
+    def decisions(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], threshold: int, device: Any
+    ) -> Any:
+        """Return the decisions of consecutive blocks, flat, by way of one bit each."""
+        numbers = map(_word, (*first, *key, threshold))
+        return _compiled_decisions(*numbers, count=count)
+
+    def split(self, value: Any, name: str) -> Pair:
+        """Return an integer as words; it has 64 bits where the user has enabled those."""
+        if isinstance(value, tuple):
+            return value
+        if value.dtype in (np.int64, np.uint64) and jax.config.jax_enable_x64 and value.ndim == 0:
+            return _WORDS.split(value, 64)
+        return super().split(value, name)
+
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return ``jax.lax.complex``."""
-        return jax.lax.complex(real, imag)
+        return lax.complex(real, imag)
+
+    def compiled(self, x: Any, rate: Any, key: Any, window: Any) -> Any:
+        """Return dropout as JAX's own operation."""
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not have here and now")
+        lo, hi = map(_word, key.words)
+        if jnp.ndim(lo) or jnp.ndim(hi):
+            raise ValueError(
+                f"key has to be one key, but got a batch of them, of shape {jnp.shape(lo)}: apply "
+                "jax.vmap to the function that calls dropout"
+            )
+        starts = [self.split(start, "start") for start, _ in window.offsets]
+        return drop(x, (lo, hi), starts, window, rate)
 
     def memory(self, x: Any) -> Memory | str:
         """Return where an array on the first device of the CPU lies."""
@@ -49,3 +172,101 @@ class Jax(Library):
     def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> Any:
         """Return an array in the same memory, or a copy where JAX can't use that."""
         return jax.device_put(mask)
+
+
+def _word(word: Any) -> Any:
+    """Return a word as JAX takes it, for which Python's integers are signed ones of 32 bits."""
+    return np.uint32(word) if isinstance(word, int) else word
+
+
+@partial(jax.jit, static_argnames="count")
+def _words(hi: Any, lo: Any, key_lo: Any, key_hi: Any, tag: Any, *, count: Any) -> FourWords:
+    steps = lax.iota(np.uint32, count)
+    hi, lo = add_pairs(_WORDS, (hi, lo), (lax.full_like(steps, 0), steps))
+    zero = lax.full_like(lo, 0)
+    return philox((lo, hi, zero, zero | tag), (key_lo, key_hi), _WORDS)
+
+
+def _decisions(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, count: Any) -> Any:
+    """Return the decisions of blocks, flat; hi and lo are of shape () or (rows, 1)."""
+    few = isinstance(count, int) and count <= _FEW
+    turns = 1 if few else _TURNS
+    numbers = lax.iota(np.uint32, -(-count // turns))
+    # An array that is cut for many devices may have more than 2^32 blocks.
+    far = numbers >> np.uint32(30) if turns > 1 else lax.full_like(numbers, 0)
+
+    def turn(i: Any, bits: Any) -> Any:
+        near = numbers * np.uint32(turns) + lax.convert_element_type(i, np.uint32)
+        block_hi, block_lo = add_pairs(_WORDS, (hi, lo), (far, near))
+        zero = lax.full_like(block_lo, 0)
+        generate = _philox_of_few if few else _philox_of_many
+        four = generate((block_lo, block_hi, zero, zero), (key_lo, key_hi))
+        byte = zero
+        for place, word in enumerate(four):
+            for u, at in ((word, 2 * place), (word * np.uint32(ODD_MULTIPLIER), 2 * place + 1)):
+                byte |= lax.convert_element_type(u >= threshold, np.uint32) << np.uint32(at)
+        return bits >> np.uint32(8) | byte << np.uint32(8 * (turns - 1))
+
+    # Made of all operands, so that it differs where they do: between devices, or over a batch.
+    bits = (hi | lo | numbers | key_lo | key_hi) & np.uint32(0)
+    bits = turn(0, bits) if few else lax.fori_loop(0, turns, turn, bits)
+    places = lax.broadcasted_iota(np.uint32, (1,) * bits.ndim + (8 * turns,), bits.ndim)
+    keep = (bits[..., None] >> places & np.uint32(1)) != 0
+    *rows, words, _ = keep.shape
+    return keep.reshape(*rows, words * 8 * turns)[..., : count * 8].reshape(-1)
+
+
+_compiled_decisions = jax.jit(_decisions, static_argnames="count", inline=True)
+
+
+def _philox_of_few(counter: FourWords, key: Pair) -> FourWords:
+    """Return the words of a few blocks, by a program that is small: a round, in a loop."""
+
+    def one(_: Any, state: Any) -> Any:
+        counter, round_key = state
+        return philox_round(counter, round_key, _WORDS), next_round_key(round_key, _WORDS)
+
+    # All as wide as the blocks, and different where the blocks or the key are.
+    counter, key = jax.tree.map(
+        lambda word: word | (counter[0] | key[0] | key[1]) & 0, (counter, key)
+    )
+    four: FourWords = lax.fori_loop(0, ROUNDS, one, (counter, key))[0]
+    return four
+
+
+def _philox_of_many(counter: FourWords, key: Pair) -> FourWords:
+    """Return the words of many blocks, by numbers of 64 bits where JAX has them."""
+    if not jax.config.jax_enable_x64:
+        return philox(counter, key, _WORDS)
+    double = partial(lax.convert_element_type, new_dtype=np.uint64)
+    k0, k1 = map(double, key)
+    c0, c1, c2, c3 = map(double, counter)
+    four = philox((c0, c1, c2, c3), (k0, k1), cast(Any, _Doubled()))
+    a, b, c, d = (lax.convert_element_type(word, np.uint32) for word in four)
+    return a, b, c, d
+
+
+class _Held(int):
+    """An integer that stands in a tree for a word, such as an axis for `jax.vmap`, and is none."""
+
+
+def _leaves(key: Key) -> tuple[tuple[Any, Any], None]:
+    lo, hi = (word if isinstance(word, _Held) else _word(word) for word in key.words)
+    return (lo, hi), None
+
+
+def _named_leaves(key: Key) -> tuple[tuple[Any, Any], None]:
+    (lo, hi), _ = _leaves(key)
+    return ((jax.tree_util.GetAttrKey("lo"), lo), (jax.tree_util.GetAttrKey("hi"), hi)), None
+
+
+def _key_of(_: None, leaves: Any) -> Key:
+    """Return the key of two leaves, which stand for words, or in JAX's trees for anything."""
+    lo, hi = leaves
+    if isinstance(lo, np.uint32) and isinstance(hi, np.uint32):
+        return Key.from_words(lo, hi)
+    lo, hi = (_Held(leaf) if type(leaf) is int else leaf for leaf in leaves)
+    return Key.holding(lo, hi)
+
+
+jax.tree_util.register_pytree_with_keys(Key, _named_leaves, _key_of, _leaves)

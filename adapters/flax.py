@@ -1,0 +1,211 @@
+"""Dropout for Flax: what `flax.nnx` calls by this name, whose runs resume.
+
+Flax documentation: flax.nnx.Dropout (0.12).
+"""
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from unidrop.adapters.jax import as_key, dropout
+from unidrop.dropout import Call
+from unidrop.key import Key
+from unidrop.library import library_of
+from unidrop.rate import Rate
+from unidrop.words import checked_integer
+
+__all__ = ["Dropout", "DropoutCalls"]
+
+# Reading a call number and advancing it is one act, also where threads share a module eagerly.
+_COUNTING = Lock()
+
+
+class DropoutCalls(nnx.Variable[jax.Array]):
+    """How many training calls a `Dropout` with a seed has had: a ``uint32`` scalar."""
+
+
+class Dropout(nnx.Dropout):
+    """Drop elements with probability rate in training, and scale the rest by 1 / (1 - rate).
+
+    As `flax.nnx.Dropout`, and its replacement: `train`, `eval`, ``deterministic`` in the
+    constructor or the call, and ``rngs`` do what they do there. Beyond it, the same key drops the
+    same elements in every framework, the backward pass keeps no mask, and with a seed the module
+    counts its calls, so that a resumed run continues as if never stopped.
+
+    Parameters
+    ----------
+    rate : int or float
+        The probability of dropping an element, in [0, 1].
+    broadcast_dims : sequence of int, default ()
+        Axes along which one decision is shared.
+    deterministic : bool or None, default False
+        If True, inputs are returned as they are.
+    rng_collection : str, default "dropout"
+        Which stream of ``rngs`` to use.
+    rngs : nnx.Rngs or nnx.RngStream, optional
+        Where keys come from if there is no seed, one at each training call; with a seed they are
+        not used.
+    seed : int or unidrop.Key, optional
+        Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two modules with one
+        seed drop the same units: give each its site, ``seed=Key(42).fold_in("encoder/0")``.
+
+    Attributes
+    ----------
+    calls : DropoutCalls
+        The number of training calls so far: with a seed, a variable of the module's state, which
+        `nnx.jit`, `nnx.grad`, `nnx.scan` and `nnx.remat` carry. May be set, ``module.calls = 7``.
+
+    Raises
+    ------
+    TypeError
+        If rate is no Python number, rngs of another type, or seed neither an integer nor a Key.
+    ValueError
+        If rate is outside [0, 1], or seed outside [0, 2^64).
+
+    Notes
+    -----
+    Under `nnx.remat` the recomputation has the call number of the first computation.
+
+    N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+    JMLR 15 (2014).
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.flax import Dropout
+    >>> module = Dropout(0.5, seed=Key(42).fold_in("encoder/0"))
+    >>> module(jax.numpy.ones(6))
+    Array([2., 0., 0., 2., 2., 2.], dtype=float32)
+    >>> int(module.calls)
+    1
+    """
+
+    calls: Any
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        broadcast_dims: Sequence[int] = (),
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        Rate.of(rate, "rate")
+        super().__init__(
+            rate,
+            broadcast_dims=broadcast_dims,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs if seed is None else None,
+        )
+        key = seed if seed is None or isinstance(seed, Key) else Key(seed)
+        # A key that is traced, as where layers are made under nnx.vmap, belongs to the state.
+        self.seed = nnx.data(key) if key is not None and key.is_traced else key
+        if key is not None:
+            self.calls = DropoutCalls(jnp.zeros((), jnp.uint32))
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | Key | None = None,
+    ) -> Any:
+        """Apply dropout in training, and the identity otherwise.
+
+        Parameters
+        ----------
+        inputs : jax.Array
+            Of any shape, of a floating-point or complex dtype.
+        deterministic : bool, optional
+            Takes precedence over the constructor's.
+        rngs : nnx.Rngs, nnx.RngStream, jax.Array or unidrop.Key, optional
+            The key of this call, or where it comes from. Takes precedence over the constructor's,
+            and over the seed: the call then is not counted.
+
+        Returns
+        -------
+        jax.Array
+            Of the inputs' shape and dtype.
+
+        Raises
+        ------
+        TypeError
+            If inputs have an integer or bool dtype, or rngs another type.
+        ValueError
+            If nothing says whether to drop, or where the key comes from.
+        """
+        if deterministic is None:
+            deterministic = self.deterministic
+        if deterministic is None:
+            raise ValueError(
+                "Dropout has to know whether to drop: pass `deterministic` to the constructor or "
+                "to the call, or use `nnx.view(model, deterministic=...)`"
+            )
+        if deterministic or self.rate == 0:
+            return inputs
+        if isinstance(inputs, nnx.Variable):
+            inputs = inputs.get_value()
+        self._check(inputs)
+        if rngs is None and self.seed is not None:
+            return self._drop_counted(inputs)
+        return self._drop(inputs, self._drawn_key(self.rngs if rngs is None else rngs))
+
+    def _check(self, inputs: Any) -> None:
+        """Raise what is wrong with the inputs, before a call is counted or a key drawn."""
+        x = inputs if isinstance(inputs, jax.Array) else jnp.asarray(inputs)
+        Call.of(x, Rate.of(self.rate, "rate"), broadcast_axes=self.broadcast_dims, name="inputs")
+
+    def _drop(self, inputs: Any, key: Any) -> Any:
+        return dropout(inputs, self.rate, key, broadcast_dims=self.broadcast_dims)
+
+    def _drop_counted(self, inputs: Any) -> Any:
+        with _COUNTING:
+            number = self.calls.get_value()
+            self.calls.set_value(number + jnp.uint32(1))
+        try:
+            return self._drop(inputs, self.seed.fold_in(number))
+        except BaseException:
+            with _COUNTING:
+                self.calls.set_value(self.calls.get_value() - jnp.uint32(1))
+            raise
+
+    def _drawn_key(self, rngs: Any) -> Key:
+        if rngs is None:
+            raise ValueError(
+                "`deterministic` is False, but Dropout has neither a seed nor rngs: pass one of "
+                "them to the constructor, or `rngs` to the call"
+            )
+        if isinstance(rngs, nnx.Rngs):
+            rngs = rngs[self.rng_collection]
+        if isinstance(rngs, nnx.RngStream):
+            rngs = rngs()
+        if not isinstance(rngs, jax.Array | Key):
+            raise TypeError(
+                "rngs has to be an nnx.Rngs, an nnx.RngStream, a key of jax.random or a "
+                f"unidrop.Key, but got {type(rngs)}"
+            )
+        return as_key(rngs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "calls" or isinstance(value, nnx.Variable):
+            super().__setattr__(name, value)
+        elif "calls" in vars(self):
+            self.calls.set_value(_call_number(value))
+        else:
+            raise AttributeError("a Dropout without a seed counts no calls: make it with seed=")
+
+
+def _call_number(value: Any) -> jax.Array:
+    if not isinstance(value, jax.Array):
+        return jnp.asarray(checked_integer(value, "calls", bits=32), jnp.uint32)
+    # Looked at only for its type and shape: it may be traced, as a global step is.
+    _, lo = library_of(value).split(value, "calls")
+    return jnp.asarray(lo)

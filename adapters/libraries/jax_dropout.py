@@ -1,0 +1,119 @@
+"""Dropout as one operation of JAX, and what JAX's transformations make of it.
+
+The operation is linear in x. Its derivative is itself, of a tangent; its transpose is itself, of a
+cotangent; so a backward pass keeps the key and makes the mask again. Over a batch it is itself with
+one more leading axis, along which each operand differs or not. What it computes is the core's rule,
+in operations that every platform has, and that a partitioner can cut.
+
+JAX documentation: JAX internals, primitives; `jax.extend.core.Primitive`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from unidrop.dropout import Call
+from unidrop.key import Key
+from unidrop.library import library_of
+from unidrop.path import only
+from unidrop.rate import Rate
+from unidrop.window import Window
+from unidrop.words import Pair
+
+__all__ = ["drop"]
+
+_STATIC = ("window", "rate", "strides", "batch")
+
+
+def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) -> Any:
+    """Return dropout of an array.
+
+    Parameters
+    ----------
+    x : array
+        At least one element.
+    key : (lo, hi)
+        The key's words, in ``uint32``.
+    starts : sequence of (hi, lo)
+        The starts of the window that are arrays, as words.
+    window : Window
+        Its offsets' strides belong to the starts.
+    rate : Rate
+        Which keeps something.
+    """
+    strides = tuple(stride for _, stride in window.offsets)
+    words = [word for start in starts for word in start]
+    settings = {"window": replace(window, offsets=()), "rate": rate, "strides": strides}
+    return _drop_p.bind(x, *key, *words, **settings, batch=())
+
+
+_drop_p = Primitive("unidrop_dropout")
+
+
+def _rule(
+    *operands: Any, window: Window, rate: Rate, strides: tuple[int, ...], batch: tuple[Any, ...]
+) -> Any:
+    """Return what the core makes of the operands; the outermost of the batch's axes is first."""
+    rule = partial(_rule_of_one, window=window, rate=rate, strides=strides)
+    for differs in reversed(batch):
+        rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in differs))
+    # Whether the user has enabled 64-bit numbers must not matter, and the generator is quicker by
+    # them; what they are used for is not seen by any transformation.
+    with jax.enable_x64(True), only("portable"):
+        return rule(*operands)
+
+
+def _rule_of_one(
+    x: Any, lo: Any, hi: Any, *words: Any, window: Window, rate: Rate, strides: tuple[int, ...]
+) -> Any:
+    starts = zip(words[::2], words[1::2], strict=True)
+    offsets = tuple(zip(starts, strides, strict=True))
+    call = Call(library_of(x), replace(window, offsets=offsets), rate, drops=True)
+    return call.select(x, call.mask(x, Key.from_words(lo, hi)))
+
+
+_drop_p.def_impl(jax.jit(_rule, static_argnames=_STATIC))
+mlir.register_lowering(_drop_p, mlir.lower_fun(_rule, multiple_results=False))
+
+
+@_drop_p.def_abstract_eval
+def _abstract(x: Any, *others: Any, **settings: Any) -> Any:
+    return x.update(weak_type=False)
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **settings: Any) -> tuple[Any, Any]:
+    x, *numbers = primals
+    y = _drop_p.bind(x, *numbers, **settings)
+    if isinstance(tangents[0], ad.Zero):
+        return y, ad.Zero.from_primal_value(y)
+    return y, _drop_p.bind(tangents[0], *numbers, **settings)
+
+
+def _transpose(cotangent: Any, x: Any, *numbers: Any, **settings: Any) -> list[Any]:
+    nothing = [None] * len(numbers)
+    if isinstance(cotangent, ad.Zero):
+        return [cotangent, *nothing]
+    return [_drop_p.bind(cotangent, *numbers, **settings), *nothing]
+
+
+def _batched(
+    operands: Sequence[Any], axes: Sequence[int | None], *, batch: tuple[Any, ...], **settings: Any
+) -> tuple[Any, int]:
+    """Return the operation over one more axis, which x has to have for the output's sake."""
+    size = next(v.shape[a] for v, a in zip(operands, axes, strict=True) if a is not None)
+    moved = [v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(operands, axes, strict=True)]
+    if axes[0] is None:
+        moved[0] = jnp.broadcast_to(moved[0], (size, *moved[0].shape))
+    differs = (True, *(a is not None for a in axes[1:]))
+    return _drop_p.bind(*moved, **settings, batch=(differs, *batch)), 0
+
+
+ad.primitive_jvps[_drop_p] = _jvp
+ad.primitive_transposes[_drop_p] = _transpose
+batching.primitive_batchers[_drop_p] = _batched
