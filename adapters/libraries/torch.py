@@ -7,15 +7,20 @@ import array_api_compat.torch
 import numpy as np
 import torch
 
-from unidrop.dropout import Call
+from unidrop.adapters.libraries.torch_func import transformed
+from unidrop.adapters.libraries.torch_operators import packed
 from unidrop.key import Key
 from unidrop.library import Library, Memory
-from unidrop.rate import Rate
+from unidrop.philox import FourWords
 from unidrop.window import Window
+from unidrop.words import Pair
 
-__all__ = ["Torch"]
+__all__ = ["Torch", "is_recorded", "record"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# The most that an operator's integer can be.
+_MOST = (1 << 63) - 1
 
 
 class Torch(Library):
@@ -30,8 +35,8 @@ class Torch(Library):
         return x.device
 
     def is_traced(self, x: torch.Tensor) -> bool:
-        """Tell whether torch.compile or torch.export is recording."""
-        return torch.compiler.is_compiling()
+        """Tell whether something records or transforms what is done with tensors."""
+        return is_recorded()
 
     def laid_out_like(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return y with the strides that `torch.empty_like` gives for x."""
@@ -52,13 +57,24 @@ class Torch(Library):
         return forward(x)
 
     def recorded(self, x: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor | None:
-        """Return the output of the operator ``unidrop::dropout``, which keeps no mask."""
-        if window.is_part:
+        """Return the output of one operator, which keeps no mask."""
+        if max(window.global_shape or (), default=0) > _MOST:
             return None
-        words = key.words
-        packed = torch.stack(words) if key.is_traced else torch.tensor(words, dtype=torch.int64)
-        output: torch.Tensor = torch.ops.unidrop.dropout(x, packed, p, window.broadcast_axes)
-        return output
+        return record(x, packed(key), p, window)
+
+    def words(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
+    ) -> FourWords:
+        """Return the words of consecutive blocks: of one operator, where the CPU's are recorded.
+
+        It is what a traced step is folded into a key by, and takes Python's integers some
+        microseconds; a compiler would take some hundred milliseconds for it. On another device it
+        is compiled, since the operator would have to wait for the step.
+        """
+        if device.type != "cpu" or not torch.compiler.is_compiling():
+            return super().words(xp, first, count, key, tag, device)
+        four = torch.ops.unidrop.philox(_stacked(first), _stacked(key), count, tag)
+        return tuple(four.unbind())
 
     def memory(self, x: torch.Tensor) -> Memory | str:
         """Return where a plain tensor of the CPU lies."""
@@ -91,46 +107,37 @@ class Torch(Library):
         return torch.from_numpy(mask)
 
 
-@torch.library.custom_op("unidrop::dropout", mutates_args=())
-def _dropout(
-    x: torch.Tensor, key: torch.Tensor, p: float, broadcast_axes: Sequence[int]
-) -> torch.Tensor:
-    """Drop as `unidrop.dropout` does, under a key whose words ``(lo, hi)`` are an int64 tensor."""
-    lo, hi = key.tolist() if key.device.type == "cpu" else key.unbind()
-    call = Call.of(x, Rate.of(p), broadcast_axes=broadcast_axes)
-    output: torch.Tensor = call.drop(x, Key.from_words(lo, hi))
+def is_recorded() -> bool:
+    """Tell whether something records or transforms what is done with tensors.
+
+    That is torch.compile, torch.export, torch.func, or a mode that sees each operation.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def record(x: torch.Tensor, words: torch.Tensor, p: float, window: Window) -> torch.Tensor:
+    """Return the output under the key of a tensor of words, as one operator or one function."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return transformed(x, words, p, window)
+    where: tuple[Any, ...] = ()
+    if window.global_shape is not None and window.start is not None:
+        where = window.global_shape, _stacked(window.start)
+    output: torch.Tensor = torch.ops.unidrop.dropout(x, words, p, window.broadcast_axes, *where)
     return output
 
 
-@_dropout.register_fake
-def _(x: torch.Tensor, key: torch.Tensor, p: float, broadcast_axes: Sequence[int]) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _keep_key(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, key, ctx.p, ctx.broadcast_axes = inputs
-    ctx.save_for_backward(key)
-
-
-def _dropout_backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
-    (key,) = ctx.saved_tensors
-    return torch.ops.unidrop.dropout(upstream, key, ctx.p, ctx.broadcast_axes), None, None, None
-
-
-_dropout.register_autograd(_dropout_backward, setup_context=_keep_key)
-
-
-@torch.library.custom_op("unidrop::next_call", mutates_args=("calls",))
-def _next_call(calls: torch.Tensor) -> torch.Tensor:
-    """Return a call number as it is, and advance it."""
-    number = calls.clone()
-    calls.add_(1)
-    return number
-
-
-@_next_call.register_fake
-def _(calls: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(calls)
+def _stacked(numbers: Sequence[Any]) -> torch.Tensor:
+    """Return numbers, of which some may be 0-d tensors, as one tensor."""
+    if not any(isinstance(number, torch.Tensor) for number in numbers):
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    device = next(number.device for number in numbers if isinstance(number, torch.Tensor))
+    return torch.stack(
+        [torch.as_tensor(number, dtype=torch.int64, device=device) for number in numbers]
+    )
 
 
 def _what_watches() -> str | None:
