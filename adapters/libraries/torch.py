@@ -1,6 +1,6 @@
 """PyTorch below the adapters: its gradient, its devices and where a tensor lies in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.torch
@@ -8,12 +8,10 @@ import numpy as np
 import torch
 
 from unidrop.adapters.libraries.torch_func import transformed
-from unidrop.adapters.libraries.torch_operators import packed
+from unidrop.adapters.libraries.torch_operators import packed, stacked
 from unidrop.key import Key
 from unidrop.library import Library, Memory
-from unidrop.philox import FourWords
 from unidrop.window import Window
-from unidrop.words import Pair
 
 __all__ = ["Torch", "is_recorded", "record"]
 
@@ -62,19 +60,27 @@ class Torch(Library):
             return None
         return record(x, packed(key), p, window)
 
-    def words(
-        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
-    ) -> FourWords:
-        """Return the words of consecutive blocks: of one operator, where the CPU's are recorded.
+    def recorded_mask(
+        self, like: torch.Tensor, p: float, key: Key, window: Window
+    ) -> torch.Tensor | None:
+        """Return the mask as one operator's output, where a compiler records it."""
+        if not torch.compiler.is_compiling() or max(window.global_shape or (), default=0) > _MOST:
+            return None
+        mask: torch.Tensor = torch.ops.unidrop.keep_mask(
+            packed(key), p, window.shape, window.broadcast_axes, *_part(window), device=like.device
+        )
+        return mask
 
-        It is what a traced step is folded into a key by, and takes Python's integers some
-        microseconds; a compiler would take some hundred milliseconds for it. On another device it
-        is compiled, since the operator would have to wait for the step.
+    def folded(self, key: tuple[Any, Any], data: torch.Tensor) -> tuple[Any, Any] | None:
+        """Return the words of a key and a step as one operator's, where a compiler records them.
+
+        It takes Python's integers some microseconds, and a compiler some seconds. On another device
+        it is compiled, since the operator would have to wait for the step.
         """
-        if device.type != "cpu" or not torch.compiler.is_compiling():
-            return super().words(xp, first, count, key, tag, device)
-        four = torch.ops.unidrop.philox(_stacked(first), _stacked(key), count, tag)
-        return tuple(four.unbind())
+        if data.device.type != "cpu" or not torch.compiler.is_compiling():
+            return None
+        lo, hi = torch.ops.unidrop.fold_in(stacked(key), data).unbind()
+        return lo, hi
 
     def memory(self, x: torch.Tensor) -> Memory | str:
         """Return where a plain tensor of the CPU lies."""
@@ -123,21 +129,17 @@ def record(x: torch.Tensor, words: torch.Tensor, p: float, window: Window) -> to
     """Return the output under the key of a tensor of words, as one operator or one function."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transformed(x, words, p, window)
-    where: tuple[Any, ...] = ()
-    if window.global_shape is not None and window.start is not None:
-        where = window.global_shape, _stacked(window.start)
-    output: torch.Tensor = torch.ops.unidrop.dropout(x, words, p, window.broadcast_axes, *where)
+    output: torch.Tensor = torch.ops.unidrop.dropout(
+        x, words, p, window.broadcast_axes, *_part(window)
+    )
     return output
 
 
-def _stacked(numbers: Sequence[Any]) -> torch.Tensor:
-    """Return numbers, of which some may be 0-d tensors, as one tensor."""
-    if not any(isinstance(number, torch.Tensor) for number in numbers):
-        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-    device = next(number.device for number in numbers if isinstance(number, torch.Tensor))
-    return torch.stack(
-        [torch.as_tensor(number, dtype=torch.int64, device=device) for number in numbers]
-    )
+def _part(window: Window) -> tuple[Any, ...]:
+    """Return an operator's arguments that say what a window is a part of; none if of nothing."""
+    if window.global_shape is None or window.start is None:
+        return ()
+    return window.global_shape, stacked(window.start)
 
 
 def _what_watches() -> str | None:

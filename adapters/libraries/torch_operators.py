@@ -23,9 +23,8 @@ from torch._compile import _disable_dynamo
 from unidrop.adapters.libraries.torch_checkpoint import Draws, draws_here
 from unidrop.dropout import Call
 from unidrop.key import Key
-from unidrop.philox import philox
+from unidrop.mask import keep_mask
 from unidrop.rate import Rate
-from unidrop.words import MASK32
 
 __all__ = [
     "draw_words",
@@ -49,7 +48,12 @@ _library.define(
     "dropout(Tensor x, Tensor key, float p, int[] broadcast_axes, SymInt[]? global_shape=None, "
     "Tensor? start=None) -> Tensor"
 )
-_library.define("philox(Tensor first, Tensor key, SymInt count, int tag) -> Tensor")
+_library.define(
+    "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
+    "SymInt[]? global_shape=None, Tensor? start=None, *, Device device) -> Tensor"
+)
+_library.define("integers(SymInt[] values) -> Tensor")
+_library.define("stacked(Tensor[] values) -> Tensor")
 _library.define("fold_in(Tensor key, Tensor data) -> Tensor")
 _library.define("next_call(Tensor(a!) calls) -> Tensor")
 _library.define("draw_key(Tensor(a!) order) -> Tensor")
@@ -57,9 +61,31 @@ _library.define("draw_key(Tensor(a!) order) -> Tensor")
 
 def packed(key: Key) -> Tensor:
     """Return a key as a tensor of its words."""
-    if key.is_traced:
-        return torch.stack(key.words)
-    return torch.tensor(key.words, dtype=torch.int64, device="cpu")
+    return stacked(key.words)
+
+
+def stacked(numbers: Sequence[Any]) -> Tensor:
+    """Return numbers, of which some may be 0-d tensors, as one tensor."""
+    if torch.compiler.is_compiling():
+        return _record_stacked(numbers)
+    device = next((n.device for n in numbers if isinstance(n, Tensor)), None)
+    if device is None:
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in numbers])
+
+
+def _record_stacked(numbers: Sequence[Any]) -> Tensor:
+    """Return what `stacked` does, by operators that no compiler makes a kernel for."""
+    ops = torch.ops.unidrop
+    tensors = [n for n in numbers if isinstance(n, Tensor)]
+    if not tensors:
+        integers: Tensor = ops.integers(numbers)
+        return integers
+    device = tensors[0].device
+    joined: Tensor = ops.stacked(
+        [n if isinstance(n, Tensor) else ops.integers([n]).to(device).reshape(()) for n in numbers]
+    )
+    return joined
 
 
 def key_of(words: Tensor) -> Key:
@@ -135,28 +161,57 @@ def _dropout(
     global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    where: Sequence[Any] | None = None
-    if start is not None:
-        where = start.tolist() if start.device.type == "cpu" else start.unbind()
     call = Call.of(
         x,
         Rate.of(p),
         broadcast_axes=broadcast_axes,
         global_shape=global_shape,
-        start=where,
+        start=_starts(start),
     )
     output: Tensor = call.drop(x, key_of(key))
     return output
 
 
 @_disable_dynamo
-def _philox(first: Tensor, key: Tensor, count: int, tag: int) -> Tensor:
-    """Return the words of consecutive blocks, of which the first is ``[hi, lo]``."""
-    hi, lo = first.tolist()
-    k0, k1 = key.tolist()
-    blocks = [divmod((hi << 32 | lo) + i, 1 << 32) for i in range(count)]
-    words = [philox((low, high & MASK32, 0, tag), (k0, k1)) for high, low in blocks]
-    return torch.tensor(words, dtype=torch.int64).T.contiguous()
+def _keep_mask(
+    key: Tensor,
+    p: float,
+    shape: Sequence[int],
+    broadcast_axes: Sequence[int],
+    global_shape: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    *,
+    device: torch.device,
+) -> Tensor:
+    mask: Tensor = keep_mask(
+        shape,
+        p,
+        key_of(key),
+        xp=torch,
+        device=device,
+        broadcast_axes=broadcast_axes,
+        global_shape=global_shape,
+        start=_starts(start),
+    )
+    return mask
+
+
+def _starts(start: Tensor | None) -> Sequence[Any] | None:
+    """Return where a window begins: integers, where those are read without waiting."""
+    if start is None:
+        return None
+    starts: Sequence[Any] = start.tolist() if start.device.type == "cpu" else start.unbind()
+    return starts
+
+
+@_disable_dynamo
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@_disable_dynamo
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.to(torch.int64) for value in values])
 
 
 @_disable_dynamo
@@ -210,14 +265,20 @@ def _saved_by_compilers(name: str) -> Any:
 
 _EAGER = {
     "dropout": _dropout,
-    "philox": _philox,
+    "keep_mask": _keep_mask,
+    "integers": _integers,
+    "stacked": _stacked,
     "fold_in": _fold_in,
     "next_call": _next_call,
     "draw_key": _draw_key,
 }
 _FAKE: dict[str, Callable[..., Tensor]] = {
     "dropout": lambda x, *_: torch.empty_like(x),
-    "philox": lambda first, key, count, tag: first.new_empty((4, count)),
+    "keep_mask": lambda key, p, shape, *_, device: torch.empty(
+        shape, dtype=torch.bool, device=device
+    ),
+    "integers": lambda values: torch.empty((len(values),), dtype=torch.int64, device="cpu"),
+    "stacked": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
     "fold_in": lambda key, data: torch.empty_like(key),
     "next_call": torch.empty_like,
     "draw_key": lambda order: torch.empty((2,), dtype=torch.int64, device="cpu"),
