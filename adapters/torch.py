@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unidrop.adapters.libraries.torch import is_recorded
 from unidrop.adapters.libraries.torch_checkpoint import draws_here
+from unidrop.adapters.libraries.torch_func import randomness
 from unidrop.adapters.libraries.torch_operators import give_back, next_number, packed, record_key
 from unidrop.adapters.torch_functional import (
     AxesOf,
@@ -131,6 +132,7 @@ class Dropout(torch.nn.Module):
         if call is None:
             return input
         if is_recorded() and self._words is not None:
+            randomness(input, self.calls)  # raises before anything is counted
             return drop_recorded(input, call, record_key(self._words, self.calls), self.inplace)
         if self.key is None:
             return drop_drawn(input, call, self.inplace)

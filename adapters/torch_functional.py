@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unidrop.adapters.libraries.torch import is_recorded, record
+from unidrop.adapters.libraries.torch_func import randomness
 from unidrop.adapters.libraries.torch_operators import draw_words, key_of, record_draw
 from unidrop.dropout import Call
 from unidrop.key import Key, check_key
@@ -265,6 +266,7 @@ def _is_watched(input: Tensor) -> bool:
 def drop_drawn(input: Tensor, call: Call, inplace: bool) -> Tensor:
     """Drop under a key from the default generator, which a call that raises leaves as it was."""
     if is_recorded():
+        randomness(input, None)  # raises before anything is drawn
         return drop_recorded(input, call, record_draw(), inplace)
     if not inplace:
         return drop(input, call, key_of(draw_words()), inplace)

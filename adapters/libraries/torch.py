@@ -7,7 +7,7 @@ import array_api_compat.torch
 import numpy as np
 import torch
 
-from unidrop.adapters.libraries.torch_func import transformed
+from unidrop.adapters.libraries.torch_func import randomness
 from unidrop.adapters.libraries.torch_operators import packed, stacked
 from unidrop.key import Key
 from unidrop.library import Library, Memory
@@ -49,22 +49,24 @@ class Torch(Library):
     ) -> Any:
         """Return ``forward(x)``, whose backward pass calls ``transpose`` and saves no tensor."""
         if torch.is_grad_enabled() and x.requires_grad:
-            transformed = torch._C._are_functorch_transforms_active()
-            function = _TransformableLinear if transformed else _Linear
-            return function.apply(x, forward, transpose)
+            return _Linear.apply(x, forward, transpose)
         return forward(x)
 
-    def recorded(self, x: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor | None:
+    def recorded(self, x: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor:
         """Return the output of one operator, which keeps no mask."""
-        if max(window.global_shape or (), default=0) > _MOST:
-            return None
         return record(x, packed(key), p, window)
 
     def recorded_mask(
         self, like: torch.Tensor, p: float, key: Key, window: Window
     ) -> torch.Tensor | None:
         """Return the mask as one operator's output, where a compiler records it."""
-        if not torch.compiler.is_compiling() or max(window.global_shape or (), default=0) > _MOST:
+        if torch._C._are_functorch_transforms_active():
+            # What vmap makes of a mask, it makes of what is dropped from ones of its shape.
+            whole = Window.of(
+                window.shape, window.broadcast_axes, window.global_shape, window.start
+            )
+            return record(torch.ones(window.shape, device=like.device), packed(key), p, whole) != 0
+        if not torch.compiler.is_compiling():
             return None
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
             packed(key), p, window.shape, window.broadcast_axes, *_part(window), device=like.device
@@ -127,10 +129,8 @@ def is_recorded() -> bool:
 
 def record(x: torch.Tensor, words: torch.Tensor, p: float, window: Window) -> torch.Tensor:
     """Return the output under the key of a tensor of words, as one operator or one function."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return transformed(x, words, p, window)
     output: torch.Tensor = torch.ops.unidrop.dropout(
-        x, words, p, window.broadcast_axes, *_part(window)
+        x, words, p, window.broadcast_axes, *_part(window), random=randomness(x, words)
     )
     return output
 
@@ -139,6 +139,11 @@ def _part(window: Window) -> tuple[Any, ...]:
     """Return an operator's arguments that say what a window is a part of; none if of nothing."""
     if window.global_shape is None or window.start is None:
         return ()
+    if max(window.global_shape, default=0) > _MOST:
+        raise ValueError(
+            "global_shape has to be below 2**63 where it is recorded as an operator's, "
+            f"but got {window.global_shape}"
+        )
     return window.global_shape, stacked(window.start)
 
 
@@ -171,17 +176,3 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         return ctx.transpose(upstream[0]), None, None
-
-
-class _TransformableLinear(_Linear):
-    """What torch.func takes too, at 50 microseconds more a call."""
-
-    @staticmethod
-    def forward(  # type: ignore[override] # the context comes by itself
-        x: torch.Tensor, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]
-    ) -> Any:
-        return forward(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.transpose = inputs[2]

@@ -11,105 +11,50 @@ An example whose key is its own, as of a batch of call numbers, has the mask of 
 ``randomness=`` says, since then nothing is left to it.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from unidrop.adapters.libraries.torch_operators import key_of
-from unidrop.dropout import Call
-from unidrop.rate import Rate
-from unidrop.window import Window
-
-__all__ = ["transformed"]
+__all__ = ["randomness"]
 
 
-def transformed(x: Tensor, words: Tensor, p: float, window: Window) -> Tensor:
-    """Return the output of a call that `torch.func` transforms.
+def randomness(x: Tensor, key: Tensor | None) -> Tensor | None:
+    """Return what `torch.vmap` treats as it treats everything random; None outside of torch.func.
+
+    It has no elements, so that nothing is drawn. With ``randomness="different"`` it is a batch,
+    and makes a batch of what it is given to.
 
     Parameters
     ----------
     x : torch.Tensor
-    words : torch.Tensor
-        The key, as `torch_operators.packed` makes it.
-    p : float
-    window : Window
+        What is dropped from.
+    key : torch.Tensor, optional
+        The key or the call number, if the key is not drawn.
 
     Raises
     ------
     RuntimeError
-        If `torch.vmap` vectorises the call, and its ``randomness`` is "error".
+        If ``randomness`` is "error"; but not where all examples share x and a key that is given,
+        nor where each has a key of its own.
     """
-    # Of no elements, so that nothing is drawn; vmap treats it as it treats what is random.
-    random = words if _is_batched(words) else torch.rand(0)
-    output: Tensor = _Dropout.apply(x, words, random, p, window)
-    return output
+    if not torch._C._are_functorch_transforms_active():
+        return None
+    if torch.compiler.is_compiling():
+        return torch.rand(0)
+    if key is not None and _is_batched(key):
+        return None
+    try:
+        return torch.rand(0)
+    except RuntimeError:
+        if key is None or _is_batched(x):
+            raise
+        return None
 
 
-def _is_batched(words: Tensor) -> bool:
-    """Tell whether each example of a batch has a key of its own."""
+def _is_batched(x: Tensor) -> bool:
+    """Tell whether each example of a batch has its own."""
     functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(words):
-        if functorch.is_batchedtensor(words):
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
             return True
-        words = functorch.get_unwrapped(words)
+        x = functorch.get_unwrapped(x)
     return False
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, words: Tensor, random: Tensor, p: float, window: Window) -> Tensor:
-        call = _call(x, p, window)
-        output: Tensor = call.drop(x, key_of(words))
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, words, random, ctx.p, ctx.window = inputs
-        ctx.save_for_backward(words, random)
-        ctx.save_for_forward(words, random)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        return _Dropout.apply(upstream[0], *ctx.saved_tensors, ctx.p, ctx.window), *(None,) * 4
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        # A product by a diagonal matrix is its own transpose.
-        return _Dropout.apply(tangents[0], *ctx.saved_tensors, ctx.p, ctx.window)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        words: Tensor,
-        random: Tensor,
-        p: float,
-        window: Window,
-    ) -> tuple[Tensor, int]:
-        x_dim, words_dim, random_dim = in_dims[:3]
-        x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
-        if words_dim is not None:
-            keys = words.movedim(words_dim, 0)
-            pairs = zip(x.unbind(), keys.unbind(), strict=True)
-            return torch.stack([transformed(x_i, key, p, window) for x_i, key in pairs]), 0
-        if random_dim is not None:
-            random = random.select(random_dim, 0)
-        wider = _with_batch(window, x.shape, shared=random_dim is None)
-        return _Dropout.apply(x, words, random, p, wider), 0
-
-
-def _with_batch(window: Window, shape: torch.Size, *, shared: bool) -> Window:
-    """Return a window with an axis more in front, along which the mask has length 1 if shared."""
-    axes = tuple(axis + 1 for axis in window.broadcast_axes)
-    if shared:
-        axes = (0, *axes)
-    if window.global_shape is None or window.start is None:
-        return Window.of(shape, axes)
-    return Window.of(shape, axes, (shape[0], *window.global_shape), (0, *window.start))
-
-
-def _call(x: Tensor, p: float, window: Window) -> Call:
-    axes, whole, start = window.broadcast_axes, window.global_shape, window.start
-    return Call.of(x, Rate.of(p), broadcast_axes=axes, global_shape=whole, start=start)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from unidrop.adapters.libraries.torch_checkpoint import Draws, draws_here
 from unidrop.dropout import Call
@@ -46,7 +48,7 @@ _ORDER = torch.zeros((), dtype=torch.int64)
 _library = torch.library.Library("unidrop", "DEF")
 _library.define(
     "dropout(Tensor x, Tensor key, float p, int[] broadcast_axes, SymInt[]? global_shape=None, "
-    "Tensor? start=None) -> Tensor"
+    "Tensor? start=None, Tensor? random=None) -> Tensor"
 )
 _library.define(
     "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
@@ -100,7 +102,8 @@ def next_number(calls: Tensor, draws: Draws | None) -> Any:
         return draws.take()
     with _COUNTING:
         # Read where that waits for nothing.
-        number = int(calls) if calls.device.type == "cpu" else calls.clone()
+        is_known = calls.device.type == "cpu" and calls.dim() == 0
+        number = int(calls) if is_known else calls.clone()
         calls.add_(1)
     if draws is not None:
         draws.keep(number)
@@ -160,6 +163,7 @@ def _dropout(
     broadcast_axes: Sequence[int],
     global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
+    random: Tensor | None = None,
 ) -> Tensor:
     call = Call.of(
         x,
@@ -232,17 +236,98 @@ def _draw_key(order: Tensor) -> Tensor:
     return draw_words().clone()
 
 
-def _keep_key(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, key, ctx.p, ctx.broadcast_axes, ctx.global_shape, start = inputs
-    ctx.save_for_backward(key, start)
+class _Dropout(torch.autograd.function._SingleLevelFunction):
+    """The gradient of the operator: itself, of the upstream gradient, under the same key.
+
+    Of one level of `torch.func`, of which it is applied to each by PyTorch's dispatcher.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, x: Tensor, key: Tensor, *rest: Any) -> Tensor:
+        p, axes, whole, start, random = _with_defaults(*rest)
+        ctx.save_for_backward(key, start, random)
+        ctx.save_for_forward(key, start, random)
+        ctx.given = p, axes, whole
+        operator = torch.ops.unidrop.dropout.default
+        if not torch._C._are_functorch_transforms_active():
+            return _below_autograd(operator, keyset, x, key, *rest)
+        # The levels below differentiate too.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return _below_autograd(operator, keyset, x, key, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, _Dropout.again(ctx, upstream), *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # A product by a diagonal matrix is its own transpose.
+        return _Dropout.again(ctx, tangents[1])
+
+    @staticmethod
+    def again(ctx: Any, x: Tensor) -> Tensor:
+        key, start, random = ctx.saved_tensors
+        output: Tensor = torch.ops.unidrop.dropout(x, key, *ctx.given, start, random)
+        return output
 
 
-def _dropout_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    key, start = ctx.saved_tensors
-    gradient = torch.ops.unidrop.dropout(
-        upstream, key, ctx.p, ctx.broadcast_axes, ctx.global_shape, start
-    )
-    return gradient, None, None, None, None, None
+def _with_defaults(
+    p: float,
+    axes: Sequence[int],
+    whole: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    random: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """Return an operator's arguments with those that the dispatcher left out."""
+    return p, axes, whole, start, random
+
+
+def _below_autograd(operator: Any, keyset: Any, *arguments: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        output: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    return output
+
+
+def _differentiated(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
+    if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()):
+        return _below_autograd(torch.ops.unidrop.dropout.default, keyset, x, *rest)
+    with enable_single_level_autograd_function():
+        output: Tensor = _Dropout.apply(keyset, x, *rest)
+    return output
+
+
+def _vmapped(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    key: Tensor,
+    p: float,
+    axes: Sequence[int],
+    whole: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    random: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Drop from a batch: see `torch_func`."""
+    dims = dict(zip(("x", "key", "p", "axes", "whole", "start", "random"), in_dims, strict=False))
+    count = info.batch_size
+    x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)
+    if dims["key"] is not None or dims.get("start") is not None:
+        keys, starts = (
+            [tensor] * count if dims.get(name) is None else tensor.movedim(dims[name], 0).unbind()
+            for name, tensor in (("key", key), ("start", start))
+        )
+        each = [
+            torch.ops.unidrop.dropout(x_i, key_i, p, axes, whole, start_i, random)
+            for x_i, key_i, start_i in zip(x.unbind(), keys, starts, strict=True)
+        ]
+        return torch.stack(each), 0
+    is_shared = dims.get("random") is None
+    axes = [*([0] if is_shared else []), *(axis + 1 for axis in axes)]
+    if whole is not None:
+        whole, start = [count, *whole], torch.cat([start.new_zeros(1), start])
+    if not is_shared:
+        random = random.select(dims["random"], 0)
+    return torch.ops.unidrop.dropout(x, key, p, axes, whole, start, random), 0
 
 
 def _saved_by_compilers(name: str) -> Any:
@@ -252,8 +337,7 @@ def _saved_by_compilers(name: str) -> Any:
         operator = getattr(torch.ops.unidrop, name).default
         traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
         before = 0 if traced is None else len(traced.tracer.graph.nodes)
-        with torch._C._AutoDispatchBelowAutograd():
-            output: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, state)
+        output = _below_autograd(operator, keyset, state)
         if traced is not None:
             # Activation checkpointing has just marked these to be recomputed.
             for node in list(traced.tracer.graph.nodes)[before:]:
@@ -261,6 +345,22 @@ def _saved_by_compilers(name: str) -> Any:
         return output
 
     return kernel
+
+
+def _next_calls(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Tensor, int]:
+    """Advance a batch of call numbers, as of models that `torch.func.stack_module_state` stacks."""
+    return torch.ops.unidrop.next_call(calls), in_dims[0]
+
+
+def _fold_in_each(
+    info: Any, in_dims: tuple[int | None, int | None], key: Tensor, data: Tensor
+) -> tuple[Tensor, int]:
+    keys, numbers = (
+        [tensor] * info.batch_size if dim is None else tensor.movedim(dim, 0).unbind()
+        for tensor, dim in zip((key, data), in_dims, strict=True)
+    )
+    folded = [torch.ops.unidrop.fold_in(k, n) for k, n in zip(keys, numbers, strict=True)]
+    return torch.stack(folded), 0
 
 
 _EAGER = {
@@ -289,6 +389,7 @@ for _name, _fake in _FAKE.items():
     torch.library.register_fake(f"unidrop::{_name}", _fake, lib=_library)
 for _name in ("next_call", "draw_key"):
     _library.impl(_name, _saved_by_compilers(_name), "Autograd", with_keyset=True)
-torch.library.register_autograd(
-    "unidrop::dropout", _dropout_backward, setup_context=_keep_key, lib=_library
-)
+_library.impl("dropout", _differentiated, "Autograd", with_keyset=True)
+torch.library.register_vmap("unidrop::dropout", _vmapped, lib=_library)
+torch.library.register_vmap("unidrop::next_call", _next_calls, lib=_library)
+torch.library.register_vmap("unidrop::fold_in", _fold_in_each, lib=_library)
