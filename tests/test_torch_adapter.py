@@ -21,6 +21,7 @@ import unidrop
 import unidrop.adapters.torch as ours
 from unidrop import Key, keep_mask
 from unidrop.adapters.torch import Dropout, Dropout1d, Dropout2d, Dropout3d, dropout
+from unidrop.dropout import Call
 
 KEY = Key(42).fold_in("encoder/0").fold_in(7)
 SITE = Key(42).fold_in("encoder/0")
@@ -889,7 +890,7 @@ def test_a_call_that_fails_while_it_drops_is_not_counted(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(ours.Call, "drop", out_of_memory)
+        patch.setattr(Call, "drop", out_of_memory)
         with pytest.raises(MemoryError):
             module(torch.ones(3))
     assert module.calls == 0

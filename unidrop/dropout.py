@@ -168,7 +168,7 @@ class Call:
         """
         if out is not None:
             return self._drop(x, key, mask, out)
-        if mask is None and self.library.is_traced(x):
+        if self.library.is_traced(x):
             recorded = self.library.recorded(x, self.rate.p, key, self.window)
             if recorded is not None:
                 return recorded

@@ -137,7 +137,11 @@ class Key:
             return self._fold(divmod(_string_data(data), 1 << 32), _TAG_STRING, None)
         if _is_index(data):
             return self._fold(divmod(checked_integer(data, "data"), 1 << 32), _TAG_INTEGER, None)
-        return self._fold(_split(data, "data"), _TAG_INTEGER, library_of(data))
+        halves, library = _split(data, "data"), library_of(data)
+        folded = library.folded(self.words, data)
+        if folded is not None:
+            return type(self).holding(*folded)
+        return self._fold(halves, _TAG_INTEGER, library)
 
     def _fold(self, data: tuple[Any, Any], tag: int, library: Library | None) -> Self:
         hi, lo = data

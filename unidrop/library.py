@@ -206,6 +206,14 @@ class Library:
         """
         return None
 
+    def recorded_mask(self, like: Any, p: float, key: Any, window: Any) -> Any:
+        """Return the mask as one operator of what traces an array like this, or None."""
+        return None
+
+    def folded(self, key: tuple[Any, Any], data: Any) -> tuple[Any, Any] | None:
+        """Return the words of a key and a 0-d integer array as one operator, or None."""
+        return None
+
     def memory(self, x: Any) -> Memory | str:
         """Return where the elements of x lie, or why they can't be reached."""
         return "its library does not say where an array's elements lie"

@@ -104,6 +104,10 @@ def window_mask(
     if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
         fill = xp.ones if rate.threshold == 0 else xp.zeros
         return fill(window.shape, dtype=xp.bool, device=device)
+    if library.is_traced(like):
+        recorded = library.recorded_mask(like, rate.p, key, window)
+        if recorded is not None:
+            return recorded
     kernels = kernels_for(library, like, key, window)
     if kernels is not None:
         package, _, number, base = kernels

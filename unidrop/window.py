@@ -44,18 +44,20 @@ class Window:
         The window itself, as its own only piece.
     broadcast_axes : tuple of int
         The axes along which the mask has length 1, counted from the first.
-    is_part : bool
-        Whether there is a larger array that this is a block of.
     offsets : tuple of (0-d integer array, int)
         What traced starts add to every index: the start, and the stride to multiply it by.
+    global_shape, start : tuple of int, or None
+        The larger array that this is a block of, and where the block begins: integers or 0-d
+        arrays, and 0 along broadcast axes. None where there is no larger one.
     """
 
     shape: tuple[Any, ...]
     strides: tuple[Any, ...]
     whole: Piece
     broadcast_axes: tuple[int, ...] = ()
-    is_part: bool = False
     offsets: tuple[tuple[Any, int], ...] = ()
+    global_shape: tuple[int, ...] | None = None
+    start: tuple[Any, ...] | None = None
 
     @staticmethod
     def of(
@@ -103,7 +105,8 @@ class Window:
         offsets = tuple((s, stride) for s, stride in terms if not isinstance(s, int))
         strides = _shared(_strides(total), broadcast)
         whole = Piece(base, _merged(mask_shape, total))
-        return Window(mask_shape, strides, whole, tuple(sorted(broadcast)), True, offsets)
+        axes = tuple(sorted(broadcast))
+        return Window(mask_shape, strides, whole, axes, offsets, total, starts)
 
     @property
     def size(self) -> Any:

@@ -49,7 +49,7 @@ def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) 
     """
     strides = tuple(stride for _, stride in window.offsets)
     words = [word for start in starts for word in start]
-    settings = {"window": replace(window, offsets=()), "rate": rate, "strides": strides}
+    settings = {"window": replace(window, offsets=(), start=None), "rate": rate, "strides": strides}
     return _drop_p.bind(x, *key, *words, **settings, batch=())
 
 

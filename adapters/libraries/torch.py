@@ -1,21 +1,24 @@
 """PyTorch below the adapters: its gradient, its devices and where a tensor lies in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.torch
 import numpy as np
 import torch
 
-from unidrop.dropout import Call
+from unidrop.adapters.libraries.torch_func import randomness
+from unidrop.adapters.libraries.torch_operators import packed, stacked
 from unidrop.key import Key
 from unidrop.library import Library, Memory
-from unidrop.rate import Rate
 from unidrop.window import Window
 
-__all__ = ["Torch"]
+__all__ = ["Torch", "is_recorded", "record"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# The most that an operator's integer can be.
+_MOST = (1 << 63) - 1
 
 
 class Torch(Library):
@@ -30,8 +33,8 @@ class Torch(Library):
         return x.device
 
     def is_traced(self, x: torch.Tensor) -> bool:
-        """Tell whether torch.compile or torch.export is recording."""
-        return torch.compiler.is_compiling()
+        """Tell whether something records or transforms what is done with tensors."""
+        return is_recorded()
 
     def laid_out_like(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return y with the strides that `torch.empty_like` gives for x."""
@@ -46,19 +49,40 @@ class Torch(Library):
     ) -> Any:
         """Return ``forward(x)``, whose backward pass calls ``transpose`` and saves no tensor."""
         if torch.is_grad_enabled() and x.requires_grad:
-            transformed = torch._C._are_functorch_transforms_active()
-            function = _TransformableLinear if transformed else _Linear
-            return function.apply(x, forward, transpose)
+            return _Linear.apply(x, forward, transpose)
         return forward(x)
 
-    def recorded(self, x: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor | None:
-        """Return the output of the operator ``unidrop::dropout``, which keeps no mask."""
-        if window.is_part:
+    def recorded(self, x: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor:
+        """Return the output of one operator, which keeps no mask."""
+        return record(x, packed(key), p, window)
+
+    def recorded_mask(
+        self, like: torch.Tensor, p: float, key: Key, window: Window
+    ) -> torch.Tensor | None:
+        """Return the mask as one operator's output, where a compiler records it."""
+        if torch._C._are_functorch_transforms_active():
+            # What vmap makes of a mask, it makes of what is dropped from ones of its shape.
+            whole = Window.of(
+                window.shape, window.broadcast_axes, window.global_shape, window.start
+            )
+            return record(torch.ones(window.shape, device=like.device), packed(key), p, whole) != 0
+        if not torch.compiler.is_compiling():
             return None
-        words = key.words
-        packed = torch.stack(words) if key.is_traced else torch.tensor(words, dtype=torch.int64)
-        output: torch.Tensor = torch.ops.unidrop.dropout(x, packed, p, window.broadcast_axes)
-        return output
+        mask: torch.Tensor = torch.ops.unidrop.keep_mask(
+            packed(key), p, window.shape, window.broadcast_axes, *_part(window), device=like.device
+        )
+        return mask
+
+    def folded(self, key: tuple[Any, Any], data: torch.Tensor) -> tuple[Any, Any] | None:
+        """Return the words of a key and a step as one operator's, where a compiler records them.
+
+        It takes Python's integers some microseconds, and a compiler some seconds. On another device
+        it is compiled, since the operator would have to wait for the step.
+        """
+        if data.device.type != "cpu" or not torch.compiler.is_compiling():
+            return None
+        lo, hi = torch.ops.unidrop.fold_in(stacked(key), data).unbind()
+        return lo, hi
 
     def memory(self, x: torch.Tensor) -> Memory | str:
         """Return where a plain tensor of the CPU lies."""
@@ -91,46 +115,36 @@ class Torch(Library):
         return torch.from_numpy(mask)
 
 
-@torch.library.custom_op("unidrop::dropout", mutates_args=())
-def _dropout(
-    x: torch.Tensor, key: torch.Tensor, p: float, broadcast_axes: Sequence[int]
-) -> torch.Tensor:
-    """Drop as `unidrop.dropout` does, under a key whose words ``(lo, hi)`` are an int64 tensor."""
-    lo, hi = key.tolist() if key.device.type == "cpu" else key.unbind()
-    call = Call.of(x, Rate.of(p), broadcast_axes=broadcast_axes)
-    output: torch.Tensor = call.drop(x, Key.from_words(lo, hi))
+def is_recorded() -> bool:
+    """Tell whether something records or transforms what is done with tensors.
+
+    That is torch.compile, torch.export, torch.func, or a mode that sees each operation.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def record(x: torch.Tensor, words: torch.Tensor, p: float, window: Window) -> torch.Tensor:
+    """Return the output under the key of a tensor of words, as one operator or one function."""
+    output: torch.Tensor = torch.ops.unidrop.dropout(
+        x, words, p, window.broadcast_axes, *_part(window), random=randomness(x, words)
+    )
     return output
 
 
-@_dropout.register_fake
-def _(x: torch.Tensor, key: torch.Tensor, p: float, broadcast_axes: Sequence[int]) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _keep_key(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, key, ctx.p, ctx.broadcast_axes = inputs
-    ctx.save_for_backward(key)
-
-
-def _dropout_backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
-    (key,) = ctx.saved_tensors
-    return torch.ops.unidrop.dropout(upstream, key, ctx.p, ctx.broadcast_axes), None, None, None
-
-
-_dropout.register_autograd(_dropout_backward, setup_context=_keep_key)
-
-
-@torch.library.custom_op("unidrop::next_call", mutates_args=("calls",))
-def _next_call(calls: torch.Tensor) -> torch.Tensor:
-    """Return a call number as it is, and advance it."""
-    number = calls.clone()
-    calls.add_(1)
-    return number
-
-
-@_next_call.register_fake
-def _(calls: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(calls)
+def _part(window: Window) -> tuple[Any, ...]:
+    """Return an operator's arguments that say what a window is a part of; none if of nothing."""
+    if window.global_shape is None or window.start is None:
+        return ()
+    if max(window.global_shape, default=0) > _MOST:
+        raise ValueError(
+            "global_shape has to be below 2**63 where it is recorded as an operator's, "
+            f"but got {window.global_shape}"
+        )
+    return window.global_shape, stacked(window.start)
 
 
 def _what_watches() -> str | None:
@@ -162,17 +176,3 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         return ctx.transpose(upstream[0]), None, None
-
-
-class _TransformableLinear(_Linear):
-    """What torch.func takes too, at 50 microseconds more a call."""
-
-    @staticmethod
-    def forward(  # type: ignore[override] # the context comes by itself
-        x: torch.Tensor, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]
-    ) -> Any:
-        return forward(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.transpose = inputs[2]

@@ -1,0 +1,395 @@
+"""The operators ``torch.ops.unidrop``: what compilers and exporters of PyTorch see of dropout.
+
+Requirements this design meets:
+
+* A compiler sees one operator with a key, and so keeps the key for the backward pass, not a mask;
+  it compiles no arithmetic of words, and when it runs, the operator takes the path of its tensor.
+* What has an effect, to advance a call number or to draw from the generator, says that it writes to
+  a tensor. So it is neither dropped, nor merged with its like, nor moved past it.
+* Nor is it computed again: where a compiler recomputes a checkpointed region, it keeps what such an
+  operator returned.
+
+A key is an int64 tensor ``[lo, hi]``, on the CPU unless it was made of a step on another device.
+"""
+
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from unidrop.adapters.libraries.torch_checkpoint import Draws, draws_here
+from unidrop.dropout import Call
+from unidrop.key import Key
+from unidrop.mask import keep_mask
+from unidrop.rate import Rate
+
+__all__ = [
+    "draw_words",
+    "give_back",
+    "key_of",
+    "next_number",
+    "packed",
+    "record_draw",
+    "record_key",
+]
+
+# Reading a call number and advancing it is one act, also where threads share a module. One lock
+# for all, since a module has to be copied and pickled.
+_COUNTING = Lock()
+
+# What a drawing of a key says that it writes to, which keeps drawings in order.
+_ORDER = torch.zeros((), dtype=torch.int64)
+
+_library = torch.library.Library("unidrop", "DEF")
+_library.define(
+    "dropout(Tensor x, Tensor key, float p, int[] broadcast_axes, SymInt[]? global_shape=None, "
+    "Tensor? start=None, Tensor? random=None) -> Tensor"
+)
+_library.define(
+    "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
+    "SymInt[]? global_shape=None, Tensor? start=None, *, Device device) -> Tensor"
+)
+_library.define("integers(SymInt[] values) -> Tensor")
+_library.define("stacked(Tensor[] values) -> Tensor")
+_library.define("fold_in(Tensor key, Tensor data) -> Tensor")
+_library.define("next_call(Tensor(a!) calls) -> Tensor")
+_library.define("draw_key(Tensor(a!) order) -> Tensor")
+
+
+def packed(key: Key) -> Tensor:
+    """Return a key as a tensor of its words."""
+    return stacked(key.words)
+
+
+def stacked(numbers: Sequence[Any]) -> Tensor:
+    """Return numbers, of which some may be 0-d tensors, as one tensor."""
+    if torch.compiler.is_compiling():
+        return _record_stacked(numbers)
+    device = next((n.device for n in numbers if isinstance(n, Tensor)), None)
+    if device is None:
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in numbers])
+
+
+def _record_stacked(numbers: Sequence[Any]) -> Tensor:
+    """Return what `stacked` does, by operators that no compiler makes a kernel for."""
+    ops = torch.ops.unidrop
+    tensors = [n for n in numbers if isinstance(n, Tensor)]
+    if not tensors:
+        integers: Tensor = ops.integers(numbers)
+        return integers
+    device = tensors[0].device
+    joined: Tensor = ops.stacked(
+        [n if isinstance(n, Tensor) else ops.integers([n]).to(device).reshape(()) for n in numbers]
+    )
+    return joined
+
+
+def key_of(words: Tensor) -> Key:
+    """Return the key of a tensor of words: with a value, where that is read without waiting."""
+    lo, hi = words.tolist() if words.device.type == "cpu" else words.unbind()
+    return Key.from_words(lo, hi)
+
+
+def next_number(calls: Tensor, draws: Draws | None) -> Any:
+    """Return a call number and advance it; what is computed again has that of the first time."""
+    if draws is not None and draws.are_again:
+        return draws.take()
+    with _COUNTING:
+        # Read where that waits for nothing.
+        is_known = calls.device.type == "cpu" and calls.dim() == 0
+        number = int(calls) if is_known else calls.clone()
+        calls.add_(1)
+    if draws is not None:
+        draws.keep(number)
+    return number
+
+
+def give_back(calls: Tensor, draws: Draws | None) -> None:
+    """Undo what `next_number` did for a call that raised."""
+    if draws is None or not draws.are_again:
+        with _COUNTING:
+            calls.sub_(1)
+    if draws is not None:
+        draws.undo()
+
+
+def draw_words() -> Tensor:
+    """Draw a key from the default generator, on the CPU, so that no device is waited for.
+
+    What is computed again draws too, as the generator may be in the state of the first time and
+    serve others after this; but it has the key of the first time.
+    """
+    words = torch.randint(1 << 32, (2,), dtype=torch.int64, device="cpu")
+    draws = draws_here()
+    if draws is None:
+        return words
+    if draws.are_again:
+        return draws.take()  # type: ignore[no-any-return] # what was kept below
+    draws.keep(words)
+    return words
+
+
+def record_draw() -> Tensor:
+    """Record a `draw_words`, in what is traced."""
+    words: Tensor = torch.ops.unidrop.draw_key(_ORDER)
+    return words
+
+
+def record_key(words: Tensor, calls: Tensor) -> Tensor:
+    """Record that a call number is taken, and return the words of the key that it is folded into.
+
+    The CPU's is folded by an operator. On another device that would have to wait for the number, so
+    there folding is compiled, or done by operations on 0-d tensors.
+    """
+    number = torch.ops.unidrop.next_call(calls)
+    if calls.device.type == "cpu":
+        folded: Tensor = torch.ops.unidrop.fold_in(words, number)
+        return folded
+    lo, hi = words.to(calls.device).unbind()
+    return packed(Key.from_words(lo, hi).fold_in(number))
+
+
+@_disable_dynamo
+def _dropout(
+    x: Tensor,
+    key: Tensor,
+    p: float,
+    broadcast_axes: Sequence[int],
+    global_shape: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    random: Tensor | None = None,
+) -> Tensor:
+    call = Call.of(
+        x,
+        Rate.of(p),
+        broadcast_axes=broadcast_axes,
+        global_shape=global_shape,
+        start=_starts(start),
+    )
+    output: Tensor = call.drop(x, key_of(key))
+    return output
+
+
+@_disable_dynamo
+def _keep_mask(
+    key: Tensor,
+    p: float,
+    shape: Sequence[int],
+    broadcast_axes: Sequence[int],
+    global_shape: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    *,
+    device: torch.device,
+) -> Tensor:
+    mask: Tensor = keep_mask(
+        shape,
+        p,
+        key_of(key),
+        xp=torch,
+        device=device,
+        broadcast_axes=broadcast_axes,
+        global_shape=global_shape,
+        start=_starts(start),
+    )
+    return mask
+
+
+def _starts(start: Tensor | None) -> Sequence[Any] | None:
+    """Return where a window begins: integers, where those are read without waiting."""
+    if start is None:
+        return None
+    starts: Sequence[Any] = start.tolist() if start.device.type == "cpu" else start.unbind()
+    return starts
+
+
+@_disable_dynamo
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@_disable_dynamo
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.to(torch.int64) for value in values])
+
+
+@_disable_dynamo
+def _fold_in(key: Tensor, data: Tensor) -> Tensor:
+    return packed(key_of(key).fold_in(int(data)))
+
+
+@_disable_dynamo
+def _next_call(calls: Tensor) -> Tensor:
+    number = next_number(calls, draws_here())
+    if isinstance(number, Tensor):
+        return number.clone()
+    return torch.tensor(number, dtype=torch.int64)
+
+
+@_disable_dynamo
+def _draw_key(order: Tensor) -> Tensor:
+    return draw_words().clone()
+
+
+class _Dropout(torch.autograd.function._SingleLevelFunction):
+    """The gradient of the operator: itself, of the upstream gradient, under the same key.
+
+    Of one level of `torch.func`, of which it is applied to each by PyTorch's dispatcher.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, x: Tensor, key: Tensor, *rest: Any) -> Tensor:
+        p, axes, whole, start, random = _with_defaults(*rest)
+        ctx.save_for_backward(key, start, random)
+        ctx.save_for_forward(key, start, random)
+        ctx.given = p, axes, whole
+        operator = torch.ops.unidrop.dropout.default
+        if not torch._C._are_functorch_transforms_active():
+            return _below_autograd(operator, keyset, x, key, *rest)
+        # The levels below differentiate too.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return _below_autograd(operator, keyset, x, key, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, _Dropout.again(ctx, upstream), *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # A product by a diagonal matrix is its own transpose.
+        return _Dropout.again(ctx, tangents[1])
+
+    @staticmethod
+    def again(ctx: Any, x: Tensor) -> Tensor:
+        key, start, random = ctx.saved_tensors
+        output: Tensor = torch.ops.unidrop.dropout(x, key, *ctx.given, start, random)
+        return output
+
+
+def _with_defaults(
+    p: float,
+    axes: Sequence[int],
+    whole: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    random: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """Return an operator's arguments with those that the dispatcher left out."""
+    return p, axes, whole, start, random
+
+
+def _below_autograd(operator: Any, keyset: Any, *arguments: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        output: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    return output
+
+
+def _differentiated(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
+    if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()):
+        return _below_autograd(torch.ops.unidrop.dropout.default, keyset, x, *rest)
+    with enable_single_level_autograd_function():
+        output: Tensor = _Dropout.apply(keyset, x, *rest)
+    return output
+
+
+def _vmapped(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    key: Tensor,
+    p: float,
+    axes: Sequence[int],
+    whole: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    random: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Drop from a batch: see `torch_func`."""
+    dims = dict(zip(("x", "key", "p", "axes", "whole", "start", "random"), in_dims, strict=False))
+    count = info.batch_size
+    x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)
+    if dims["key"] is not None or dims.get("start") is not None:
+        keys, starts = (
+            [tensor] * count if dims.get(name) is None else tensor.movedim(dims[name], 0).unbind()
+            for name, tensor in (("key", key), ("start", start))
+        )
+        each = [
+            torch.ops.unidrop.dropout(x_i, key_i, p, axes, whole, start_i, random)
+            for x_i, key_i, start_i in zip(x.unbind(), keys, starts, strict=True)
+        ]
+        return torch.stack(each), 0
+    is_shared = dims.get("random") is None
+    axes = [*([0] if is_shared else []), *(axis + 1 for axis in axes)]
+    if whole is not None:
+        whole, start = [count, *whole], torch.cat([start.new_zeros(1), start])
+    if not is_shared:
+        random = random.select(dims["random"], 0)
+    return torch.ops.unidrop.dropout(x, key, p, axes, whole, start, random), 0
+
+
+def _saved_by_compilers(name: str) -> Any:
+    """Return the autograd kernel of an operator that no compiler is to compute again."""
+
+    def kernel(keyset: Any, state: Tensor) -> Tensor:
+        operator = getattr(torch.ops.unidrop, name).default
+        traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+        before = 0 if traced is None else len(traced.tracer.graph.nodes)
+        output = _below_autograd(operator, keyset, state)
+        if traced is not None:
+            # Activation checkpointing has just marked these to be recomputed.
+            for node in list(traced.tracer.graph.nodes)[before:]:
+                node.meta.pop("recompute", None)
+        return output
+
+    return kernel
+
+
+def _next_calls(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Tensor, int]:
+    """Advance a batch of call numbers, as of models that `torch.func.stack_module_state` stacks."""
+    return torch.ops.unidrop.next_call(calls), in_dims[0]
+
+
+def _fold_in_each(
+    info: Any, in_dims: tuple[int | None, int | None], key: Tensor, data: Tensor
+) -> tuple[Tensor, int]:
+    keys, numbers = (
+        [tensor] * info.batch_size if dim is None else tensor.movedim(dim, 0).unbind()
+        for tensor, dim in zip((key, data), in_dims, strict=True)
+    )
+    folded = [torch.ops.unidrop.fold_in(k, n) for k, n in zip(keys, numbers, strict=True)]
+    return torch.stack(folded), 0
+
+
+_EAGER = {
+    "dropout": _dropout,
+    "keep_mask": _keep_mask,
+    "integers": _integers,
+    "stacked": _stacked,
+    "fold_in": _fold_in,
+    "next_call": _next_call,
+    "draw_key": _draw_key,
+}
+_FAKE: dict[str, Callable[..., Tensor]] = {
+    "dropout": lambda x, *_: torch.empty_like(x),
+    "keep_mask": lambda key, p, shape, *_, device: torch.empty(
+        shape, dtype=torch.bool, device=device
+    ),
+    "integers": lambda values: torch.empty((len(values),), dtype=torch.int64, device="cpu"),
+    "stacked": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
+    "fold_in": lambda key, data: torch.empty_like(key),
+    "next_call": torch.empty_like,
+    "draw_key": lambda order: torch.empty((2,), dtype=torch.int64, device="cpu"),
+}
+for _name, _function in _EAGER.items():
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+for _name, _fake in _FAKE.items():
+    torch.library.register_fake(f"unidrop::{_name}", _fake, lib=_library)
+for _name in ("next_call", "draw_key"):
+    _library.impl(_name, _saved_by_compilers(_name), "Autograd", with_keyset=True)
+_library.impl("dropout", _differentiated, "Autograd", with_keyset=True)
+torch.library.register_vmap("unidrop::dropout", _vmapped, lib=_library)
+torch.library.register_vmap("unidrop::next_call", _next_calls, lib=_library)
+torch.library.register_vmap("unidrop::fold_in", _fold_in_each, lib=_library)

@@ -1,0 +1,278 @@
+"""The functional form of dropout for PyTorch, which `unidrop.adapters.torch` offers."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from unidrop.adapters.libraries.torch import is_recorded, record
+from unidrop.adapters.libraries.torch_func import randomness
+from unidrop.adapters.libraries.torch_operators import draw_words, key_of, record_draw
+from unidrop.dropout import Call
+from unidrop.key import Key, check_key
+from unidrop.library import library_of
+from unidrop.rate import Rate
+
+__all__ = [
+    "AxesOf",
+    "axes1d",
+    "axes2d",
+    "axes3d",
+    "checked_call",
+    "drop",
+    "drop_drawn",
+    "drop_recorded",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "no_axes",
+]
+
+# From an input, and whether it is training, to the axes along which a mask is shared.
+AxesOf = Callable[[Tensor, bool], Sequence[int]]
+
+
+# Looked up here, since what is looked up for the first time can't be compiled.
+for _tensor in (torch.empty(0), torch.nn.Parameter(torch.empty(0))):
+    library_of(_tensor)
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    r"""During training, zero elements of the input with probability p and scale the rest.
+
+    Parameters
+    ----------
+    input : torch.Tensor
+        Of any shape and layout, of a floating-point or complex dtype. The mask follows logical
+        indices; the output has the strides that `torch.empty_like` gives.
+    p : int or float, default 0.5
+        Probability of an element to be zeroed, in [0, 1].
+    training : bool, default True
+        Apply dropout if True; otherwise return the input.
+    inplace : bool, default False
+        Write the output over the input, and return it.
+    key : unidrop.Key, optional
+        The name of the mask. If None it is drawn from PyTorch's default generator, which
+        `torch.manual_seed` seeds, so that a CPU and a GPU draw the same mask.
+
+    Returns
+    -------
+    torch.Tensor
+        Kept elements times :math:`\frac{1}{1-p}`. The backward pass makes the mask again from
+        the key, and no tensor is kept for it.
+
+    Raises
+    ------
+    TypeError
+        If p is no Python number, key no Key, or the input has an integer or bool dtype.
+    ValueError
+        If p is outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.torch import dropout
+    >>> dropout(torch.ones(6), 0.5, key=Key(42))
+    tensor([2., 0., 0., 0., 0., 2.])
+    """
+    return _dropout(input, p, training, inplace, key, no_axes)
+
+
+def dropout1d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, L) or (C, L) input with probability p.
+
+    Parameters, returns and errors are those of `dropout`, and a RuntimeError for an input of
+    another rank, as `torch.nn.functional.dropout1d` has.
+    """
+    return _dropout(input, p, training, inplace, key, axes1d)
+
+
+def dropout2d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, H, W) input with probability p.
+
+    Parameters, returns and errors are those of `dropout`. As `torch.nn.functional.dropout2d`, it
+    warns of an input of another rank, and takes a 3D one as (N, C, L).
+    """
+    return _dropout(input, p, training, inplace, key, axes2d)
+
+
+def dropout3d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input with probability p.
+
+    Parameters, returns and errors are those of `dropout`. As `torch.nn.functional.dropout3d`, it
+    warns of an input of another rank.
+    """
+    return _dropout(input, p, training, inplace, key, axes3d)
+
+
+def axes1d(input: Tensor, training: bool) -> range:
+    """Return the axes that `dropout1d` shares a mask along, or raise as PyTorch does."""
+    if input.dim() not in (2, 3):
+        raise RuntimeError(
+            f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input."
+        )
+    return _behind_channels(input, training, batched=input.dim() == 3)
+
+
+def axes2d(input: Tensor, training: bool) -> range:
+    """Return the axes that `dropout2d` shares a mask along, and warn as PyTorch does."""
+    if input.dim() == 3:
+        warnings.warn(
+            "dropout2d: Received a 3D input, which is interpreted as shape (N, C, L), as "
+            "torch.nn.functional.dropout2d does; use dropout1d instead.",
+            stacklevel=3,
+        )
+    elif input.dim() != 4:
+        _warn_of_rank("dropout2d", input, "3D or 4D")
+    return _behind_channels(input, training, batched=True)
+
+
+def axes3d(input: Tensor, training: bool) -> range:
+    """Return the axes that `dropout3d` shares a mask along, and warn as PyTorch does."""
+    if input.dim() not in (4, 5):
+        _warn_of_rank("dropout3d", input, "4D or 5D")
+    return _behind_channels(input, training, batched=input.dim() == 5)
+
+
+def _behind_channels(input: Tensor, training: bool, *, batched: bool) -> range:
+    """Return the axes behind batch and channels, along which `feature_dropout` shares a mask."""
+    first = 2 if batched else 1
+    if training and input.dim() < first:
+        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
+    return range(first, input.dim())
+
+
+def _warn_of_rank(function: str, input: Tensor, expected: str) -> None:
+    warnings.warn(
+        f"{function}: Received a {input.dim()}-D input to {function}, which is deprecated; "
+        f"it provides channel-wise dropout on {expected} inputs.",
+        stacklevel=4,
+    )
+
+
+def _dropout(
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    key: Key | None,
+    axes_of: AxesOf,
+) -> Tensor:
+    rate = Rate.of(p)
+    if key is not None:
+        check_key(key)
+    call = checked_call(input, rate, training, axes_of)
+    if call is None:
+        return input
+    return drop_drawn(input, call, inplace) if key is None else drop(input, call, key, inplace)
+
+
+def checked_call(input: Tensor, rate: Rate, training: bool, axes_of: AxesOf) -> Call | None:
+    """Return the call that this is, its arguments being good; None if nothing is to be dropped."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input has to be a torch.Tensor, but got {type(input).__name__}")
+    axes = axes_of(input, training)
+    if not training:
+        return None
+    call = Call.of(input, rate, broadcast_axes=axes, name="input")
+    return call if call.drops else None
+
+
+def no_axes(input: Tensor, training: bool) -> tuple[int, ...]:
+    """Return the axes along which elementwise dropout shares its mask."""
+    return ()
+
+
+def drop(input: Tensor, call: Call, key: Key, inplace: bool) -> Tensor:
+    """Drop under a key."""
+    output: Tensor
+    if not inplace:
+        output = call.drop(input, key)
+        return output
+    _check_inference(input)
+    if _is_watched(input):
+        # Copied by PyTorch, which then refuses what it always does, before it writes.
+        return input.copy_(call.drop(input, key))
+    try:
+        output = call.drop(input, key, out=input)
+    except KeyboardInterrupt:
+        # It is raised when all is written.
+        torch.autograd.graph.increment_version(input)
+        raise
+    torch.autograd.graph.increment_version(input)
+    return output
+
+
+def drop_recorded(input: Tensor, call: Call, words: Tensor, inplace: bool) -> Tensor:
+    """Drop under the key of a tensor of words, as an operator that is recorded or transformed."""
+    output = record(input, words, call.rate.p, call.window)
+    if not inplace:
+        return output
+    _check_inference(input)
+    return input.copy_(output)
+
+
+def _check_inference(input: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        # PyTorch would say so when it has written.
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed"
+        )
+
+
+def _is_watched(input: Tensor) -> bool:
+    """Tell whether PyTorch is to see what is written to a tensor in place."""
+    return (
+        is_recorded()
+        or (torch.is_grad_enabled() and input.requires_grad)
+        or torch.autograd.forward_ad._current_level >= 0
+        or input.is_inference()
+    )
+
+
+def drop_drawn(input: Tensor, call: Call, inplace: bool) -> Tensor:
+    """Drop under a key from the default generator, which a call that raises leaves as it was."""
+    if is_recorded():
+        randomness(input, None)  # raises before anything is drawn
+        return drop_recorded(input, call, record_draw(), inplace)
+    if not inplace:
+        return drop(input, call, key_of(draw_words()), inplace)
+    state = torch.get_rng_state()
+    try:
+        return drop(input, call, key_of(draw_words()), inplace)
+    except RuntimeError:
+        torch.set_rng_state(state)
+        raise
