@@ -156,10 +156,14 @@ def _piece_mask(
 ) -> Any:
     """Return the decisions of a piece, flat."""
     *rows, (length, _) = piece.axes
-    if not rows and not offsets:
+    if not rows and all(stride % 8 == 0 for _, stride in offsets):
         first, skip = divmod(piece.base, 8)
         count = (skip + length + 7) // 8
-        four = library.words(xp, pair(first), count, key.words, 0, device)
+        block = pair(first)
+        if offsets:
+            hi, lo = _row_indices(library, xp, words, piece.base, rows, offsets, device)
+            block = shift_pair(words, (xp.reshape(hi, ()), xp.reshape(lo, ())), 3)
+        four = library.words(xp, block, count, key.words, 0, device)
         return _decide(xp, words, four, threshold)[skip : skip + length]
     index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
     aligned = not offsets and all(row.stride % 8 == 0 for row in rows)
