@@ -25,7 +25,7 @@ from unidrop.words import Narrow, Pair, add_pairs, counting, words_of
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["Library", "Memory", "library_of", "library_of_namespace"]
+__all__ = ["Library", "Memory", "Replica", "library_of", "library_of_namespace"]
 
 
 class Memory(NamedTuple):
@@ -41,6 +41,22 @@ class Memory(NamedTuple):
 
     address: int
     strides: tuple[int, ...] | None
+
+
+class Replica(NamedTuple):
+    """Which of several replicas, that run one step on parts of a batch, an array belongs to.
+
+    Attributes
+    ----------
+    rank : int or 0-d integer array
+        The replica's number.
+    window : (global_shape, start) or None
+        Where the array lies in that of all replicas, if that is known: one behind the other along
+        the first axis, whose length in ``global_shape`` only bounds what it may be.
+    """
+
+    rank: Any
+    window: tuple[tuple[int, ...], tuple[Any, ...]] | None
 
 
 class Library:
@@ -164,6 +180,14 @@ class Library:
         """Return the output as one operator of what traces x, or None.
 
         A library whose compiler would keep what lies between its operations, as a mask, has one.
+        """
+        return None
+
+    def replica(self, x: Any) -> Replica | None:
+        """Return which of several replicas x belongs to; None where there is one alone.
+
+        A library that itself runs one step in several replicas overrides this; they all have to
+        call it together, since they may have to tell each other how long their parts are.
         """
         return None
 
