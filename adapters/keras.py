@@ -61,10 +61,20 @@ class _Keyed(keras.layers.Layer):
         if not training or self.rate == 0:
             return inputs
         inputs = keras.ops.convert_to_tensor(inputs)
-        shape = library_of(inputs, "inputs").shape(inputs)
-        axes = noise_shape_axes(self._noise_shape(inputs), shape)
-        call = Call.of(inputs, Rate.of(self.rate, "rate"), broadcast_axes=axes, name="inputs")
-        key = self._next_key()
+        library = library_of(inputs, "inputs")
+        axes = noise_shape_axes(self._noise_shape(inputs), library.shape(inputs))
+        replica = library.replica(inputs)
+        rank, window = (None, None) if replica is None else replica
+        global_shape, start = window or (None, None)
+        call = Call.of(
+            inputs,
+            Rate.of(self.rate, "rate"),
+            broadcast_axes=axes,
+            global_shape=global_shape,
+            start=start,
+            name="inputs",
+        )
+        key = self._next_key(None if window else rank)
         try:
             return call.drop(inputs, key)
         except BaseException:
@@ -74,13 +84,14 @@ class _Keyed(keras.layers.Layer):
     def _noise_shape(self, inputs: Any) -> Any:
         return self.noise_shape
 
-    def _next_key(self) -> Key:
+    def _next_key(self, rank: Any) -> Key:
+        """Return the key of this call, by replicas that don't know their windows one for each."""
         with _COUNTING:
             state = self.seed_generator.next()
         if not library_of(state).is_traced(state):
             state = [int(number) for number in keras.ops.convert_to_numpy(state)]
         key = Key.from_words(state[0], 0) if self._key is None else self._key
-        return key.fold_in(state[1])
+        return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
     def _uncount(self) -> None:
         """Take back a call that raised; one that raised while it was traced was never counted."""

@@ -22,6 +22,10 @@ def test_layers_behave_alike_on_numpy():
     run_tests("numpy", LAYERS, expected=34)
 
 
+def test_replicas_on_two_devices_train_as_one_device_does():
+    run_tests("tensorflow", "keras_on_two_devices.py", expected=25)
+
+
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_keras_own_tests_of_dropout_pass_with_our_layers(backend):
     tests = [str(KERAS_OWN / f"{name}_test.py") for name in ("dropout", "spatial_dropout")]

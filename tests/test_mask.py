@@ -289,6 +289,14 @@ def test_a_start_may_be_an_array(every_space, shape, whole, start):
     assert_mask(mask, expected_mask(shape, 0.5, global_shape=whole, start=start), every_space)
 
 
+@pytest.mark.parametrize("start", [0, 3, 2**31 - 5])
+def test_rows_of_whole_blocks_may_start_at_an_array(every_space, start):
+    options = {"xp": every_space.xp, "global_shape": (2**31, 2, 8)}
+    mask = keep_mask((5, 2, 8), 0.5, KEY, start=(every_space.scalar(start), 0, 0), **options)
+    wanted = expected_mask((5, 2, 8), 0.5, global_shape=(2**31, 2, 8), start=(start, 0, 0))
+    assert_mask(mask, wanted, every_space)
+
+
 def test_some_starts_may_be_arrays_and_others_not(space):
     start = (2, space.scalar(3), 1)
     mask = keep_mask((2, 3, 4), 0.5, KEY, xp=space.xp, global_shape=(5, 7, 9), start=start)
@@ -317,6 +325,8 @@ def compiled(request):
     [
         ((13,), (100,), (11,)),
         ((3, 5), (6, 11), (2, 3)),
+        ((3, 16), (6, 16), (2, 0)),
+        ((3, 24), (2**38, 24), (2**31 - 3, 0)),
         ((3, 7), (2**33, 2**31), (2**31 - 3, 2**31 - 7)),
     ],
     ids=str,

@@ -196,6 +196,87 @@ def test_nested_tapes_give_the_second_derivative_with_the_same_mask(compiled):
     assert_bits(compiled(second)(tf.constant(X)), np.full_like(X, 4), 0.5)
 
 
+def test_a_persistent_tape_inside_a_function_gives_the_gradient_twice(compiled):
+    def gradients(x, step):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            y = dropout(x, 0.1, key=SITE.fold_in(step))
+        return tape.gradient(y, x), tape.gradient(y, x, 3 * tf.ones_like(y))
+
+    once, thrice = compiled(gradients)(tf.constant(X), tf.constant(7))
+    assert_bits(once, np.ones_like(X), 0.1)
+    assert_bits(thrice, np.full_like(X, 3), 0.1)
+
+
+def test_a_recomputed_function_has_the_mask_of_its_key_again(compiled):
+    def run(x, step):
+        recomputed = tf.recompute_grad(lambda x: 3 * dropout(x, 0.1, key=SITE.fold_in(step)))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = recomputed(x)
+        return y, tape.gradient(y, x)
+
+    y, gradient = compiled(run)(tf.constant(X), tf.constant(7))
+    np.testing.assert_array_equal(y.numpy() != 0, unidrop.keep_mask(X.shape, 0.1, KEY))
+    assert_bits(gradient, np.full_like(X, 3), 0.1)
+
+
+def test_forward_mode_pushes_a_tangent_through_the_mask(compiled):
+    def tangent(x):
+        with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
+            y = dropout(x, 0.1, key=KEY)
+        return accumulator.jvp(y)
+
+    assert_bits(compiled(tangent)(tf.constant(X)), np.ones_like(X), 0.1)
+
+
+def test_forward_over_reverse_gives_the_second_derivative():
+    x = tf.constant(X)
+    with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = dropout(x, 0.5, key=KEY) ** 2
+        gradient = tape.gradient(y, x)
+    assert_bits(accumulator.jvp(gradient), np.full_like(X, 4), 0.5)
+
+
+@pytest.mark.parametrize("rows", ["jacobian", "batch_jacobian"])
+def test_a_jacobian_has_the_masks_scale_on_its_diagonal(rows):
+    x = tf.constant(X)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = dropout(x, 0.5, key=KEY)
+    jacobian = getattr(tape, rows)(y, x).numpy()
+    scales = unidrop.dropout(np.ones_like(X), 0.5, KEY)
+    if rows == "jacobian":
+        np.testing.assert_array_equal(jacobian.reshape(X.size, X.size), np.diag(scales.ravel()))
+    else:
+        np.testing.assert_array_equal(jacobian, np.stack([np.diag(row) for row in scales]))
+
+
+@pytest.mark.parametrize("apply", [dropout, unidrop.dropout], ids=["the adapter's", "the core's"])
+@pytest.mark.parametrize("each", [tf.map_fn, tf.vectorized_map], ids=lambda each: each.__name__)
+def test_a_map_over_rows_and_steps_has_the_key_of_each(compiled, each, apply):
+    options = {"fn_output_signature": tf.float32} if each is tf.map_fn else {}
+
+    def rows(x):
+        steps = tf.range(len(X))
+        return each(lambda a: apply(a[0], 0.1, key=SITE.fold_in(a[1])), (x, steps), **options)
+
+    for step, row in enumerate(compiled(rows)(tf.constant(X)).numpy()):
+        assert row.tobytes() == unidrop.dropout(X[step], 0.1, SITE.fold_in(step)).tobytes()
+
+
+@pytest.mark.parametrize("xla", [False, True], ids=["graph", "XLA"])
+def test_a_hundred_steps_are_one_trace_with_a_mask_each(xla):
+    drop = tf.function(lambda x, step: dropout(x, 0.1, key=SITE.fold_in(step)), jit_compile=xla)
+    x, masks = tf.constant(X), set()
+    for step in range(100):
+        masks.add(drop(x, tf.constant(step)).numpy().tobytes())
+    assert drop.experimental_get_tracing_count() == 1
+    assert len(masks) == 100
+
+
 def test_a_variable_has_a_gradient():
     x = tf.Variable(X)
     with tf.GradientTape() as tape:

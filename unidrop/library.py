@@ -25,7 +25,7 @@ from unidrop.words import Narrow, Pair, Words, add_pairs, counting, words_of
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["Library", "Memory", "library_of", "library_of_namespace"]
+__all__ = ["Library", "Memory", "Replica", "library_of", "library_of_namespace"]
 
 
 class Memory(NamedTuple):
@@ -41,6 +41,22 @@ class Memory(NamedTuple):
 
     address: int
     strides: tuple[int, ...] | None
+
+
+class Replica(NamedTuple):
+    """Which of several replicas, that run one step on parts of a batch, an array belongs to.
+
+    Attributes
+    ----------
+    rank : int or 0-d integer array
+        The replica's number.
+    window : (global_shape, start) or None
+        Where the array lies in that of all replicas, if that is known: one behind the other along
+        the first axis, whose length in ``global_shape`` only bounds what it may be.
+    """
+
+    rank: Any
+    window: tuple[tuple[int, ...], tuple[Any, ...]] | None
 
 
 class Library:
@@ -87,8 +103,8 @@ class Library:
         ----------
         xp : namespace
         first : (hi, lo)
-            The number of the first block: Python integers; or arrays of shape (rows, 1), and each
-            row has blocks of its own.
+            The number of the first block: Python integers or 0-d arrays; or arrays of shape
+            (rows, 1), and each row has blocks of its own.
         count : int
             The number of blocks.
         key : (lo, hi)
@@ -118,8 +134,8 @@ class Library:
         ----------
         xp : namespace
         first : (hi, lo)
-            The number of the first block: Python integers; or arrays of shape (rows, 1), and each
-            row has blocks of its own.
+            The number of the first block: Python integers or 0-d arrays; or arrays of shape
+            (rows, 1), and each row has blocks of its own.
         count : int
             The number of blocks, in each row.
         key : (lo, hi)
@@ -130,7 +146,7 @@ class Library:
             Where to make them.
         """
         # A library's own generator counts one run of blocks.
-        is_one_run = isinstance(first[0], int)
+        is_one_run = isinstance(first[0], int) or self.shape(first[0]) == ()
         args = (xp, first, count, key, 0, device)
         four = self.words(*args) if is_one_run else Library.words(self, *args)
         return decide(xp, self.arithmetic(xp, device), four, threshold)
@@ -212,6 +228,14 @@ class Library:
 
     def folded(self, key: tuple[Any, Any], data: Any) -> tuple[Any, Any] | None:
         """Return the words of a key and a 0-d integer array as one operator, or None."""
+        return None
+
+    def replica(self, x: Any) -> Replica | None:
+        """Return which of several replicas x belongs to; None where there is one alone.
+
+        A library that itself runs one step in several replicas overrides this; they all have to
+        call it together, since they may have to tell each other how long their parts are.
+        """
         return None
 
     def memory(self, x: Any) -> Memory | str:

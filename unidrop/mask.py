@@ -159,10 +159,14 @@ def _piece_mask(
 ) -> Any:
     """Return the decisions of a piece, flat."""
     *rows, (length, _) = piece.axes
-    if not rows and not offsets:
+    if not rows and all(stride % 8 == 0 for _, stride in offsets):
         first, skip = divmod(piece.base, 8)
         count = (skip + length + 7) // 8
-        keep = library.decisions(xp, pair(first), count, key.words, threshold, device)
+        block: Pair = pair(first)
+        if offsets:
+            hi, lo = _row_indices(library, xp, words, piece.base, rows, offsets, device)
+            block = shift_pair(words, (xp.reshape(hi, ()), xp.reshape(lo, ())), 3)
+        keep = library.decisions(xp, block, count, key.words, threshold, device)
         return keep[skip : skip + length]
     index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
     strides = (*(row.stride for row in rows), *(stride for _, stride in offsets))

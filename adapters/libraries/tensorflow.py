@@ -5,6 +5,7 @@ TensorFlow follows no array API standard, so here is as much of one as the core 
 through, and the counter's upper half is the tag.
 """
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from unidrop.adapters.libraries.numpy import address_of, memory_of
-from unidrop.library import Library, Memory
+from unidrop.library import Library, Memory, Replica
 from unidrop.philox import FourWords
 from unidrop.words import Pair
 
@@ -113,7 +114,30 @@ class TensorFlow(Library):
             # The upstream gradient of a gather is sparse, and of a variable's reader not yet read.
             return forward(v), lambda upstream: transpose(tf.convert_to_tensor(upstream))
 
-        return tf.custom_gradient(with_gradient)(tf.convert_to_tensor(x))
+        # AutoGraph, which tf.map_fn runs eagerly too, would make tensors of the integers below.
+        run = tf.autograph.experimental.do_not_convert(tf.custom_gradient(with_gradient))
+        return run(tf.convert_to_tensor(x))
+
+    def replica(self, x: Any) -> Replica | None:
+        """Return which replica of a `tf.distribute.Strategy` x belongs to.
+
+        Replicas gather the lengths of their parts, an integer each, so that a batch which does
+        not divide evenly gets the masks that one device would have given it, too.
+        """
+        if not tf.distribute.has_strategy():
+            return None
+        context = tf.distribute.get_replica_context()
+        if context is None or context.num_replicas_in_sync == 1:
+            return None
+        rank = context.replica_id_in_sync_group
+        length, *inner = self.shape(x) or (None,)
+        if length is None or not all(isinstance(n, int) for n in inner):
+            return Replica(rank, None)
+        mine = tf.one_hot(rank, context.num_replicas_in_sync, dtype=tf.int64)
+        lengths = context.all_reduce(tf.distribute.ReduceOp.SUM, mine * tf.cast(length, tf.int64))
+        start = tf.cumsum(lengths, exclusive=True)[rank]
+        longest = (1 << 64) // max(1, math.prod(inner))
+        return Replica(rank, ((longest, *inner), (start, *(0 for _ in inner))))
 
     def memory(self, x: Any) -> Memory | str:
         """Return where an eager tensor of the CPU lies."""
