@@ -104,3 +104,45 @@ def test_one_curve_fails_where_a_framework_drops_other_elements(tmp_path: Path) 
 def test_one_curve_tells_unequal_curves(tmp_path: Path) -> None:
     finished = run(tmp_path, "-c", UNEQUAL_CURVES)
     assert finished.returncode == 0, finished.stderr
+
+
+RUNS = {
+    "torch eager",
+    "torch.compile",
+    "torch checkpoint",
+    "torch checkpoint reentrant",
+    "torch.compile of a checkpoint",
+    "Keras on tensorflow, eager",
+    "Keras on tensorflow, fit",
+    "Keras on tensorflow, fit with XLA",
+    "Keras on jax, fit",
+    "Keras on torch, fit",
+    "JAX jit",
+}
+
+# NumPy's losses are those of another key, and JAX' are compared with them.
+ANOTHER_KEY = """
+import every_mode
+from unidrop import Key
+every_mode.SITES = tuple((p, key.fold_in("other")) for p, key in every_mode.SITES)
+every_mode.PROCESSES = [("train_jax.py", {})]
+every_mode.main()
+"""
+
+
+def test_every_mode_has_the_losses_of_numpy_also_when_resumed_in_a_new_process(
+    tmp_path: Path,
+) -> None:
+    output = output_of(tmp_path, "every_mode.py")
+    rows = dict(re.findall(r"^(\S.*?) {2,}([\d.e+-]+ +[\d.e+-]+)$", output, re.MULTILINE))
+    assert set(rows) == RUNS
+    for name, row in rows.items():
+        from_numpy, when_resumed = map(float, row.split())
+        assert from_numpy < 1e-4, name
+        assert when_resumed < 1e-5, name
+
+
+def test_every_mode_fails_where_other_elements_are_dropped(tmp_path: Path) -> None:
+    finished = run(tmp_path, "-c", ANOTHER_KEY)
+    assert finished.returncode == 1, finished.stderr
+    assert "the losses differ by" in finished.stderr
