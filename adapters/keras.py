@@ -101,6 +101,11 @@ class _Keyed(keras.layers.Layer):
                 seed, calls = keras.ops.convert_to_numpy(state)
                 self._set_state(seed, calls - 1)
 
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
+        """Tell TensorFlow of the call number too, for its checkpoints and SavedModels."""
+        children = super()._trackable_children(save_type, **kwargs)
+        return {**children, _STATE: self.seed_generator.state} if self.rate > 0 else children
+
     def save_own_variables(self, store: Any) -> None:
         """Save the call number beside what Keras saves, and the seed that it drew."""
         super().save_own_variables(store)
@@ -175,7 +180,7 @@ class Dropout(_Keyed, keras.layers.Dropout):
 
     Notes
     -----
-    ``.keras`` and ``.weights.h5`` files hold the call number; `tf.train.Checkpoint` does not.
+    ``.keras`` and ``.weights.h5`` files hold the call number, and so does `tf.train.Checkpoint`.
 
     Weights saved with `keras.layers.Dropout` load into this layer. The other way round they do
     not: Keras' layer refuses the call number.

@@ -576,6 +576,56 @@ def test_weights_that_were_saved_with_keras_own_dropout_load_and_leave_the_calls
     assert_bits(mine(X), np.asarray(of_keras(X)))
 
 
+def test_a_checkpoint_of_tensorflow_resumes_the_calls(tmp_path):
+    def network():
+        return keras.Sequential([keras.Input((10,)), keras.layers.Dense(10), Dropout(0.5)])
+
+    model, resumed = network(), network()
+    for _ in range(3):
+        model(X, training=True)
+    path = tf.train.Checkpoint(model=model).save(tmp_path / "model")
+    tf.train.Checkpoint(model=resumed).restore(path).assert_consumed()
+    assert resumed.layers[1].calls == 3
+    # The seed that Keras drew is in it, too.
+    assert_bits(resumed(X, training=True), np.asarray(model(X, training=True)))
+
+
+def test_a_checkpoint_of_keras_own_dropout_leaves_the_calls(tmp_path):
+    def network(layer):
+        return keras.Sequential([keras.Input((10,)), keras.layers.Dense(10), layer])
+
+    of_keras, mine = network(keras.layers.Dropout(0.5)), network(Dropout(0.5, seed=SITE))
+    mine.layers[1].calls = 5
+    path = tf.train.Checkpoint(model=of_keras).save(tmp_path / "model")
+    tf.train.Checkpoint(model=mine).restore(path).expect_partial()
+    assert mine.layers[1].calls == 5
+    assert_bits(mine(X), np.asarray(of_keras(X)))
+
+
+def test_our_checkpoints_restore_into_keras_own_dropout(tmp_path):
+    def network(layer):
+        return keras.Sequential([keras.Input((10,)), keras.layers.Dense(10), layer])
+
+    mine, of_keras = network(Dropout(0.5, seed=SITE)), network(keras.layers.Dropout(0.5))
+    path = tf.train.Checkpoint(model=mine).save(tmp_path / "model")
+    tf.train.Checkpoint(model=of_keras).restore(path).assert_existing_objects_matched()
+    assert_bits(of_keras(X), np.asarray(mine(X)))
+
+
+def test_keras_own_dropout_refuses_our_weights_and_takes_them_without_the_call_number(tmp_path):
+    def network(layer):
+        return keras.Sequential([keras.Input((10,)), keras.layers.Dense(10), layer])
+
+    mine, of_keras = network(Dropout(0.5, seed=SITE)), network(keras.layers.Dropout(0.5))
+    mine.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="expected 0 variables"):
+        of_keras.load_weights(tmp_path / "model.weights.h5")
+    with pytest.warns(UserWarning, match="could not be loaded"):
+        of_keras.load_weights(tmp_path / "model.weights.h5", skip_mismatch=True)
+    assert_bits(of_keras(X), np.asarray(mine(X)))
+    of_keras.set_weights(mine.get_weights())
+
+
 # --- Whole feature maps ------------------------------------------------------------------------
 
 
