@@ -1,32 +1,93 @@
-"""JAX in the matrix: the core on JAX arrays, with 64-bit integers and without."""
+"""JAX in the matrix: the functional form, eagerly, compiled and transformed, on one device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from numpy.typing import NDArray
 
-from unidrop.conformance import CoreBackend, eager_modes
+from unidrop import Key
+from unidrop.adapters.jax import dropout
+from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
-__all__ = ["Jax"]
+__all__ = ["Jax", "call", "step_of"]
+
+Function = Callable[..., Any]
+
+
+def _vjp(f: Function) -> Function:
+    """Return f as `jax.vjp` computes it."""
+    return lambda x, key, step: jax.vjp(lambda v: f(v, key, step), x)[0]
+
+
+def _vmap(f: Function) -> Function:
+    """Return f over a batch of arrays and of steps, the second of which is the one asked for."""
+
+    def mapped(x: Any, key: Any, step: Any) -> Any:
+        batch = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
+        y = jax.vmap(f)(jnp.stack([jnp.zeros_like(x), x]), *batch)
+        return jax.tree.map(lambda v: v[1], y)
+
+    return mapped
+
+
+def _scan(f: Function) -> Function:
+    """Return f in a loop over keys and steps, the second of which is the one asked for."""
+
+    def scanned(x: Any, key: Any, step: Any) -> Any:
+        turns = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
+        _, y = lax.scan(lambda carry, turn: (carry, f(carry, *turn)), x, turns)
+        return jax.tree.map(lambda v: v[1], y)
+
+    return scanned
+
+
+#: What becomes of a function of (x, key, step) in a compiled mode, before it is compiled.
+_TRANSFORMED: Mapping[str, Callable[[Function], Function]] = {
+    "jit": lambda f: f,
+    "jit-x64": lambda f: f,
+    "vjp": _vjp,
+    "vmap": _vmap,
+    "scan": _scan,
+    "remat": jax.checkpoint,
+    "donated": lambda f: f,
+}
+
+# XLA compiles each shape and rate by itself, for a good part of a second in all modes together.
+_IN_JIT = dict.fromkeys(
+    ("mask", "threshold", "broadcast-axes", "windows", "large-mask", "rate", "independence"),
+    "XLA compiles each shape and rate anew: all of them are checked under jit",
+)
 
 
 class Jax(CoreBackend):
-    """JAX, in the two worlds that ``jax_enable_x64`` makes."""
+    """JAX, in the two worlds that ``jax_enable_x64`` makes, and under its transformations."""
 
     name = "jax"
     xp = jnp
+    compiled_modes = tuple(_TRANSFORMED)
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
-        "gradient": "JAX has no adapter yet",
-        "layer": "JAX has no adapter yet",
+        **dict.fromkeys(("gradient", "traces")),
+        "layer": "JAX has no layers of its own: Flax' are in the matrix",
+        "layer_gradient": "JAX has no layers of its own: Flax' are in the matrix",
         "layouts": "JAX arrays have no strides",
     }
 
+    mode_limits: Mapping[str, Mapping[str, str]] = dict.fromkeys(
+        [mode for mode in _TRANSFORMED if mode != "jit"], _IN_JIT
+    )
+
     def __init__(self) -> None:
-        self.modes = tuple(name + x64 for name in eager_modes(jnp.ones(1)) for x64 in ("", "-x64"))
+        eager = eager_modes(jnp.ones(1))
+        x64 = [f"{mode}-x64" for mode in eager if mode != "eager"]
+        self.modes = (*eager, *x64, *self.compiled_modes)
+        self._traces = 0
+        self._compiled: dict[Any, Function] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return JAX's floating-point dtypes; the double ones need x64."""
@@ -44,19 +105,87 @@ class Jax(CoreBackend):
         return str(next(iter(y.devices())).platform)
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call the core in the mode's world."""
-        with _x64(mode):
-            return super().dropout(x, p, seed, step, mode=mode, **options)
+        """Call the functional form in the mode's world."""
+        with _x64(mode), on_path_of(mode):
+            if mode not in self.compiled_modes:
+                return call(x, p, Key(seed).fold_in(step), options)
+            if mode == "donated":
+                x = jnp.array(x)
+            return self._in(mode, p, options)(x, *step_of(seed, step))
 
-    def words(self, counter: Any, key: Any, *, mode: str) -> list[int]:
+    def _in(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
+        static = (mode, p, type(p), tuple(options.items()))
+        if static not in self._compiled:
+            given = {"donate_argnums": 0} if mode == "donated" else {}
+            self._compiled[static] = jax.jit(self._transformed(mode, p, options), **given)
+        return self._compiled[static]
+
+    def _transformed(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
+        def traced(x: Any, key: Key, step: Any) -> Any:
+            return call(x, p, key if step is None else key.fold_in(step), options)
+
+        transformed = _TRANSFORMED[mode](traced)
+
+        def counted(*args: Any) -> Any:
+            self._traces += 1
+            return transformed(*args)
+
+        return counted
+
+    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+        """Pull the upstream gradient back, through the mode's transformation."""
+        with _x64(mode), on_path_of(mode):
+            if mode not in self.compiled_modes:
+                key = Key(seed).fold_in(step)
+                return jax.vjp(lambda v: dropout(v, p, key), x)[1](upstream)[0]
+            return self._gradient_in(mode, p)(x, upstream, *step_of(seed, step))
+
+    def _gradient_in(self, mode: str, p: float) -> Function:
+        static = ("gradient", mode, p, type(p))
+        if static not in self._compiled:
+            f = self._transformed(mode, p, {})
+
+            def pulled(x: Any, upstream: Any, key: Any, step: Any) -> Any:
+                return jax.vjp(lambda v: f(v, key, step), x)[1](upstream)[0]
+
+            given = {"donate_argnums": 0} if mode == "donated" else {}
+            self._compiled[static] = jax.jit(pulled, **given)
+        return self._compiled[static]
+
+    def traces(self, mode: str) -> int:
+        """Return how often a function was traced."""
+        return self._traces
+
+    def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator in the mode's world."""
         with _x64(mode):
-            return super().words(counter, key, mode=mode)
+            run = jax.jit(lambda: tuple(self._words(counter, key)))
+            four = run() if mode in self.compiled_modes else self._words(counter, key)
+            return [int(word[0]) for word in four]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold an array in, in the mode's world."""
         with _x64(mode):
-            return super().traced_key(seed, step, mode=mode)
+            fold = lambda step: self._folded(seed, step)  # noqa: E731 # one of two
+            run = jax.jit(fold) if mode in self.compiled_modes else fold
+            lo, hi = run(jnp.asarray(step, jnp.int32))
+            return int(hi) << 32 | int(lo)
+
+
+def call(x: Any, p: Any, key: Key, options: Mapping[str, Any]) -> Any:
+    """Call the functional form, by its own names for the core's options."""
+    names = {"broadcast_axes": "broadcast_dims", "training": "deterministic"}
+    named = {names.get(name, name): value for name, value in options.items()}
+    if "deterministic" in named:
+        named["deterministic"] = not named["deterministic"]
+    return dropout(x, p, key, **named)
+
+
+def step_of(seed: int, step: int) -> tuple[Key, Any]:
+    """Return the key and the step to be folded into it; one of more than 32 bits has been."""
+    if step < 1 << 32:
+        return Key(seed), np.uint32(step)
+    return Key(seed).fold_in(step), None
 
 
 @contextmanager
