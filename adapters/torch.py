@@ -14,6 +14,7 @@ from unidrop.adapters.libraries.torch_checkpoint import draws_here
 from unidrop.adapters.libraries.torch_func import randomness
 from unidrop.adapters.libraries.torch_operators import give_back, next_number, packed, record_key
 from unidrop.adapters.torch_functional import (
+    NO_SCRIPT,
     AxesOf,
     axes1d,
     axes2d,
@@ -143,6 +144,10 @@ class Dropout(torch.nn.Module):
         except BaseException:
             give_back(self.calls, draws)
             raise
+
+    def __prepare_scriptable__(self) -> Self:
+        """Say, in place of the compiler of torch.jit, that it can't have this module."""
+        raise RuntimeError(NO_SCRIPT)
 
     def extra_repr(self) -> str:
         """Return what `torch.nn.Dropout` shows, and the key if there is one."""

@@ -15,6 +15,7 @@ from unidrop.library import library_of
 from unidrop.rate import Rate
 
 __all__ = [
+    "NO_SCRIPT",
     "AxesOf",
     "axes1d",
     "axes2d",
@@ -29,6 +30,11 @@ __all__ = [
     "dropout3d",
     "no_axes",
 ]
+
+NO_SCRIPT = (
+    "unidrop's dropout does not run in torch.jit, which PyTorch has retired and which would freeze "
+    "the mask: use torch.compile or torch.export, or trace in evaluation mode"
+)
 
 # From an input, and whether it is training, to the axes along which a mask is shared.
 AxesOf = Callable[[Tensor, bool], Sequence[int]]
@@ -206,7 +212,11 @@ def checked_call(input: Tensor, rate: Rate, training: bool, axes_of: AxesOf) -> 
     if not training:
         return None
     call = Call.of(input, rate, broadcast_axes=axes, name="input")
-    return call if call.drops else None
+    if not call.drops:
+        return None
+    if torch.jit.is_tracing():
+        raise RuntimeError(NO_SCRIPT)
+    return call
 
 
 def no_axes(input: Tensor, training: bool) -> tuple[int, ...]:

@@ -170,7 +170,10 @@ def _index_or_symbol(value: Any, name: str) -> Any:
 
 
 def _is_symbol(value: Any) -> bool:
-    return hasattr(value, "dtype") and type(value).__module__.partition(".")[0] != "numpy"
+    """Tell whether a value stands for an integer: an array, or the node of a traced expression."""
+    if hasattr(value, "dtype"):
+        return type(value).__module__.partition(".")[0] != "numpy"
+    return hasattr(value, "node")
 
 
 def _lengths(

@@ -45,6 +45,9 @@ _COUNTING = Lock()
 # What a drawing of a key says that it writes to, which keeps drawings in order.
 _ORDER = torch.zeros((), dtype=torch.int64)
 
+_dispatch_mode = torch._C._get_dispatch_mode
+_DispatchMode = torch._C._TorchDispatchModeKey
+
 _library = torch.library.Library("unidrop", "DEF")
 _library.define(
     "dropout(Tensor x, Tensor key, float p, int[] broadcast_axes, SymInt[]? global_shape=None, "
@@ -125,7 +128,7 @@ def draw_words() -> Tensor:
     What is computed again draws too, as the generator may be in the state of the first time and
     serve others after this; but it has the key of the first time.
     """
-    words = torch.randint(1 << 32, (2,), dtype=torch.int64, device="cpu")
+    words = _drawn()
     draws = draws_here()
     if draws is None:
         return words
@@ -136,9 +139,21 @@ def draw_words() -> Tensor:
 
 
 def record_draw() -> Tensor:
-    """Record a `draw_words`, in what is traced."""
+    """Record a `draw_words`, in what is traced.
+
+    torch.export takes no state that is not the module's, and runs its operations one by one, so it
+    is given the drawing itself. So is what runs on fake tensors, which the state is none of.
+    """
+    if torch.compiler.is_exporting():
+        return _drawn()
+    if not torch.compiler.is_compiling() and _dispatch_mode(_DispatchMode.FAKE) is not None:
+        return _drawn()
     words: Tensor = torch.ops.unidrop.draw_key(_ORDER)
     return words
+
+
+def _drawn() -> Tensor:
+    return torch.randint(1 << 32, (2,), dtype=torch.int64, device="cpu")
 
 
 def record_key(words: Tensor, calls: Tensor) -> Tensor:
@@ -335,7 +350,7 @@ def _saved_by_compilers(name: str) -> Any:
 
     def kernel(keyset: Any, state: Tensor) -> Tensor:
         operator = getattr(torch.ops.unidrop, name).default
-        traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+        traced: Any = _dispatch_mode(_DispatchMode.PROXY)
         before = 0 if traced is None else len(traced.tracer.graph.nodes)
         output = _below_autograd(operator, keyset, state)
         if traced is not None:
