@@ -27,7 +27,10 @@ class Keras:
     compiled_modes = (_FUNCTION,)
     devices = ("cpu",)
     step_limit = 1 << 31
-    missing_modes: Mapping[str, str] = MappingProxyType({})
+    missing_modes: Mapping[str, str] = {
+        "RematScope": "Keras' rematerialisation calls a layer again, which draws a new seed: the "
+        "gradient is by another mask, or there is an error, as with keras.layers.Dropout"
+    }
     mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     abilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
