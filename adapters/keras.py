@@ -60,7 +60,11 @@ class _Keyed(keras.layers.Layer):
         """Apply dropout in training, and the identity otherwise."""
         if not training or self.rate == 0:
             return inputs
-        inputs = keras.ops.convert_to_tensor(inputs)
+        # Named, since Keras on NumPy takes float64 for what Python calls a float, and narrows it.
+        dtype = getattr(inputs, "dtype", None)
+        inputs = keras.ops.convert_to_tensor(
+            inputs, dtype=dtype and keras.backend.standardize_dtype(dtype)
+        )
         library = library_of(inputs, "inputs")
         axes = noise_shape_axes(self._noise_shape(inputs), library.shape(inputs))
         replica = library.replica(inputs)

@@ -1,34 +1,38 @@
-"""Keras in the matrix: the layer on the TensorFlow backend, eagerly and in a `tf.function`."""
+"""Keras in the matrix: the layer, in each way that the backend of this process runs one.
+
+Keras has one backend a process, so the others' columns run elsewhere, each a `RemoteBackend`.
+"""
 
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import get_ident
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
-import tensorflow as tf
 from numpy.typing import NDArray
 
+from unidrop.adapters.backends.keras_modes import FITS, LIMITS, UNFIT, compiled_modes, made_in_mode
 from unidrop.adapters.keras import Dropout
-from unidrop.conformance import eager_modes, on_path_of
+from unidrop.conformance import RemoteBackend, eager_modes, on_path_of
 
-__all__ = ["Keras"]
+__all__ = ["Keras", "KerasJax", "KerasNumpy", "KerasTorch"]
 
-_FUNCTION = "tf.function"
+_REMATERIALISED = (
+    "Keras' rematerialisation calls a layer again, which draws a new seed: the gradient is by "
+    "another mask, or there is an error, as with keras.layers.Dropout"
+)
+_NO_GRADIENT = "Keras' NumPy backend has no gradient"
 
 
 class Keras:
     """The Keras layer, whose call number is the step."""
 
     name = "keras"
-    compiled_modes = (_FUNCTION,)
     devices = ("cpu",)
     step_limit = 1 << 31
-    missing_modes: Mapping[str, str] = MappingProxyType({})
-    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     abilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
         "windows": "a Keras layer has no windows",
@@ -36,36 +40,52 @@ class Keras:
         "words": "the layer's words are those of its backend",
         "key": "the layer takes a key that the core has folded",
         "traced_key": "the layer's call number is the only step it takes",
-        "layouts": "TensorFlow's tensors have no strides",
+        "layouts": "Keras has no layouts: its backends' own columns have theirs",
     }
 
     def __init__(self) -> None:
-        if keras.backend.backend() != "tensorflow":
-            raise ImportError(
-                "the matrix runs Keras on TensorFlow, but its backend is "
-                f"{keras.backend.backend()}: set KERAS_BACKEND=tensorflow"
-            )
-        # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
-        tf.get_logger().setLevel("ERROR")
-        self.modes = (*eager_modes(tf.ones(1)), _FUNCTION)
+        self._backend = keras.backend.backend()
+        self.compiled_modes = compiled_modes()
+        fits = () if self._backend == "numpy" else FITS[self._backend]
+        eager = eager_modes(keras.ops.ones(1))
+        self.modes = (*eager, *self.compiled_modes, *fits)
+        self.mode_limits = {**LIMITS.get(self._backend, {}), **dict.fromkeys(fits, UNFIT)}
+        self.missing_modes: Mapping[str, str] = MappingProxyType({})
+        if self._backend == "numpy":
+            lacking = dict.fromkeys(("gradient", "layer_gradient"), _NO_GRADIENT)
+            self.abilities = {**self.abilities, **lacking}
+            self.missing_modes = {"fit": _NO_GRADIENT}
+        else:
+            self.missing_modes = {"RematScope": _REMATERIALISED}
+        if not self.compiled_modes:
+            self.abilities = {**self.abilities, "traces": "it only runs eagerly"}
         self._traces = 0
-        self._layers: dict[Any, tuple[Dropout, Callable[..., Any]]] = {}
+        self._layers: dict[Any, Any] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return the dtypes of Keras' policies."""
-        return ("float16", "bfloat16", "float32", "float64")
+        if mode == "jit" or mode.startswith("fit"):
+            return ("float32",)
+        narrow = ("float16", "bfloat16", "float32")
+        # JAX has float64 only where it is told to.
+        return narrow if self._backend == "jax" else (*narrow, "float64")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return a tensor."""
-        return tf.constant(x)
+        if self._backend == "torch" and x.dtype.name == "bfloat16":
+            return _torch_bfloat16(x)
+        return keras.ops.convert_to_tensor(x, dtype=x.dtype.name)
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
         """Return a NumPy array."""
-        return np.array(y.numpy(), dtype=y.dtype.as_numpy_dtype)
+        name = keras.backend.standardize_dtype(y.dtype)
+        # Keras can't convert TensorFlow's bfloat16 scalars.
+        plain = y.numpy() if self._backend == "tensorflow" else keras.ops.convert_to_numpy(y)
+        return np.array(plain, dtype=_numpy_dtype(name))
 
     def device_of(self, y: Any) -> str:
-        """Return the device's type."""
-        return str(tf.DeviceSpec.from_string(y.device).device_type).lower()
+        """Return the device: no backend is given another here."""
+        return "cpu"
 
     def dropout(
         self,
@@ -79,86 +99,71 @@ class Keras:
         broadcast_axes: tuple[int, ...] = (),
     ) -> Any:
         """Call a layer whose call number is set to the step."""
-        shared = {axis % x.shape.rank for axis in broadcast_axes}
-        noise_shape = tuple(1 if axis in shared else None for axis in range(x.shape.rank))
-        layer, function = self._layer(p, seed, noise_shape if shared else None, x.dtype.name)
+        rank = len(x.shape)
+        shared = {axis % rank for axis in broadcast_axes}
+        noise_shape = tuple(1 if axis in shared else None for axis in range(rank))
+        layer = self._layer(p, seed, noise_shape if shared else None, x, mode)
         layer.calls = step
         with on_path_of(mode):
-            return (function if mode == _FUNCTION else layer)(x, training=training)
+            return layer(x, training=training)
 
-    def _layer(
-        self, p: Any, seed: int, noise_shape: Any, dtype: str
-    ) -> tuple[Dropout, Callable[..., Any]]:
+    def _layer(self, p: Any, seed: int, noise_shape: Any, x: Any, mode: str) -> Any:
         # A layer's call number is its state, so each thread has layers of its own.
-        key = (p, type(p), seed, noise_shape, dtype, get_ident())
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        key = (p, type(p), seed, noise_shape, dtype, mode, get_ident())
         if key not in self._layers:
             policy = dtype if dtype in self.dtypes("eager") else "float32"
             layer = Dropout(p, noise_shape, seed=seed, dtype=policy, autocast=False)
-            self._layers[key] = layer, tf.function(self._counted(layer))
+            self._layers[key] = made_in_mode(layer, mode, self._count)
         return self._layers[key]
 
-    def _counted(self, layer: Dropout) -> Callable[..., Any]:
-        def call(x: Any, training: bool) -> Any:
-            self._traces += 1
-            return layer(x, training=training)
-
-        return call
+    def _count(self) -> None:
+        self._traces += 1
 
     def traces(self, mode: str) -> int:
-        """Return how often a `tf.function` around a layer was traced."""
+        """Return how often a function around a layer was traced."""
         return self._traces
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Differentiate through a tape."""
-        layer, function = self._layer(p, seed, None, x.dtype.name)
+        """Differentiate a call of the layer."""
+        layer = self._layer(p, seed, None, x, mode)
         layer.calls = step
         with on_path_of(mode):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = (function if mode == _FUNCTION else layer)(x, training=True)
-            return tape.gradient(y, x, upstream)
+            _, pullback = layer.vjp(x)
+            return pullback(upstream)
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Model":
         """Return a layer, in a model that saves its weights."""
-        return _Model(p, seed, dtype, mode, self._counted)
+        return _Model(Dropout(p, seed=seed, dtype=dtype, autocast=False), mode, self._count)
 
 
 class _Model:
-    def __init__(
-        self,
-        p: float,
-        seed: int,
-        dtype: str,
-        mode: str,
-        counted: Callable[[Dropout], Callable[..., Any]],
-    ) -> None:
-        self._layer = Dropout(p, seed=seed, dtype=dtype, autocast=False)
-        self._model = keras.Sequential([keras.Input((None,)), self._layer])
-        self._call = tf.function(counted(self._layer)) if mode == _FUNCTION else self._layer
+    def __init__(self, layer: Dropout, mode: str, count: Callable[[], None]) -> None:
+        self._model = keras.Sequential([keras.Input((None,)), layer])
+        self._run = made_in_mode(layer, mode, count)
         self._mode = mode
 
     @property
     def calls(self) -> int:
-        return self._layer.calls
+        calls: int = self._run.calls
+        return calls
 
     @calls.setter
     def calls(self, value: int) -> None:
-        self._layer.calls = value
+        self._run.calls = value
 
     def __call__(self, x: Any, *, training: bool) -> Any:
         with on_path_of(self._mode):
-            return self._call(x, training=training)
+            return self._run(x, training=training)
 
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
-        with on_path_of(self._mode), tf.GradientTape() as tape:
-            tape.watch(x)
-            y = self._call(x, training=True)
+        with on_path_of(self._mode):
+            y, pullback = self._run.vjp(x)
+        return y, lambda upstream: self._pulled_back(pullback, upstream)
 
-        def pullback(upstream: Any) -> Any:
-            with on_path_of(self._mode):
-                return tape.gradient(y, x, upstream)
-
-        return y, pullback
+    def _pulled_back(self, pullback: Callable[[Any], Any], upstream: Any) -> Any:
+        with on_path_of(self._mode):
+            return pullback(upstream)
 
     def save(self) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -171,3 +176,43 @@ class _Model:
             path = Path(folder, "model.weights.h5")
             path.write_bytes(state)
             self._model.load_weights(path)
+
+
+def _torch_bfloat16(x: NDArray[Any]) -> Any:
+    """Return a tensor of the same bits: Keras goes by float32, which changes those of NaN."""
+    import torch
+
+    return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
+
+
+def _numpy_dtype(name: str) -> Any:
+    if name != "bfloat16":
+        return name
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
+
+
+class _Elsewhere(RemoteBackend):
+    target = "unidrop.adapters.backends.keras:Keras"
+
+
+class KerasJax(_Elsewhere):
+    """Keras on JAX."""
+
+    name = "keras-jax"
+    environment: ClassVar[Mapping[str, str]] = {"KERAS_BACKEND": "jax"}
+
+
+class KerasTorch(_Elsewhere):
+    """Keras on PyTorch."""
+
+    name = "keras-torch"
+    environment: ClassVar[Mapping[str, str]] = {"KERAS_BACKEND": "torch"}
+
+
+class KerasNumpy(_Elsewhere):
+    """Keras on NumPy, which has no training but does drop."""
+
+    name = "keras-numpy"
+    environment: ClassVar[Mapping[str, str]] = {"KERAS_BACKEND": "numpy"}

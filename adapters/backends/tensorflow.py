@@ -1,5 +1,6 @@
-"""TensorFlow in the matrix: the functional form, eagerly and in a `tf.function`."""
+"""TensorFlow in the matrix: the functional form, in each way that TensorFlow runs a function."""
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,11 @@ from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
 __all__ = ["TensorFlow"]
 
-_FUNCTION = "tf.function"
+_UNKNOWN = "unknown dimensions"
+_XLA = "XLA"
+_RECOMPUTED = "recompute_grad"
+_SAVED = "SavedModel"
+_COMPILED = ("tf.function", _UNKNOWN, _XLA, _RECOMPUTED, _SAVED)
 
 
 class TensorFlow(CoreBackend):
@@ -22,7 +27,7 @@ class TensorFlow(CoreBackend):
 
     name = "tensorflow"
     xp = tf
-    compiled_modes = (_FUNCTION,)
+    compiled_modes = _COMPILED
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
         **dict.fromkeys(("gradient", "traces")),
@@ -30,16 +35,32 @@ class TensorFlow(CoreBackend):
         "layouts": "TensorFlow's tensors have no strides",
     }
 
+    mode_limits: Mapping[str, Mapping[str, str]] = {
+        _SAVED: {
+            "gradient": "a SavedModel holds no custom gradient unless it is asked to",
+            "windows": "a window is of the graph that tf.function makes, with nothing more to save",
+            "words": "a SavedModel holds whole functions, and not what they are made of",
+            "traced_key": "a SavedModel holds whole functions, and not what they are made of",
+        },
+        _RECOMPUTED: {
+            "windows": "what is recomputed is the gradient, and a window has the one of the whole",
+            "words": "there is no gradient to compute again",
+            "traced_key": "there is no gradient to compute again",
+        },
+    }
+
     def __init__(self) -> None:
         # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
         tf.get_logger().setLevel("ERROR")
-        self.modes = (*eager_modes(tf.ones(1)), _FUNCTION)
+        self.modes = (*eager_modes(tf.ones(1)), *_COMPILED)
         self._traces = 0
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return TensorFlow's floating-point and complex dtypes."""
-        return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+        real = ("float16", "bfloat16", "float32", "float64")
+        # tf.recompute_grad looks for the largest element of the upstream gradient.
+        return real if mode == _RECOMPUTED else (*real, "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return a tensor."""
@@ -56,30 +77,50 @@ class TensorFlow(CoreBackend):
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the functional form; what it does not take is the core's."""
-        if mode != _FUNCTION:
+        if mode not in _COMPILED:
             with on_path_of(mode):
                 return _call(x, p, Key(seed).fold_in(step), options)
-        static = (p, type(p), seed, tuple(options.items()), x.dtype, x.shape.rank)
+        # A seed is an argument too, so that what differs by it alone is compiled once.
+        static = (mode, p, type(p), tuple(options.items()), x.dtype, _shape(x, mode))
         if static not in self._compiled:
-            self._compiled[static] = tf.function(
-                lambda x, step: self._traced(x, p, seed, step, options)
+            self._compiled[static] = self._compile(
+                lambda x, seed, step: self._traced(x, p, seed, step, options), x, mode
             )
-        return self._compiled[static](x, tf.constant(step, tf.uint64))
+        return self._compiled[static](x, _word_pair(seed), tf.constant(step, tf.uint64))
 
-    def _traced(self, x: Any, p: Any, seed: int, step: Any, options: dict[str, Any]) -> Any:
+    def _traced(self, x: Any, p: Any, seed: Any, step: Any, options: dict[str, Any]) -> Any:
         self._traces += 1
-        return _call(x, p, Key(seed).fold_in(step), options)
+        return _call(x, p, Key.from_words(seed[0], seed[1]).fold_in(step), options)
+
+    def _compile(self, run: Callable[..., Any], x: Any, mode: str) -> Callable[..., Any]:
+        signature = [
+            tf.TensorSpec(_shape(x, mode), x.dtype),
+            tf.TensorSpec((2,), tf.int64),
+            tf.TensorSpec((), tf.uint64),
+        ]
+        if mode == _RECOMPUTED:
+            run = tf.recompute_grad(run)
+        compiled: Callable[..., Any]
+        compiled = tf.function(
+            run, input_signature=signature, jit_compile=mode == _XLA, autograph=False
+        )
+        return _reloaded(compiled) if mode == _SAVED else compiled
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator in its mode."""
-        run = tf.function(self._words) if mode == _FUNCTION else self._words
+        run = self._in_mode(self._words, mode)
         return [int(word[0]) for word in run(counter, key)]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold a step in, in its mode."""
-        run = tf.function(self._folded) if mode == _FUNCTION else self._folded
-        lo, hi = run(seed, tf.constant(step, tf.int32))
+        lo, hi = self._in_mode(self._folded, mode)(seed, tf.constant(step, tf.int32))
         return int(hi) << 32 | int(lo)
+
+    def _in_mode(self, run: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        if mode not in _COMPILED:
+            return run
+        function: Callable[..., Any] = tf.function(run, jit_compile=mode == _XLA, autograph=False)
+        return function
 
     def traces(self, mode: str) -> int:
         """Return how often a `tf.function` was traced."""
@@ -88,14 +129,40 @@ class TensorFlow(CoreBackend):
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Differentiate through a tape, inside the function in its mode."""
 
-        def run(x: Any, upstream: Any, step: Any) -> Any:
+        def run(x: Any, upstream: Any, seed: Any, step: Any) -> Any:
+            def forward(x: Any) -> Any:
+                return dropout(x, p, key=Key.from_words(seed[0], seed[1]).fold_in(step))
+
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                y = dropout(x, p, key=Key(seed).fold_in(step))
+                y = (tf.recompute_grad(forward) if mode == _RECOMPUTED else forward)(x)
             return tape.gradient(y, x, upstream)
 
+        static = ("gradient", mode, p, x.dtype, tuple(x.shape))
+        if static not in self._compiled:
+            self._compiled[static] = self._in_mode(run, mode)
         with on_path_of(mode):
-            return (tf.function(run) if mode == _FUNCTION else run)(x, upstream, tf.constant(step))
+            return self._compiled[static](x, upstream, _word_pair(seed), tf.constant(step))
+
+
+def _shape(x: Any, mode: str) -> tuple[int | None, ...]:
+    """Return what a mode's function knows of a tensor's shape."""
+    return (None,) * x.shape.rank if mode in (_UNKNOWN, _SAVED) else tuple(x.shape)
+
+
+def _word_pair(number: int) -> Any:
+    return tf.constant((number & 0xFFFFFFFF, number >> 32), tf.int64)
+
+
+def _reloaded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function as it comes out of a SavedModel."""
+    module = tf.Module()
+    module.run = function
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder)
+        loaded = tf.saved_model.load(folder)
+    run: Callable[..., Any] = loaded.run
+    return run
 
 
 def _call(x: Any, p: Any, key: Key, options: dict[str, Any]) -> Any:

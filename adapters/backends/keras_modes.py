@@ -1,0 +1,212 @@
+"""How a Keras layer is run: at once, compiled as its backend compiles, or by a model's `fit`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from unidrop.adapters.keras import Dropout
+
+__all__ = ["FITS", "LIMITS", "UNFIT", "compiled_modes", "made_in_mode"]
+
+#: The modes that train a model, by the backend.
+FITS: Mapping[str, tuple[str, ...]] = {
+    "tensorflow": ("fit", "fit XLA"),
+    "jax": ("fit",),
+    "torch": ("fit",),
+}
+
+_SHAPES = "fit compiles a model for each shape, and drops in it as the other modes do"
+_OWN = "fit takes the gradients itself, and gives none away"
+
+#: What does not apply where a model is trained.
+UNFIT: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("mask", "threshold", "broadcast_axes", "output", "shape-dtype-device"), _SHAPES
+    ),
+    **dict.fromkeys(("gradient", "layer_gradient"), _OWN),
+    "threads": "a model is trained by one thread at a time",
+    "bad-dtype": "fit casts what a model is given to its dtype",
+    "layer-error": "fit casts what a model is given to its dtype",
+}
+
+
+_COMPILES = "JAX compiles it for each shape anew: jax's own columns have all shapes"
+
+#: What does not apply in other modes, by the backend.
+LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "jax": {
+        "eager": {"mask": _COMPILES},
+        "jit": dict.fromkeys(
+            ("mask", "threshold", "broadcast_axes", "shape-dtype-device"), _COMPILES
+        ),
+    }
+}
+
+
+def compiled_modes() -> tuple[str, ...]:
+    """Return the modes that this process's backend compiles a function of one layer in."""
+    return tuple(_COMPILED.get(keras.backend.backend(), {}))
+
+
+def made_in_mode(layer: Dropout, mode: str, count: Callable[[], None]) -> Any:
+    """Return what runs a layer in a mode, and counts how often that is traced."""
+    backend = keras.backend.backend()
+    if mode in FITS.get(backend, ()):
+        return _Fitted(layer, jit_compile=mode == "fit XLA" or "auto")
+    make = _COMPILED.get(backend, {}).get(mode, _EAGER.get(backend, _AtOnce))
+    return make(layer, count)
+
+
+class _AtOnce:
+    """Calls a layer, on any backend."""
+
+    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+        self._layer = layer
+        self._count = count
+
+    @property
+    def calls(self) -> int:
+        return self._layer.calls
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self._layer.calls = value
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        return self._layer(x, training=training)
+
+
+class _TensorFlow(_AtOnce):
+    def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = self(x, training=True)
+        return y, lambda upstream: tape.gradient(y, x, upstream)
+
+
+class _Function(_TensorFlow):
+    jit_compile = False
+
+    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+        import tensorflow as tf
+
+        super().__init__(layer, count)
+        self._run = tf.function(self._traced, jit_compile=self.jit_compile)
+
+    def _traced(self, x: Any, training: bool) -> Any:
+        self._count()
+        return self._layer(x, training=training)
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        return self._run(x, training)
+
+
+class _Xla(_Function):
+    jit_compile = True
+
+
+class _Torch(_AtOnce):
+    def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        import torch
+
+        x = x.detach().requires_grad_()
+        y = self(x, training=True)
+        return y.detach(), lambda upstream: torch.autograd.grad(y, x, upstream)[0]
+
+
+class _Jax(_AtOnce):
+    def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        import jax
+
+        y, pullback = jax.vjp(lambda x: self(x, training=True), x)
+        return y, lambda upstream: pullback(upstream)[0]
+
+
+class _Jit(_Jax):
+    """A stateless call under `jax.jit`, whose state goes in and out."""
+
+    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+        import jax
+
+        super().__init__(layer, count)
+        self._run = jax.jit(self._traced, static_argnums=2)
+
+    def _traced(self, state: Any, x: Any, training: bool) -> Any:
+        self._count()
+        return self._layer.stateless_call([], state, x, training=training)
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        return self._kept(*self._run(self._state(), x, training))
+
+    def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        import jax
+
+        state = self._state()
+        y, pullback, new = jax.vjp(lambda x: self._run(state, x, True), x, has_aux=True)
+        return self._kept(y, new), lambda upstream: pullback(upstream)[0]
+
+    def _state(self) -> list[Any]:
+        return [variable.value for variable in self._layer.non_trainable_variables]
+
+    def _kept(self, y: Any, state: list[Any]) -> Any:
+        for variable, value in zip(self._layer.non_trainable_variables, state, strict=True):
+            variable.assign(value)
+        return y
+
+
+_EAGER: Mapping[str, type[_AtOnce]] = {"tensorflow": _TensorFlow, "jax": _Jax, "torch": _Torch}
+_COMPILED: Mapping[str, Mapping[str, type[_AtOnce]]] = {
+    "tensorflow": {"tf.function": _Function, "XLA": _Xla},
+    "jax": {"jit": _Jit},
+}
+
+
+class _Record(keras.layers.Layer):
+    """Keeps what came by in training."""
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.seen = self.add_weight(shape=(1, *input_shape[1:]), trainable=False, name="seen")
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        if training:
+            self.seen.assign(inputs)
+        return inputs
+
+
+class _Scale(keras.layers.Layer):
+    """Something to train."""
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.scale = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, inputs: Any) -> Any:
+        return inputs * self.scale
+
+
+class _Fitted(_AtOnce):
+    """Trains a model for a step whose batch is x as its only example, and returns what was seen."""
+
+    def __init__(self, layer: Dropout, jit_compile: bool | str) -> None:
+        super().__init__(layer, lambda: None)
+        self._jit_compile = jit_compile
+        self._models: dict[tuple[int, ...], tuple[Any, _Record]] = {}
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        batch = keras.ops.convert_to_numpy(x)[None]
+        if batch.shape not in self._models:
+            self._models[batch.shape] = self._model(batch.shape)
+        model, record = self._models[batch.shape]
+        if not training:
+            return keras.ops.convert_to_tensor(model.predict(batch, verbose=0)[0])
+        model.fit(batch, np.zeros_like(batch), batch_size=1, verbose=0)
+        return keras.ops.convert_to_tensor(keras.ops.convert_to_numpy(record.seen)[0])
+
+    def _model(self, shape: tuple[int, ...]) -> tuple[Any, _Record]:
+        record = _Record()
+        model = keras.Sequential([keras.Input(shape[1:]), self._layer, record, _Scale()])
+        model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=self._jit_compile)
+        return model, record
