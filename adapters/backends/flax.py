@@ -53,8 +53,9 @@ class Flax:
         }
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return the floating-point dtypes that JAX has without 64-bit numbers."""
-        return ("float16", "bfloat16", "float32", "complex64")
+        """Return dtypes that JAX has without 64-bit numbers; compiled, those of most models."""
+        compiled = ("bfloat16", "float32")
+        return compiled if mode in _MODES else ("float16", *compiled, "complex64")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return an array."""
@@ -89,7 +90,7 @@ class Flax:
         graph, before = nnx.split(module)
 
         def pure(v: Any) -> tuple[Any, Any]:
-            merged = nnx.merge(graph, before)
+            merged = nnx.merge(graph, before, copy=True)
             return self._called.get(mode, _call)(merged, v), nnx.state(merged)
 
         with on_path_of(mode):

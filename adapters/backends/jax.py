@@ -90,7 +90,9 @@ class Jax(CoreBackend):
         self._compiled: dict[Any, Function] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return JAX's floating-point dtypes; the double ones need x64."""
+        """Return JAX's floating-point dtypes, the double ones with x64; transformed, the usual."""
+        if mode in self.compiled_modes and not mode.startswith("jit"):
+            return ("bfloat16", "float32")
         narrow = ("float16", "bfloat16", "float32", "complex64")
         return (*narrow, "float64", "complex128") if mode.endswith("x64") else narrow
 

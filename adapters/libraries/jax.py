@@ -251,7 +251,7 @@ class _Held(int):
 
 
 def _leaves(key: Key) -> tuple[tuple[Any, Any], None]:
-    lo, hi = (word if isinstance(word, _Held) else _word(word) for word in key.words)
+    lo, hi = (int(word) if isinstance(word, _Held) else _word(word) for word in key.words)
     return (lo, hi), None
 
 

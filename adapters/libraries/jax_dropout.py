@@ -78,7 +78,8 @@ def _rule_of_one(
     return call.select(x, call.mask(x, Key.from_words(lo, hi)))
 
 
-_drop_p.def_impl(jax.jit(_rule, static_argnames=_STATIC))
+_run = jax.jit(_rule, static_argnames=_STATIC)
+_drop_p.def_impl(_run)
 mlir.register_lowering(_drop_p, mlir.lower_fun(_rule, multiple_results=False))
 
 

@@ -1,15 +1,21 @@
-"""JAX, eager on the CPU: against a multiply, and `jax.random.bernoulli` with `where`."""
+"""JAX on the CPU, eager and compiled: against a multiply, and `jax.random.bernoulli` with `where`.
 
-from collections.abc import Iterator, Sequence
+What is compiled takes the step as an argument: a constant key would be folded away.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax import numpy as jnp
 
 import unidrop
-from benchmarks.effort import Effort, Shape
+from benchmarks.effort import LARGE, MIDDLE, SMALL, Effort, Shape
 from benchmarks.rows import Row, timed
+from benchmarks.targets import faster
 from benchmarks.timing import Candidate
 from benchmarks.work import KEEP, SCALE, P, key, uniform
+from unidrop.adapters.jax import dropout
 
 __all__ = ["rows"]
 
@@ -17,22 +23,63 @@ _OWN = "bernoulli + where"
 
 
 def rows(effort: Effort) -> Iterator[Row]:
-    """Yield the sweep over sizes."""
+    """Yield the sweep over sizes, and what is compiled."""
     for shape in effort.shapes:
         yield Row("jax", "forward", shape, timed(_forward, shape), own=_OWN)
+    for name, work in (("jit forward", _once), ("jit forward + backward", _there_and_back)):
+        for shape in (shape for shape in (SMALL, MIDDLE, LARGE) if shape in effort.shapes):
+            targets = () if shape == SMALL else (faster(3, "unidrop", _OWN),)
+            yield Row("jax", name, shape, timed(_compiled, shape, work), targets=targets)
+
+
+def _array(shape: Shape) -> Any:
+    return jax.device_put(uniform(shape), jax.devices("cpu")[0])
+
+
+def _by_unidrop(x: Any, step: Any) -> Any:
+    return dropout(x, P, key(step))
+
+
+def _by_multiply(x: Any, step: Any) -> Any:
+    return x * SCALE
+
+
+def _by_bernoulli(x: Any, step: Any) -> Any:
+    keep = jax.random.bernoulli(jax.random.fold_in(jax.random.key(42), step), KEEP, x.shape)
+    return jnp.where(keep, x * SCALE, 0)
 
 
 def _forward(shape: Shape) -> Sequence[Candidate]:
-    x = jax.device_put(uniform(shape), jax.devices("cpu")[0])
-    seed = jax.random.key(42)
-
-    def own(step: int) -> None:
-        keep = jax.random.bernoulli(jax.random.fold_in(seed, step), KEEP, shape)
-        jnp.where(keep, x * SCALE, 0).block_until_ready()
-
+    x = _array(shape)
     # JAX returns before it has computed.
     return (
         Candidate("unidrop", lambda step: unidrop.dropout(x, P, key(step)).block_until_ready()),
-        Candidate("multiply", lambda step: (x * SCALE).block_until_ready()),
-        Candidate(_OWN, own),
+        Candidate("multiply", lambda step: _by_multiply(x, step).block_until_ready()),
+        Candidate(_OWN, lambda step: _by_bernoulli(x, step).block_until_ready()),
     )
+
+
+def _once(drop: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, step, upstream: drop(x, step)
+
+
+def _there_and_back(drop: Callable[..., Any]) -> Callable[..., Any]:
+    def work(x: Any, step: Any, upstream: Any) -> Any:
+        y, pullback = jax.vjp(lambda v: drop(v, step), x)
+        return y, pullback(upstream)
+
+    return work
+
+
+def _compiled(
+    shape: Shape, work: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Sequence[Candidate]:
+    x = _array(shape)
+    upstream = jnp.ones_like(x)
+    ways = {"unidrop": _by_unidrop, "multiply": _by_multiply, _OWN: _by_bernoulli}
+
+    def candidate(name: str) -> Candidate:
+        run = jax.jit(work(ways[name]))
+        return Candidate(name, lambda step: jax.block_until_ready(run(x, step, upstream)))
+
+    return [candidate(name) for name in ways]
