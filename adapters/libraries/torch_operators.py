@@ -388,7 +388,7 @@ _EAGER = {
     "draw_key": _draw_key,
 }
 _FAKE: dict[str, Callable[..., Tensor]] = {
-    "dropout": lambda x, *_: torch.empty_like(x),
+    "dropout": lambda x, *_, **random: torch.empty_like(x),
     "keep_mask": lambda key, p, shape, *_, device: torch.empty(
         shape, dtype=torch.bool, device=device
     ),
