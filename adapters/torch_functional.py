@@ -9,7 +9,13 @@ from torch import Tensor
 
 from unidrop.adapters.libraries.torch import is_recorded
 from unidrop.adapters.libraries.torch_func import randomness
-from unidrop.adapters.libraries.torch_operators import draw_words, key_of, packed, record_draw
+from unidrop.adapters.libraries.torch_operators import (
+    constant,
+    draw_words,
+    key_of,
+    packed,
+    record_draw,
+)
 from unidrop.dropout import Call
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_key
@@ -269,7 +275,7 @@ def drop(input: Tensor, call: Call, key: Key, inplace: bool) -> Tensor:
 def drop_recorded(input: Tensor, call: Recorded, words: Tensor, inplace: bool) -> Tensor:
     """Drop under the key of a tensor of words, by an operator that is recorded or transformed."""
     output: Tensor = torch.ops.unidrop.dropout(
-        input, words, call.rate.p, call.axes, random=randomness(input, words)
+        input, words, constant(call.rate.p), call.axes, random=randomness(input, words)
     )
     if not inplace:
         return output

@@ -54,7 +54,7 @@ class Torch(CoreBackend):
         "export": {"threads": "torch.export can't trace in several threads at once"},
         "forward-mode": {
             "threads": "PyTorch has one level of forward-mode differentiation for all threads"
-        }
+        },
     }
 
     def __init__(self) -> None:
