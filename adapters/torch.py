@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from unidrop.adapters.libraries.torch import is_recorded
 from unidrop.adapters.libraries.torch_checkpoint import draws_here
 from unidrop.adapters.libraries.torch_func import randomness
 from unidrop.adapters.libraries.torch_operators import give_back, next_number, packed, record_key
 from unidrop.adapters.torch_functional import (
     NO_SCRIPT,
     AxesOf,
+    Recorded,
     axes1d,
     axes2d,
     axes3d,
@@ -132,9 +132,12 @@ class Dropout(torch.nn.Module):
         call = checked_call(input, Rate.of(self.p), self.training, self._axes)
         if call is None:
             return input
-        if is_recorded() and self._words is not None:
+        if isinstance(call, Recorded):
+            if self._words is None:
+                return drop_drawn(input, call, self.inplace)
             randomness(input, self.calls)  # raises before anything is counted
-            return drop_recorded(input, call, record_key(self._words, self.calls), self.inplace)
+            words = record_key(self._words, self.calls)
+            return drop_recorded(input, call, words, self.inplace)
         if self.key is None:
             return drop_drawn(input, call, self.inplace)
         draws = draws_here()

@@ -2,14 +2,22 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from unidrop.adapters.libraries.torch import is_recorded, record
+from unidrop.adapters.libraries.torch import is_recorded
 from unidrop.adapters.libraries.torch_func import randomness
-from unidrop.adapters.libraries.torch_operators import draw_words, key_of, record_draw
+from unidrop.adapters.libraries.torch_operators import (
+    constant,
+    draw_words,
+    key_of,
+    packed,
+    record_draw,
+)
 from unidrop.dropout import Call
+from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_key
 from unidrop.library import library_of
 from unidrop.rate import Rate
@@ -17,6 +25,7 @@ from unidrop.rate import Rate
 __all__ = [
     "NO_SCRIPT",
     "AxesOf",
+    "Recorded",
     "axes1d",
     "axes2d",
     "axes3d",
@@ -201,16 +210,35 @@ def _dropout(
     call = checked_call(input, rate, training, axes_of)
     if call is None:
         return input
-    return drop_drawn(input, call, inplace) if key is None else drop(input, call, key, inplace)
+    if key is None:
+        return drop_drawn(input, call, inplace)
+    if isinstance(call, Recorded):
+        return drop_recorded(input, call, packed(key), inplace)
+    return drop(input, call, key, inplace)
 
 
-def checked_call(input: Tensor, rate: Rate, training: bool, axes_of: AxesOf) -> Call | None:
+class Recorded(NamedTuple):
+    """A call that is recorded or transformed: what the operator is given beside tensors.
+
+    The operator checks the rest, which a compiler then need not trace.
+    """
+
+    rate: Rate
+    axes: Sequence[int]
+
+
+def checked_call(
+    input: Tensor, rate: Rate, training: bool, axes_of: AxesOf
+) -> Call | Recorded | None:
     """Return the call that this is, its arguments being good; None if nothing is to be dropped."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input has to be a torch.Tensor, but got {type(input).__name__}")
     axes = axes_of(input, training)
     if not training:
         return None
+    if is_recorded():
+        compute_dtype(input.dtype, "input")
+        return Recorded(rate, axes) if rate.p > 0 else None
     call = Call.of(input, rate, broadcast_axes=axes, name="input")
     if not call.drops:
         return None
@@ -244,9 +272,11 @@ def drop(input: Tensor, call: Call, key: Key, inplace: bool) -> Tensor:
     return output
 
 
-def drop_recorded(input: Tensor, call: Call, words: Tensor, inplace: bool) -> Tensor:
-    """Drop under the key of a tensor of words, as an operator that is recorded or transformed."""
-    output = record(input, words, call.rate.p, call.window)
+def drop_recorded(input: Tensor, call: Recorded, words: Tensor, inplace: bool) -> Tensor:
+    """Drop under the key of a tensor of words, by an operator that is recorded or transformed."""
+    output: Tensor = torch.ops.unidrop.dropout(
+        input, words, constant(call.rate.p), call.axes, random=randomness(input, words)
+    )
     if not inplace:
         return output
     _check_inference(input)
@@ -266,16 +296,15 @@ def _check_inference(input: Tensor) -> None:
 def _is_watched(input: Tensor) -> bool:
     """Tell whether PyTorch is to see what is written to a tensor in place."""
     return (
-        is_recorded()
-        or (torch.is_grad_enabled() and input.requires_grad)
+        (torch.is_grad_enabled() and input.requires_grad)
         or torch.autograd.forward_ad._current_level >= 0
         or input.is_inference()
     )
 
 
-def drop_drawn(input: Tensor, call: Call, inplace: bool) -> Tensor:
+def drop_drawn(input: Tensor, call: Call | Recorded, inplace: bool) -> Tensor:
     """Drop under a key from the default generator, which a call that raises leaves as it was."""
-    if is_recorded():
+    if isinstance(call, Recorded):
         randomness(input, None)  # raises before anything is drawn
         return drop_recorded(input, call, record_draw(), inplace)
     if not inplace:

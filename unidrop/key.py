@@ -68,10 +68,7 @@ class Key:
         >>> Key.from_words(0xDDCCBBAA, 0x10)
         Key(0x00000010ddccbbaa)
         """
-        lo_word, hi_word = (
-            checked_integer(word, name, bits=32) if _is_index(word) else _split(word, name)[1]
-            for word, name in ((lo, "lo"), (hi, "hi"))
-        )
+        lo_word, hi_word = _word(lo, "lo"), _word(hi, "hi")
         if isinstance(lo_word, int) and isinstance(hi_word, int):
             return cls((hi_word << 32) + lo_word)
         if isinstance(lo_word, int):
@@ -222,6 +219,10 @@ def _string_data(data: str) -> int:
             f"data has to be a string that UTF-8 can encode, but got {data!r}: {error.reason}"
         ) from None
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+
+
+def _word(value: Any, name: str) -> Any:
+    return checked_integer(value, name, bits=32) if _is_index(value) else _split(value, name)[1]
 
 
 def _split(value: Any, name: str) -> tuple[Any, Any]:

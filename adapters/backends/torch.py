@@ -1,6 +1,10 @@
-"""PyTorch in the matrix: the functional form and the module; the core for windows."""
+"""PyTorch in the matrix: the functional form and the module, and the core for windows.
+
+Each is run in all the ways in which PyTorch runs a model.
+"""
 
 import io
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,11 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import unidrop
 from unidrop import Key
+from unidrop.adapters.backends.torch_modes import COMPILED, MODES, call, graphs, pulled
 from unidrop.adapters.torch import Dropout, dropout
 from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
 __all__ = ["Torch"]
+
+
+# The contracts with a graph for each of a hundred shapes, rates and windows.
+_SWEEPS = ("mask", "threshold", "broadcast-axes", "windows")
+_SWEPT = "PyTorch traces a graph for each rate and window, which takes minutes"
 
 
 class Torch(CoreBackend):
@@ -23,15 +34,38 @@ class Torch(CoreBackend):
     xp = torch
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
-        **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient")),
+        **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient", "traces")),
+    }
+    compiled_modes = tuple(COMPILED)
+    missing_modes: Mapping[str, str] = {
+        "torch.jit": "PyTorch has retired it; it would freeze the mask, so dropout refuses it",
+    }
+    mode_limits: Mapping[str, Mapping[str, str]] = {
+        mode: {
+            **dict.fromkeys(
+                ("bad-rate", "bad-dtype", "layer-error"),
+                "torch.compile(fullgraph=True) raises an error of its own where what it traces "
+                "raises",
+            ),
+            **dict.fromkeys(_SWEEPS, _SWEPT),
+        }
+        for mode in COMPILED
+    } | {
+        "export": {"threads": "torch.export can't trace in several threads at once"},
+        "forward-mode": {
+            "threads": "PyTorch has one level of forward-mode differentiation for all threads"
+        },
     }
 
     def __init__(self) -> None:
         self.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        self.modes = eager_modes(torch.ones(1))
+        self.modes = (*eager_modes(torch.ones(1)), *MODES)
+        self._calls: dict[Any, _Call] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return PyTorch's floating-point and complex dtypes."""
+        """Return PyTorch's floating-point and complex dtypes, and one where each is traced anew."""
+        if mode in COMPILED and mode != "compile":
+            return ("float32",)
         return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> torch.Tensor:
@@ -53,17 +87,35 @@ class Torch(CoreBackend):
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the functional form; what it does not take is the core's."""
+        if mode in MODES:
+            return call(self._call(p, seed, step, mode, options), x, mode)
         if set(options) <= {"training"}:
             with on_path_of(mode):
                 return dropout(x, p, key=Key(seed).fold_in(step), **options)
         return super().dropout(x, p, seed, step, mode=mode, **options)
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Differentiate through autograd."""
+        """Differentiate through autograd, or what the mode has in its place."""
+        if mode in MODES:
+            return pulled(self._call(p, seed, step, mode, {}), x, mode)[1](upstream)
         x = x.requires_grad_()
         with on_path_of(mode):
             y = dropout(x, p, key=Key(seed).fold_in(step))
             return torch.autograd.grad(y, x, upstream)[0]
+
+    def traces(self, mode: str) -> int:
+        """Return how many graphs have been traced."""
+        return graphs()
+
+    def _call(self, p: Any, seed: int, step: int, mode: str, options: Mapping[str, Any]) -> "_Call":
+        """Return a module that drops so; the same one at each seed and step, as a thread has it."""
+        which = repr((threading.get_ident(), p, mode, sorted(options.items())))
+        module = self._calls.get(which)
+        if module is None:
+            module = self._calls[which] = _Call(p, options)
+        module.words.copy_(torch.tensor(Key(seed).words))
+        module.step.copy_(torch.tensor(step, dtype=torch.uint64))
+        return module
 
     def layouts(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Return the layouts that PyTorch's users meet."""
@@ -76,6 +128,27 @@ class Torch(CoreBackend):
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Layer":
         """Return the module."""
         return _Layer(Dropout(p, seed=seed).to(device), mode)
+
+
+class _Call(torch.nn.Module):
+    """A call of the functional form, whose key and step are arguments of what is compiled."""
+
+    words: torch.Tensor
+    step: torch.Tensor
+
+    def __init__(self, p: Any, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.p = p
+        self.options = dict(options)
+        self.register_buffer("words", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.uint64))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        lo, hi = self.words.unbind()
+        key = Key.from_words(lo, hi).fold_in(self.step)
+        if set(self.options) <= {"training"}:
+            return dropout(x, self.p, key=key, **self.options)
+        return unidrop.dropout(x, self.p, key, **self.options)
 
 
 class _Layer:
@@ -92,10 +165,15 @@ class _Layer:
         self._module.calls = value  # type: ignore[assignment] # the module takes integers too
 
     def __call__(self, x: torch.Tensor, *, training: bool) -> Any:
+        self._module.train(training)
+        if self._mode in MODES:
+            return call(self._module, x, self._mode)
         with on_path_of(self._mode):
-            return self._module.train(training)(x)
+            return self._module(x)
 
     def vjp(self, x: torch.Tensor) -> tuple[Any, Callable[[Any], Any]]:
+        if self._mode in MODES:
+            return pulled(self._module.train(), x, self._mode)
         x = x.requires_grad_()
         y = self(x, training=True)
 

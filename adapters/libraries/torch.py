@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from unidrop.adapters.libraries.torch_func import randomness
-from unidrop.adapters.libraries.torch_operators import packed, stacked
+from unidrop.adapters.libraries.torch_operators import constant, packed, stacked
 from unidrop.key import Key
 from unidrop.library import Library, Memory
 from unidrop.window import Window
@@ -69,7 +69,12 @@ class Torch(Library):
         if not torch.compiler.is_compiling():
             return None
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
-            packed(key), p, window.shape, window.broadcast_axes, *_part(window), device=like.device
+            packed(key),
+            constant(p),
+            window.shape,
+            window.broadcast_axes,
+            *_part(window),
+            device=like.device,
         )
         return mask
 
@@ -130,7 +135,7 @@ def is_recorded() -> bool:
 def record(x: torch.Tensor, words: torch.Tensor, p: float, window: Window) -> torch.Tensor:
     """Return the output under the key of a tensor of words, as one operator or one function."""
     output: torch.Tensor = torch.ops.unidrop.dropout(
-        x, words, p, window.broadcast_axes, *_part(window), random=randomness(x, words)
+        x, words, constant(p), window.broadcast_axes, *_part(window), random=randomness(x, words)
     )
     return output
 

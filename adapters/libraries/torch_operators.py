@@ -29,6 +29,7 @@ from unidrop.mask import keep_mask
 from unidrop.rate import Rate
 
 __all__ = [
+    "constant",
     "draw_words",
     "give_back",
     "key_of",
@@ -91,6 +92,15 @@ def _record_stacked(numbers: Sequence[Any]) -> Tensor:
         [n if isinstance(n, Tensor) else ops.integers([n]).to(device).reshape(()) for n in numbers]
     )
     return joined
+
+
+def constant(p: float) -> float:
+    """Return a rate that torch.compile takes as a constant, and traces again where it changes.
+
+    A float that has changed it takes for variable, of which Inductor, in a checkpointed region,
+    freezes the first value in an operator's argument.
+    """
+    return float.fromhex(p.hex())
 
 
 def key_of(words: Tensor) -> Key:
@@ -388,7 +398,7 @@ _EAGER = {
     "draw_key": _draw_key,
 }
 _FAKE: dict[str, Callable[..., Tensor]] = {
-    "dropout": lambda x, *_: torch.empty_like(x),
+    "dropout": lambda x, *_, **random: torch.empty_like(x),
     "keep_mask": lambda key, p, shape, *_, device: torch.empty(
         shape, dtype=torch.bool, device=device
     ),
