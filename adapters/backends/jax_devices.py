@@ -139,8 +139,8 @@ def _by_pmap(f: Callable[..., Any], axis: int | None, arrays: int) -> Callable[.
 
     def run(*args: Any) -> Any:
         y = mapped(*map(parts, args[:arrays]), *args[arrays:])
-        # Each by itself: JAX joins no halves that are empty.
-        halves = [np.asarray(y[i]) for i in range(_DEVICES)]
+        # From each device: JAX would join them by a sum, in which -0 becomes +0.
+        halves = [np.asarray(s.data).reshape(y.shape[1:]) for s in y.addressable_shards]
         return jnp.asarray(halves[0] if axis is None else np.concatenate(halves, axis))
 
     return run
