@@ -155,7 +155,7 @@ class Dropout(nnx.Dropout):
             inputs = inputs.get_value()
         self._check(inputs)
         if rngs is None and self.seed is not None:
-            return self._drop_counted(inputs)
+            return self._drop_counted(inputs, self.seed)
         return self._drop(inputs, self._drawn_key(self.rngs if rngs is None else rngs))
 
     def _check(self, inputs: Any) -> None:
@@ -166,12 +166,12 @@ class Dropout(nnx.Dropout):
     def _drop(self, inputs: Any, key: Any) -> Any:
         return dropout(inputs, self.rate, key, broadcast_dims=self.broadcast_dims)
 
-    def _drop_counted(self, inputs: Any) -> Any:
+    def _drop_counted(self, inputs: Any, seed: Key) -> Any:
         with _COUNTING:
             number = self.calls.get_value()
             self.calls.set_value(number + jnp.uint32(1))
         try:
-            return self._drop(inputs, self.seed.fold_in(number))
+            return self._drop(inputs, seed.fold_in(number))
         except BaseException:
             with _COUNTING:
                 self.calls.set_value(self.calls.get_value() - jnp.uint32(1))

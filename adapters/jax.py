@@ -43,12 +43,12 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from unidrop.adapters.libraries.jax import Jax
+import unidrop.adapters.libraries.jax  # noqa: F401 # makes a Key a pytree
 from unidrop.dropout import Call
 from unidrop.key import Key
 from unidrop.rate import Rate
 
-__all__ = ["Jax", "as_key", "dropout"]
+__all__ = ["as_key", "dropout"]
 
 
 def dropout(

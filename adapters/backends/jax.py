@@ -40,7 +40,9 @@ def _scan(f: Function) -> Function:
 
     def scanned(x: Any, key: Any, step: Any) -> Any:
         turns = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
-        _, y = lax.scan(lambda carry, turn: (carry, f(carry, *turn)), x, turns)
+        # One array a turn: of one for all turns JAX would sum the gradients, and -0 becomes +0.
+        arrays = jnp.stack([jnp.zeros_like(x), x])
+        _, y = lax.scan(lambda _, turn: (None, f(*turn)), None, (arrays, *turns))
         return jax.tree.map(lambda v: v[1], y)
 
     return scanned

@@ -125,7 +125,8 @@ class _TwoDevices(CoreBackend):
             spec = _spec(shape)
             specs = (*(spec,) * arrays, PartitionSpec(), PartitionSpec())
             f = jax.shard_map(f, mesh=self._mesh, in_specs=specs, out_specs=spec)
-        return jax.jit(f)
+        compiled: Callable[..., Any] = jax.jit(f)
+        return compiled
 
 
 def _by_pmap(f: Callable[..., Any], axis: int | None, arrays: int) -> Callable[..., Any]:
@@ -137,8 +138,10 @@ def _by_pmap(f: Callable[..., Any], axis: int | None, arrays: int) -> Callable[.
         return np.stack([whole] * _DEVICES if axis is None else np.split(whole, _DEVICES, axis))
 
     def run(*args: Any) -> Any:
-        y = np.asarray(mapped(*map(parts, args[:arrays]), *args[arrays:]))
-        return jnp.asarray(y[0] if axis is None else np.concatenate(y, axis))
+        y = mapped(*map(parts, args[:arrays]), *args[arrays:])
+        # From each device: JAX would join them by a sum, in which -0 becomes +0.
+        halves = [np.asarray(s.data).reshape(y.shape[1:]) for s in y.addressable_shards]
+        return jnp.asarray(halves[0] if axis is None else np.concatenate(halves, axis))
 
     return run
 

@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from unidrop.dropout import Call
 from unidrop.key import Key
 from unidrop.library import library_of
-from unidrop.path import only
+from unidrop.path import kernels_for, only
 from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Pair
@@ -79,13 +79,29 @@ def _rule_of_one(
 
 
 _run = jax.jit(_rule, static_argnames=_STATIC)
-_drop_p.def_impl(_run)
+
+
+def _at_once(x: Any, lo: Any, hi: Any, *words: Any, **settings: Any) -> Any:
+    """Return dropout of an array that has its values, as where a tracer was differentiated."""
+    window, rate = settings["window"], settings["rate"]
+    if isinstance(x, jax.Array) and not words and not settings["batch"]:
+        library = library_of(x)
+        kernels = kernels_for(library, x, Key.from_words(lo, hi), window)
+        if kernels is not None:
+            package, memory, number, base = kernels
+            return package.drop(library, x, memory, window, rate, number, base)
+    return _run(x, lo, hi, *words, **settings)
+
+
+_drop_p.def_impl(_at_once)
 mlir.register_lowering(_drop_p, mlir.lower_fun(_rule, multiple_results=False))
 
 
-@_drop_p.def_abstract_eval
 def _abstract(x: Any, *others: Any, **settings: Any) -> Any:
     return x.update(weak_type=False)
+
+
+_drop_p.def_abstract_eval(_abstract)
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **settings: Any) -> tuple[Any, Any]:
