@@ -242,7 +242,7 @@ def checked_call(
     call = Call.of(input, rate, broadcast_axes=axes, name="input")
     if not call.drops:
         return None
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         raise RuntimeError(NO_SCRIPT)
     return call
 
@@ -284,7 +284,7 @@ def drop_recorded(input: Tensor, call: Recorded, words: Tensor, inplace: bool) -
 
 
 def _check_inference(input: Tensor) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return
     if input.is_inference() and not torch.is_inference_mode_enabled():
         # PyTorch would say so when it has written.

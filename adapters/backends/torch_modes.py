@@ -78,12 +78,14 @@ def pulled(module: nn.Module, x: Tensor, mode: str) -> Pulled:
 
 
 def _pulled_by_func(function: Callable[[Tensor], Tensor], x: Tensor) -> Pulled:
-    y, pullback = torch.func.vjp(function, x)
+    both: tuple[Any, ...] = torch.func.vjp(function, x)
+    y, pullback = both
     return y, lambda upstream: pullback(upstream)[0]
 
 
 def _pulled_by_vmap(module: nn.Module, x: Tensor) -> Pulled:
-    y, pullback = torch.func.vjp(_batched(module), torch.stack([x, x]))
+    both: tuple[Any, ...] = torch.func.vjp(_batched(module), torch.stack([x, x]))
+    y, pullback = both
     return y[1], lambda upstream: pullback(torch.stack([upstream, upstream]))[0][1]
 
 
@@ -162,7 +164,7 @@ def _checkpointed(module: nn.Module, reentrant: bool) -> Callable[[Tensor], Tens
         y = module(x)
         return (_Kept.apply(y[0]), y[1]) if isinstance(y, tuple) else _Kept.apply(y)
 
-    return lambda x: checkpoint(region, x, use_reentrant=reentrant)  # type: ignore[no-any-return]
+    return lambda x: checkpoint(region, x, use_reentrant=reentrant)
 
 
 class _Kept(torch.autograd.Function):
@@ -193,10 +195,10 @@ def _by_functional_call(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.func.functional_call(module, buffers, (x,))
 
 
-def _by_duals(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    def function(x: Tensor) -> Tensor:
+def _by_duals(module: nn.Module) -> Callable[[Tensor], Any]:
+    def function(x: Tensor) -> Any:
         if not (x.is_floating_point() or x.is_complex()):
-            return module(x)  # type: ignore[no-any-return] # which raises
+            return module(x)  # which raises
         with torch.autograd.forward_ad.dual_level():
             dual = module(torch.autograd.forward_ad.make_dual(x, x))
             return tree_map(lambda part: torch.autograd.forward_ad.unpack_dual(part).primal, dual)
@@ -207,12 +209,13 @@ def _by_duals(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def _by_vjp(module: nn.Module) -> Callable[[Tensor], Any]:
     def value(x: Tensor) -> tuple[Tensor, Any]:
         y = module(x)
-        return y if isinstance(y, tuple) else (y, ())
+        return (y[0], y[1]) if isinstance(y, tuple) else (y, ())
 
     def function(x: Tensor) -> Any:
         if not (x.is_floating_point() or x.is_complex()):
             return module(x)  # which raises
-        y, _, mask = torch.func.vjp(value, x, has_aux=True)
+        with_mask: tuple[Any, ...] = torch.func.vjp(value, x, has_aux=True)
+        y, _, mask = with_mask
         return y if isinstance(mask, tuple) else (y, mask)
 
     return function
@@ -232,6 +235,9 @@ _FUNCTIONS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
 @contextmanager
 def _context(mode: str) -> Iterator[None]:
     """Set what a mode is run under."""
+    if mode in COMPILED:
+        yield
+        return
     with warnings.catch_warnings():
         # Of torch's own making: an input without gradients, and tangents by way of torch.jit.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")

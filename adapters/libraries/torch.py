@@ -66,7 +66,7 @@ class Torch(Library):
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
             return record(torch.ones(window.shape, device=like.device), packed(key), p, whole) != 0
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             return None
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
             packed(key),
@@ -84,7 +84,7 @@ class Torch(Library):
         It takes Python's integers some microseconds, and a compiler some seconds. On another device
         it is compiled, since the operator would have to wait for the step.
         """
-        if data.device.type != "cpu" or not torch.compiler.is_compiling():
+        if data.device.type != "cpu" or not torch.compiler.is_dynamo_compiling():
             return None
         lo, hi = torch.ops.unidrop.fold_in(stacked(key), data).unbind()
         return lo, hi
@@ -123,10 +123,11 @@ class Torch(Library):
 def is_recorded() -> bool:
     """Tell whether something records or transforms what is done with tensors.
 
-    That is torch.compile, torch.export, torch.func, or a mode that sees each operation.
+    That is torch.compile, torch.func, or a mode that sees each operation, as of torch.export. What
+    another thread compiles has no part in it, of which `torch.compiler.is_compiling` would tell.
     """
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -38,7 +38,7 @@ def randomness(x: Tensor, key: Tensor | None) -> Tensor | None:
     """
     if not torch._C._are_functorch_transforms_active():
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return torch.rand(0)
     if key is not None and _is_batched(key):
         return None

@@ -72,7 +72,7 @@ def packed(key: Key) -> Tensor:
 
 def stacked(numbers: Sequence[Any]) -> Tensor:
     """Return numbers, of which some may be 0-d tensors, as one tensor."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _record_stacked(numbers)
     device = next((n.device for n in numbers if isinstance(n, Tensor)), None)
     if device is None:
@@ -156,7 +156,7 @@ def record_draw() -> Tensor:
     """
     if torch.compiler.is_exporting():
         return _drawn()
-    if not torch.compiler.is_compiling() and _dispatch_mode(_DispatchMode.FAKE) is not None:
+    if not torch.compiler.is_dynamo_compiling() and _dispatch_mode(_DispatchMode.FAKE) is not None:
         return _drawn()
     words: Tensor = torch.ops.unidrop.draw_key(_ORDER)
     return words
@@ -317,7 +317,7 @@ def _differentiated(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
     if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()):
         return _below_autograd(torch.ops.unidrop.dropout.default, keyset, x, *rest)
     with enable_single_level_autograd_function():
-        output: Tensor = _Dropout.apply(keyset, x, *rest)
+        output: Tensor = _Dropout.apply(keyset, x, *rest)  # type: ignore[attr-defined] # it has
     return output
 
 
@@ -338,7 +338,9 @@ def _vmapped(
     x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)
     if dims["key"] is not None or dims.get("start") is not None:
         keys, starts = (
-            [tensor] * count if dims.get(name) is None else tensor.movedim(dims[name], 0).unbind()
+            [tensor] * count
+            if tensor is None or dims.get(name) is None
+            else tensor.movedim(dims[name], 0).unbind()
             for name, tensor in (("key", key), ("start", start))
         )
         each = [
@@ -348,9 +350,9 @@ def _vmapped(
         return torch.stack(each), 0
     is_shared = dims.get("random") is None
     axes = [*([0] if is_shared else []), *(axis + 1 for axis in axes)]
-    if whole is not None:
+    if whole is not None and start is not None:
         whole, start = [count, *whole], torch.cat([start.new_zeros(1), start])
-    if not is_shared:
+    if random is not None and not is_shared:
         random = random.select(dims["random"], 0)
     return torch.ops.unidrop.dropout(x, key, p, axes, whole, start, random), 0
 

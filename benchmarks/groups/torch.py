@@ -1,4 +1,4 @@
-"""PyTorch, eager on the CPU: against a multiply and `torch.nn.functional.dropout`."""
+"""PyTorch on the CPU, eager and compiled: against a multiply and its own dropout."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,6 +12,7 @@ from benchmarks.rows import Row, timed
 from benchmarks.targets import Target, at_most, faster
 from benchmarks.timing import Candidate
 from benchmarks.work import SCALE, P, key, uniform
+from unidrop import Key
 from unidrop.adapters.torch import Dropout, dropout
 
 __all__ = ["rows"]
@@ -51,6 +52,10 @@ def rows(effort: Effort) -> Iterator[Row]:
                 timed(_backward, shape),
                 targets=_BACKWARD_TARGETS[shape],
             )
+    for shape in effort.shapes:
+        if shape in _BACKWARD_TARGETS:
+            name, targets = "compiled forward + backward", (faster(2, "unidrop", _OWN),)
+            yield Row("torch", name, shape, timed(_compiled, shape), targets=targets)
     yield Row(
         "torch",
         "channels-last",
@@ -97,6 +102,29 @@ def _backward(shape: Shape) -> Sequence[Candidate]:
         y.backward(gradient)
 
     return _candidates(x, backward)
+
+
+def _compiled(shape: Shape) -> Sequence[Candidate]:
+    """Return what torch.compile makes of each way; the step is an argument, or the call number."""
+    x = torch.from_numpy(uniform(shape)).requires_grad_()
+    gradient = torch.ones(shape)
+    site = Key(42)
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "unidrop": torch.compile(lambda x, step: dropout(x, P, key=site.fold_in(step))),
+        "multiply": torch.compile(lambda x, step: x * SCALE),
+        _OWN: torch.compile(lambda x, step: functional.dropout(x, P)),
+    }
+    module = torch.compile(Dropout(P, seed=42))
+    ways["unidrop module"] = lambda x, step: module(x)
+
+    def candidate(name: str) -> Candidate:
+        def run(step: int) -> None:
+            x.grad = None
+            ways[name](x, torch.tensor(step)).backward(gradient)
+
+        return Candidate(name, run)
+
+    return [candidate(name) for name in ways]
 
 
 def _channels_last(shape: Shape) -> Sequence[Candidate]:
