@@ -1,6 +1,7 @@
-"""Keras on TensorFlow, eager on the CPU: against a multiply and `keras.layers.Dropout`."""
+"""Keras on TensorFlow, on the CPU: against a multiply and `keras.layers.Dropout`, in each mode."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -16,15 +17,29 @@ __all__ = ["rows"]
 
 _OWN = "keras.layers.Dropout"
 
+# How a function is run, and how much faster than Keras' own layer ours has to be there.
+_COMPILED: dict[str, tuple[dict[str, bool], float]] = {
+    "tf.function": ({}, 1.2),
+    "XLA": ({"jit_compile": True}, 4),
+}
+
 
 def rows(effort: Effort) -> Iterator[Row]:
-    """Yield the sweep over sizes."""
+    """Yield the sweep over sizes, and the compiled modes at the sizes that have targets."""
     backend = keras.backend.backend()
     if backend != "tensorflow":
         raise UnavailableError(f"Keras runs on {backend}: set KERAS_BACKEND=tensorflow")
     for shape in effort.shapes:
         targets = (faster(3, "unidrop", _OWN),) if shape in (MIDDLE, LARGE) else ()
         yield Row("keras", "forward", shape, timed(_forward, shape), own=_OWN, targets=targets)
+    for shape in effort.shapes:
+        if shape not in (MIDDLE, LARGE):
+            continue
+        for mode, (_, factor) in _COMPILED.items():
+            goal = (faster(factor, "unidrop", _OWN),)
+            forward, both = timed(_compiled, shape, mode), timed(_compiled_both, shape, mode)
+            yield Row("keras", f"forward, {mode}", shape, forward, targets=goal)
+            yield Row("keras", f"forward + backward, {mode}", shape, both, targets=goal)
 
 
 def _forward(shape: Shape) -> Sequence[Candidate]:
@@ -35,3 +50,40 @@ def _forward(shape: Shape) -> Sequence[Candidate]:
         Candidate("multiply", lambda step: x * SCALE),
         Candidate(_OWN, lambda step: own(x, training=True)),
     )
+
+
+def _compiled(shape: Shape, mode: str) -> Sequence[Candidate]:
+    return _candidates(shape, mode, lambda function: function)
+
+
+def _compiled_both(shape: Shape, mode: str) -> Sequence[Candidate]:
+    return _candidates(shape, mode, _with_gradient)
+
+
+def _candidates(
+    shape: Shape, mode: str, wrapped: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
+) -> Sequence[Candidate]:
+    """Return candidates whose step is a layer's state, so that no mask is a constant."""
+    options, _ = _COMPILED[mode]
+    x = tf.constant(uniform(shape))
+    ours, own = Dropout(P, seed=42), keras.layers.Dropout(P, seed=42)
+
+    def candidate(name: str, function: Callable[[Any], Any]) -> Candidate:
+        run = tf.function(wrapped(function), **options)
+        return Candidate(name, lambda step: run(x))
+
+    return (
+        candidate("unidrop", lambda x: ours(x, training=True)),
+        candidate("multiply", lambda x: x * SCALE),
+        candidate(_OWN, lambda x: own(x, training=True)),
+    )
+
+
+def _with_gradient(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def both(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return y, tape.gradient(y, x)
+
+    return both
