@@ -78,7 +78,7 @@ def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Mi
             if contract.compiled_only and mode not in backend.compiled_modes:
                 continue
             for device in backend.devices:
-                for dtype in _dtypes(contract, backend.dtypes(mode)):
+                for dtype in _dtypes(contract, backend, mode):
                     yield Cell(contract, backend, device, dtype, mode)
 
 
@@ -174,7 +174,8 @@ def _contracts(names: Sequence[str]) -> list[Contract]:
     return [CONTRACTS[name] for name in names] or list(CONTRACTS.values())
 
 
-def _dtypes(contract: Contract, dtypes: Sequence[str]) -> Sequence[str]:
-    if contract.every_dtype:
+def _dtypes(contract: Contract, backend: Backend, mode: str) -> Sequence[str]:
+    dtypes = backend.dtypes(mode)
+    if contract.every_dtype and (contract.in_compiled or mode not in backend.compiled_modes):
         return dtypes
     return ["float32"] if "float32" in dtypes else dtypes[:1]
