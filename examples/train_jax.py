@@ -9,7 +9,7 @@ from digits import initial_parameters
 from jax import Array
 from training import HIDDEN, LEARNING_RATE, SITES, batches_from, work
 
-from unidrop import dropout
+from unidrop.adapters.jax import dropout
 
 Parameters = list[Array]
 
