@@ -7,7 +7,6 @@ scales in training so that evaluation is the identity.
 
 import itertools
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,7 +18,7 @@ from unidrop.key import Key, check_key
 from unidrop.library import Library, library_of
 from unidrop.mask import PIECE, window_mask
 from unidrop.path import kernels_for
-from unidrop.rate import KEEP_NOTHING, Rate
+from unidrop.rate import Rate
 from unidrop.window import Window
 
 __all__ = ["Call", "dropout"]
@@ -179,7 +178,7 @@ class Call:
         )
 
     def _drop(self, x: Any, key: Key, mask: Any, out: Any) -> Any:
-        if self.rate.threshold != KEEP_NOTHING and 0 not in x.shape:
+        if not self.rate.keeps_nothing and 0 not in x.shape:
             kernels = kernels_for(self.library, x, key, self.window)
             if kernels is not None:
                 package, memory, number, base = kernels
@@ -203,7 +202,7 @@ class Call:
 
 def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
     """Return x times the scale where the mask is True and +0 elsewhere, in bounded memory."""
-    if rate.threshold == KEEP_NOTHING:
+    if rate.keeps_nothing:
         return xp.zeros_like(x)
     if library.is_traced(x):
         return _select_part(library, xp, x, mask, rate)
@@ -257,7 +256,7 @@ def _shared(cut: tuple[slice, ...], mask: Any) -> tuple[slice, ...]:
 def _select_part(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
     name = compute_dtype(x.dtype)
     dtype = getattr(xp, name)
-    scale = rate.scale if name == "float64" else _to_float32(rate.scale)
+    scale = rate.scale_in(name)
     zero = xp.zeros((), dtype=dtype, device=library.device(x))
 
     def scaled(component: Any) -> Any:
@@ -273,9 +272,3 @@ def _select_part(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> An
     if y.dtype != x.dtype:
         raise TypeError(f"x has dtype {x.dtype}, which {xp.__name__} does not have here and now")
     return y
-
-
-def _to_float32(value: float) -> float:
-    """Round a double to the nearest float32, ties to even, as C and IEEE 754 do."""
-    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
-    return rounded

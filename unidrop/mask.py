@@ -15,7 +15,7 @@ import numpy
 from unidrop.key import Key, check_key
 from unidrop.library import Library, library_of_namespace
 from unidrop.path import kernels_for
-from unidrop.rate import KEEP_NOTHING, Rate
+from unidrop.rate import Rate
 from unidrop.window import Axis, Piece, Window
 from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shift_pair
 
@@ -101,8 +101,8 @@ def window_mask(
     Beyond the mask it needs about 10 MiB where items can be assigned (40 bytes for each of `PIECE`
     elements), and once or twice the mask more where they can't.
     """
-    if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
-        fill = xp.ones if rate.threshold == 0 else xp.zeros
+    if rate.keeps_all or rate.keeps_nothing or _is_zero(window.size):
+        fill = xp.ones if rate.keeps_all else xp.zeros
         return fill(window.shape, dtype=xp.bool, device=device)
     if library.is_traced(like):
         recorded = library.recorded_mask(like, rate.p, key, window)

@@ -1,11 +1,12 @@
 """The drop rate p: what may be one, its integer threshold and its scale."""
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KEEP_NOTHING", "Rate"]
+__all__ = ["Rate"]
 
-KEEP_NOTHING = 1 << 32
+_KEEP_NOTHING = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +78,23 @@ class Rate:
         0.25
         """
         return cls.of(1.0 - cls.of(keep_prob, "keep_prob").p)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every element is kept, whatever decides it."""
+        return self.threshold == 0
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether every element is dropped, whatever decides it."""
+        return self.threshold == _KEEP_NOTHING
+
+    def scale_in(self, dtype: str) -> float:
+        """Return the scale as a compute type has it: "float64", or "float32" (ties to even)."""
+        return self.scale if dtype == "float64" else _to_float32(self.scale)
+
+
+def _to_float32(value: float) -> float:
+    """Round a double to the nearest float32, as C and IEEE 754 do."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return rounded

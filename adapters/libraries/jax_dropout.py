@@ -8,17 +8,20 @@ in operations that every platform has, and that a partitioner can cut.
 JAX documentation: JAX internals, primitives; `jax.extend.core.Primitive`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from unidrop.dropout import Call
+from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
 from unidrop.library import library_of
 from unidrop.path import kernels_for, only
@@ -28,7 +31,7 @@ from unidrop.words import Pair
 
 __all__ = ["drop"]
 
-_STATIC = ("window", "rate", "strides", "batch")
+_STATIC = ("window", "strides", "batch")
 
 
 def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) -> Any:
@@ -78,19 +81,39 @@ def _rule_of_one(
     return call.select(x, call.mask(x, Key.from_words(lo, hi)))
 
 
-_run = jax.jit(_rule, static_argnames=_STATIC)
+class _Operands(Rate):
+    """A rate that keeps something, whose threshold and scale are operands of a program."""
+
+    @property
+    def keeps_all(self) -> bool:
+        return False
+
+    @property
+    def keeps_nothing(self) -> bool:
+        return False
+
+    def scale_in(self, dtype: str) -> Any:
+        return self.scale
 
 
-def _at_once(x: Any, lo: Any, hi: Any, *words: Any, **settings: Any) -> Any:
+@partial(jax.jit, static_argnames=_STATIC)
+def _run(threshold: Any, scale: Any, *operands: Any, **settings: Any) -> Any:
+    """Run the rule in one program for all rates."""
+    return _rule(*operands, rate=_Operands(math.nan, threshold, scale), **settings)
+
+
+def _at_once(x: Any, lo: Any, hi: Any, *words: Any, rate: Rate, **settings: Any) -> Any:
     """Return dropout of an array that has its values, as where a tracer was differentiated."""
-    window, rate = settings["window"], settings["rate"]
+    window = settings["window"]
     if isinstance(x, jax.Array) and not words and not settings["batch"]:
         library = library_of(x)
         kernels = kernels_for(library, x, Key.from_words(lo, hi), window)
         if kernels is not None:
             package, memory, number, base = kernels
             return package.drop(library, x, memory, window, rate, number, base)
-    return _run(x, lo, hi, *words, **settings)
+    dtype = compute_dtype(x.dtype)
+    numbers = np.uint32(rate.threshold), np.dtype(dtype).type(rate.scale_in(dtype))
+    return _run(*numbers, x, lo, hi, *words, **settings)
 
 
 _drop_p.def_impl(_at_once)
