@@ -42,7 +42,7 @@ class Torch(CoreBackend):
         )
         for mode in COMPILED
     } | {
-        "export": {"threads": "torch.export can't trace in several threads at once"},
+        "export": {"threads": "torch.export traces by state that all threads share"},
         "forward-mode": {
             "threads": "PyTorch has one level of forward-mode differentiation for all threads"
         },
