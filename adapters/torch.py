@@ -87,6 +87,13 @@ class Dropout(torch.nn.Module):
     recomputation is one more training call, with another mask: there use the function `dropout`
     with a key.
 
+    A module runs under torch.compile, torch.export, torch.func and autocast with the masks of
+    eager calls. It does not run in torch.jit, which PyTorch has retired: scripting it, and tracing
+    it in training, raise RuntimeError.
+
+    `torch.nn.parallel.DistributedDataParallel` keeps one call number in all processes: fold the
+    rank into the seed, or all of them drop the same units of their parts of a batch.
+
     Shape:
         - Input: :math:`(*)`. Input can be of any shape
         - Output: :math:`(*)`. Output is of the same shape as input

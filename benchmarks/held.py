@@ -1,6 +1,7 @@
 """What one call takes of memory, measured in a process of its own.
 
     python -m benchmarks.held torch F.dropout 16777216
+    python -m benchmarks.held compiled F.dropout 16777216
 
 prints JSON, in bytes an element:
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from benchmarks.work import KEEP, SCALE, P, key, uniform
 
-__all__ = ["NUMPY", "TORCH", "measure_numpy", "measure_torch"]
+__all__ = ["NUMPY", "TORCH", "measure_compiled", "measure_numpy", "measure_torch"]
 
 NUMPY = ("unidrop", "multiply", "naive")
 TORCH = ("unidrop", "unidrop module", "multiply", "F.dropout")
@@ -54,20 +55,30 @@ def measure_numpy(candidate: str, elements: int) -> dict[str, float]:
     return {"peak": (_bytes("VmHWM") - before) / y.size}
 
 
-def measure_torch(candidate: str, elements: int) -> dict[str, float]:
+def measure_compiled(candidate: str, elements: int) -> dict[str, float]:
+    """Return what `measure_torch` does, of what torch.compile makes of a candidate."""
+    import torch
+
+    return measure_torch(candidate, elements, torch.compile(fullgraph=True, dynamic=True))
+
+
+def measure_torch(
+    candidate: str, elements: int, transform: Callable[[Any], Any] = lambda way: way
+) -> dict[str, float]:
     """Return the peak of a forward and a backward call, and what is kept between them."""
     import torch
     from torch.nn import functional
 
     from unidrop.adapters.torch import Dropout, dropout
 
+    first = key(0)
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "unidrop": lambda x: dropout(x, P, key=key(0)),
+        "unidrop": lambda x: dropout(x, P, key=first),
         "unidrop module": Dropout(P, seed=42),
         "multiply": lambda x: x * SCALE,
         "F.dropout": lambda x: functional.dropout(x, P),
     }
-    call = ways[candidate]
+    call = transform(ways[candidate])
     sizes: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,5 +117,7 @@ def _bytes(field: str) -> int:
 
 if __name__ == "__main__":
     library, which, size = sys.argv[1:]
-    measured = {"numpy": measure_numpy, "torch": measure_torch}[library](which, int(size))
-    print(json.dumps(measured))
+    measure = {"numpy": measure_numpy, "torch": measure_torch, "compiled": measure_compiled}[
+        library
+    ]
+    print(json.dumps(measure(which, int(size))))

@@ -22,11 +22,6 @@ from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 __all__ = ["Torch"]
 
 
-# The contracts with a graph for each of a hundred shapes, rates and windows.
-_SWEEPS = ("mask", "threshold", "broadcast-axes", "windows")
-_SWEPT = "PyTorch traces a graph for each rate and window, which takes minutes"
-
-
 class Torch(CoreBackend):
     """PyTorch on the CPU, and on a GPU where there is one."""
 
@@ -36,22 +31,18 @@ class Torch(CoreBackend):
         **CoreBackend.core_abilities,
         **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient", "traces")),
     }
-    compiled_modes = tuple(COMPILED)
+    compiled_modes = (*COMPILED, "export")
     missing_modes: Mapping[str, str] = {
         "torch.jit": "PyTorch has retired it; it would freeze the mask, so dropout refuses it",
     }
     mode_limits: Mapping[str, Mapping[str, str]] = {
-        mode: {
-            **dict.fromkeys(
-                ("bad-rate", "bad-dtype", "layer-error"),
-                "torch.compile(fullgraph=True) raises an error of its own where what it traces "
-                "raises",
-            ),
-            **dict.fromkeys(_SWEEPS, _SWEPT),
-        }
+        mode: dict.fromkeys(
+            ("bad-rate", "bad-dtype", "layer-error"),
+            "torch.compile(fullgraph=True) raises an error of its own where what it traces raises",
+        )
         for mode in COMPILED
     } | {
-        "export": {"threads": "torch.export can't trace in several threads at once"},
+        "export": {"threads": "torch.export traces by state that all threads share"},
         "forward-mode": {
             "threads": "PyTorch has one level of forward-mode differentiation for all threads"
         },
@@ -63,9 +54,7 @@ class Torch(CoreBackend):
         self._calls: dict[Any, _Call] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return PyTorch's floating-point and complex dtypes, and one where each is traced anew."""
-        if mode in COMPILED and mode != "compile":
-            return ("float32",)
+        """Return PyTorch's floating-point and complex dtypes."""
         return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> torch.Tensor:
@@ -105,7 +94,7 @@ class Torch(CoreBackend):
 
     def traces(self, mode: str) -> int:
         """Return how many graphs have been traced."""
-        return graphs()
+        return graphs(mode)
 
     def _call(self, p: Any, seed: int, step: int, mode: str, options: Mapping[str, Any]) -> "_Call":
         """Return a module that drops so; the same one at each seed and step, as a thread has it."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["COMPILED", "MODES", "Pulled", "call", "graphs", "pulled"]
+
+# The exported programs of each module, by what they were exported for. Not the module's attribute,
+# which torch.export would put back as it was.
+_programs: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+
+# What has been exported for, in its order.
+_exports: list[Any] = []
 
 Pulled = tuple[Tensor, Callable[[Tensor], Tensor]]
 
@@ -42,8 +50,10 @@ MODES = (
 )
 
 
-def graphs() -> int:
-    """Return how many graphs torch.compile has traced so far, by its own count."""
+def graphs(mode: str) -> int:
+    """Return how many graphs a mode has traced so far: torch.compile by its own count."""
+    if mode == "export":
+        return len(_exports)
     return int(_dynamo().utils.counters["stats"]["unique_graphs"])
 
 
@@ -142,10 +152,11 @@ def _compiled(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
 
 def _exported(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a module's exported program, run from the module's state and leaving it there."""
-    programs = module.__dict__.setdefault("_programs", {})
     form = x.shape, x.dtype, x.stride(), module.training
+    programs = _programs.setdefault(module, {})
     if form not in programs:
         programs[form] = torch.export.export(module, (x.detach(),)).module()
+        _exports.append(form)
     program = programs[form]
 
     def run(x: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ def rows(effort: Effort) -> Iterator[Row]:
     yield _row("torch saved for backward", effort, "torch", TORCH, "saved", _SAVED)
     yield _row("torch held for backward", effort, "torch", TORCH, "held", _HELD)
     yield _row("torch peak, forward + backward", effort, "torch", TORCH, "peak")
+    for figure, targets in (("saved", _SAVED), ("held", _HELD), ("peak", ())):
+        what = "peak, forward + backward" if figure == "peak" else f"{figure} for backward"
+        yield _row(f"torch compiled {what}", effort, "compiled", TORCH, figure, targets)
     yield _row("numpy peak, forward", effort, "numpy", NUMPY, "peak")
 
 

@@ -105,7 +105,11 @@ def _backward(shape: Shape) -> Sequence[Candidate]:
 
 
 def _compiled(shape: Shape) -> Sequence[Candidate]:
-    """Return what torch.compile makes of each way; the step is an argument, or the call number."""
+    """Return what torch.compile makes of each way; the step is an argument, or the call number.
+
+    The threads of what it makes wait for each other by spinning. Where other processes take the
+    cores that costs a multiply milliseconds, unless OMP_WAIT_POLICY=passive is set.
+    """
     x = torch.from_numpy(uniform(shape)).requires_grad_()
     gradient = torch.ones(shape)
     site = Key(42)
