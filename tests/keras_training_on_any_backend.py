@@ -60,6 +60,20 @@ def test_train_on_batch_advances_by_1():
     assert layer.calls == 2
 
 
+def test_a_layer_made_in_a_remat_scope_trains_by_the_mask_of_its_one_call_a_step():
+    with keras.RematScope("full"):
+        layer = Dropout(0.5, seed=SITE)
+    scale = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
+    model = keras.Sequential([keras.Input((1,)), scale, layer])
+    model.compile(keras.optimizers.SGD(0.5), "mean_absolute_error")
+    ones = np.ones((64, 1), "float32")
+    model.fit(ones, -ones, batch_size=64, epochs=1, shuffle=False, verbose=0)
+    assert layer.calls == 1
+    # Each kept element is 2, so the gradient is twice the share that is kept, by whatever mask.
+    kept = (dropped(ones, 0) != 0).mean()
+    np.testing.assert_allclose(scale.get_weights()[0], [[1 - 0.5 * 2 * kept]], rtol=1e-6)
+
+
 def test_layers_of_a_functional_model_have_masks_of_their_own():
     sites = [Key(42).fold_in(f"block/{n}") for n in range(2)]
     layers, records = [Dropout(0.5, seed=site) for site in sites], [Record(), Record()]
