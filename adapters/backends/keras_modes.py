@@ -30,11 +30,13 @@ FITS: Mapping[str, tuple[str, ...]] = {
 REMATERIALISED = "RematScope"
 
 _OWN = "fit takes the gradients itself, and gives none away"
+_DATASETS = "fit makes a dataset for each of its calls, 100 of which take half a minute here"
 _CASTS = "a model casts integers to its own dtype, before any layer sees them"
 
 #: What does not apply where a model is trained.
 UNFIT: Mapping[str, str] = {
     **dict.fromkeys(("gradient", "layer_gradient"), _OWN),
+    "traces": _DATASETS,
     **dict.fromkeys(("bad-dtype", "layer-error"), _CASTS),
 }
 
@@ -72,7 +74,7 @@ def made_in_mode(layer: Dropout, mode: str, count: Callable[[], None]) -> Any:
     """Return what runs a layer in a mode, and counts how often that is traced."""
     backend = keras.backend.backend()
     if mode in FITS.get(backend, ()):
-        return _Fitted(layer, count, jit_compile=mode == "fit XLA" or "auto")
+        return _Fitted(layer, jit_compile=mode == "fit XLA" or "auto")
     make = _COMPILED.get(backend, {}).get(mode, _EAGER.get(backend, _AtOnce))
     return make(layer, count)
 
@@ -184,18 +186,13 @@ _COMPILED: Mapping[str, Mapping[str, type[_AtOnce]]] = {
 
 
 class _Record(keras.layers.Layer):
-    """Keeps what came by in training, and counts how often that is traced."""
-
-    def __init__(self, count: Callable[[], None]) -> None:
-        super().__init__()
-        self._counts = count
+    """Keeps what came by in training."""
 
     def build(self, input_shape: tuple[int, ...]) -> None:
         self.seen = self.add_weight(shape=(1, *input_shape[1:]), trainable=False, name="seen")
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         if training:
-            self._counts()
             self.seen.assign(inputs)
         return inputs
 
@@ -213,8 +210,8 @@ class _Scale(keras.layers.Layer):
 class _Fitted(_AtOnce):
     """Trains a model for a step whose batch is x as its only example, and returns what was seen."""
 
-    def __init__(self, layer: Dropout, count: Callable[[], None], jit_compile: bool | str) -> None:
-        super().__init__(layer, count)
+    def __init__(self, layer: Dropout, jit_compile: bool | str) -> None:
+        super().__init__(layer, lambda: None)
         self._jit_compile = jit_compile
         self._models: dict[tuple[int, ...], tuple[Any, _Record]] = {}
 
@@ -229,7 +226,7 @@ class _Fitted(_AtOnce):
         return keras.ops.convert_to_tensor(keras.ops.convert_to_numpy(record.seen)[0])
 
     def _model(self, shape: tuple[int, ...]) -> tuple[Any, _Record]:
-        record = _Record(self._count)
+        record = _Record()
         model = keras.Sequential([keras.Input(shape[1:]), self._layer, record, _Scale()])
         model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=self._jit_compile)
         return model, record
