@@ -85,6 +85,14 @@ class _Keyed(keras.layers.Layer):
             self._uncount()
             raise
 
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the call as it is, under `keras.RematScope` too.
+
+        Nothing is kept for the backward pass, so there is nothing to save by calling again; and
+        for Keras a second call would be another one, with a mask of its own.
+        """
+        return layer_call
+
     def _noise_shape(self, inputs: Any) -> Any:
         return self.noise_shape
 

@@ -51,6 +51,39 @@ def test_fit_drops_and_advances_once_a_step(options, quick_torch_compile):
     assert layer.calls == 6
 
 
+class Traced(Dropout):
+    """Tells how often its training calls are traced."""
+
+    traces = 0
+
+    def call(self, inputs, training=False):
+        self.traces += bool(training)
+        return super().call(inputs, training=training)
+
+
+def assert_traced_once(jit_compile):
+    layer = Traced(0.5, seed=SITE)
+    model = recording(layer, jit_compile=jit_compile)
+    for steps in (50, 100):
+        model.fit(np.tile(X, (50, 1)), np.zeros((200, 1)), batch_size=4, shuffle=False, verbose=0)
+        model.predict(X, verbose=0)
+        assert_bits(model.layers[1].seen, dropped(X, steps - 1))
+    assert layer.calls == 100
+    assert layer.traces == 1
+
+
+if BACKEND != "torch":  # where Keras traces nothing unless it is asked to
+
+    def test_100_steps_of_fit_and_predictions_between_them_are_traced_once():
+        assert_traced_once(jit_compile=True)
+
+
+if BACKEND == "tensorflow":  # JAX runs eagerly where it may not compile
+
+    def test_100_steps_of_fit_in_a_graph_are_traced_once():
+        assert_traced_once(jit_compile=False)
+
+
 def test_train_on_batch_advances_by_1():
     layer = Dropout(0.5, seed=SITE)
     model = recording(layer)
@@ -58,6 +91,20 @@ def test_train_on_batch_advances_by_1():
         model.train_on_batch(X, np.zeros((4, 1)))
         assert_bits(model.layers[1].seen, dropped(X, n))
     assert layer.calls == 2
+
+
+def test_a_layer_made_in_a_remat_scope_trains_by_the_mask_of_its_one_call_a_step():
+    with keras.RematScope("full"):
+        layer = Dropout(0.5, seed=SITE)
+    scale = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
+    model = keras.Sequential([keras.Input((1,)), scale, layer])
+    model.compile(keras.optimizers.SGD(0.5), "mean_absolute_error")
+    ones = np.ones((64, 1), "float32")
+    model.fit(ones, -ones, batch_size=64, epochs=1, shuffle=False, verbose=0)
+    assert layer.calls == 1
+    # Each kept element is 2, so the gradient is twice the share that is kept, by whatever mask.
+    kept = (dropped(ones, 0) != 0).mean()
+    np.testing.assert_allclose(scale.get_weights()[0], [[1 - 0.5 * 2 * kept]], rtol=1e-6)
 
 
 def test_layers_of_a_functional_model_have_masks_of_their_own():

@@ -7,23 +7,26 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import get_ident
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.adapters.backends.keras_modes import FITS, LIMITS, UNFIT, compiled_modes, made_in_mode
+from unidrop.adapters.backends.keras_modes import (
+    FITS,
+    MISSING,
+    REMATERIALISED,
+    UNFIT,
+    compiled_modes,
+    made_in_mode,
+    scope_of,
+)
 from unidrop.adapters.keras import Dropout
 from unidrop.conformance import RemoteBackend, eager_modes, on_path_of
 
 __all__ = ["Keras", "KerasJax", "KerasNumpy", "KerasTorch"]
 
-_REMATERIALISED = (
-    "Keras' rematerialisation calls a layer again, which draws a new seed: the gradient is by "
-    "another mask, or there is an error, as with keras.layers.Dropout"
-)
 _NO_GRADIENT = "Keras' NumPy backend has no gradient"
 
 
@@ -48,15 +51,14 @@ class Keras:
         self.compiled_modes = compiled_modes()
         fits = () if self._backend == "numpy" else FITS[self._backend]
         eager = eager_modes(keras.ops.ones(1))
-        self.modes = (*eager, *self.compiled_modes, *fits)
-        self.mode_limits = {**LIMITS.get(self._backend, {}), **dict.fromkeys(fits, UNFIT)}
-        self.missing_modes: Mapping[str, str] = MappingProxyType({})
+        self.modes = (*eager, *dict.fromkeys((*self.compiled_modes, *fits)))
+        self.mode_limits = dict.fromkeys(fits, UNFIT)
+        self.missing_modes = MISSING[self._backend]
         if self._backend == "numpy":
             lacking = dict.fromkeys(("gradient", "layer_gradient"), _NO_GRADIENT)
             self.abilities = {**self.abilities, **lacking}
-            self.missing_modes = {"fit": _NO_GRADIENT}
         else:
-            self.missing_modes = {"RematScope": _REMATERIALISED}
+            self.modes = (*self.modes, REMATERIALISED)
         if not self.compiled_modes:
             self.abilities = {**self.abilities, "traces": "it only runs eagerly"}
         self._traces = 0
@@ -64,7 +66,7 @@ class Keras:
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return the dtypes of Keras' policies."""
-        if mode == "jit" or mode.startswith("fit"):
+        if mode.startswith("fit"):
             return ("float32",)
         narrow = ("float16", "bfloat16", "float32")
         # JAX has float64 only where it is told to.
@@ -113,7 +115,8 @@ class Keras:
         key = (p, type(p), seed, noise_shape, dtype, mode, get_ident())
         if key not in self._layers:
             policy = dtype if dtype in self.dtypes("eager") else "float32"
-            layer = Dropout(p, noise_shape, seed=seed, dtype=policy, autocast=False)
+            with scope_of(mode):
+                layer = Dropout(p, noise_shape, seed=seed, dtype=policy, autocast=False)
             self._layers[key] = made_in_mode(layer, mode, self._count)
         return self._layers[key]
 
@@ -134,7 +137,9 @@ class Keras:
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Model":
         """Return a layer, in a model that saves its weights."""
-        return _Model(Dropout(p, seed=seed, dtype=dtype, autocast=False), mode, self._count)
+        with scope_of(mode):
+            layer = Dropout(p, seed=seed, dtype=dtype, autocast=False)
+        return _Model(layer, mode, self._count)
 
 
 class _Model:

@@ -1,6 +1,7 @@
 """How a Keras layer is run: at once, compiled as its backend compiles, or by a model's `fit`."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -8,7 +9,15 @@ import numpy as np
 
 from unidrop.adapters.keras import Dropout
 
-__all__ = ["FITS", "LIMITS", "UNFIT", "compiled_modes", "made_in_mode"]
+__all__ = [
+    "FITS",
+    "MISSING",
+    "REMATERIALISED",
+    "UNFIT",
+    "compiled_modes",
+    "made_in_mode",
+    "scope_of",
+]
 
 #: The modes that train a model, by the backend.
 FITS: Mapping[str, tuple[str, ...]] = {
@@ -17,37 +26,48 @@ FITS: Mapping[str, tuple[str, ...]] = {
     "torch": ("fit",),
 }
 
-_SHAPES = "fit compiles a model for each shape, and drops in it as the other modes do"
+#: The mode of a layer that is made where Keras is asked to compute activations again.
+REMATERIALISED = "RematScope"
+
 _OWN = "fit takes the gradients itself, and gives none away"
+_DATASETS = "fit makes a dataset for each of its calls, 100 of which take half a minute here"
+_CASTS = "a model casts integers to its own dtype, before any layer sees them"
 
 #: What does not apply where a model is trained.
 UNFIT: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("mask", "threshold", "broadcast_axes", "output", "shape-dtype-device"), _SHAPES
-    ),
     **dict.fromkeys(("gradient", "layer_gradient"), _OWN),
-    "threads": "a model is trained by one thread at a time",
-    "bad-dtype": "fit casts what a model is given to its dtype",
-    "layer-error": "fit casts what a model is given to its dtype",
+    "traces": _DATASETS,
+    **dict.fromkeys(("bad-dtype", "layer-error"), _CASTS),
 }
 
+_OUTER = "RematScope around a layer of layers"
+_CALLED_AGAIN = (
+    "what Keras puts around the outer layer calls it again and does not say so: to a dropout "
+    "inside, as to keras.layers.Dropout, that is another training call, with another mask"
+)
 
-_COMPILES = "JAX compiles it for each shape anew: jax's own columns have all shapes"
-
-#: What does not apply in other modes, by the backend.
-LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+#: The modes that a backend has and our layers can't be run in.
+MISSING: Mapping[str, Mapping[str, str]] = {
+    "tensorflow": {_OUTER: _CALLED_AGAIN, "recompute_grad around a layer": _CALLED_AGAIN},
     "jax": {
-        "eager": {"mask": _COMPILES},
-        "jit": dict.fromkeys(
-            ("mask", "threshold", "broadcast_axes", "shape-dtype-device"), _COMPILES
-        ),
-    }
+        _OUTER: "Keras passes training through jax.checkpoint, whose tracer no layer can branch "
+        "on: keras.layers.Dropout raises too"
+    },
+    "torch": {_OUTER: _CALLED_AGAIN},
+    "numpy": {"fit": "Keras' NumPy backend has no gradient"},
 }
 
 
 def compiled_modes() -> tuple[str, ...]:
-    """Return the modes that this process's backend compiles a function of one layer in."""
-    return tuple(_COMPILED.get(keras.backend.backend(), {}))
+    """Return the modes that this process's backend traces a function or a model in."""
+    backend = keras.backend.backend()
+    fits = () if backend == "torch" else FITS.get(backend, ())
+    return (*_COMPILED.get(backend, {}), *fits)
+
+
+def scope_of(mode: str) -> AbstractContextManager[Any]:
+    """Return the context in which a mode's layers are made."""
+    return keras.RematScope("full") if mode == REMATERIALISED else nullcontext()
 
 
 def made_in_mode(layer: Dropout, mode: str, count: Callable[[], None]) -> Any:

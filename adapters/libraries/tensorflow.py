@@ -6,6 +6,7 @@ through, and the counter's upper half is the tag.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import tensorflow as tf
 
 from unidrop.adapters.libraries.numpy import address_of, memory_of
 from unidrop.library import Library, Memory, Replica
-from unidrop.philox import FourWords
+from unidrop.philox import ODD_MULTIPLIER, FourWords
 from unidrop.words import Pair
 
 __all__ = ["TensorFlow"]
@@ -98,14 +99,25 @@ class TensorFlow(Library):
     ) -> FourWords:
         """Return the words of consecutive blocks, from TensorFlow's own Philox."""
         with tf.device(device):
-            flat = tf.raw_ops.StatelessRandomUniformFullIntV2(
-                shape=[4 * count],
-                key=tf.reshape(_uint64(*key), [1]),
-                counter=tf.stack([_uint64(*reversed(first)), tf.constant(tag << 32, tf.uint64)]),
-                alg=_PHILOX,
-                dtype=tf.uint32,
-            )
+            flat = _flat_words(first, count, key, tag)
             return tuple(tf.unstack(tf.reshape(tf.cast(flat, tf.int64), [-1, 4]), axis=1))
+
+    def decisions(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], threshold: int, device: Any
+    ) -> Any:
+        """Return the decisions of consecutive blocks, in as few passes over memory as there can be.
+
+        The words of one run of blocks come in order. One product of 64 bits makes of each both
+        numbers that it decides by: below, the word itself; above, the odd element's, mod 2^32.
+        """
+        is_one_run = isinstance(first[0], int) or first[0].shape.rank == 0
+        if not is_one_run or sys.byteorder == "big":
+            return super().decisions(xp, first, count, key, threshold, device)
+        with tf.device(device):
+            both = tf.constant(ODD_MULTIPLIER << 32 | 1, tf.uint64)
+            wide = tf.cast(_flat_words(first, count, key, 0), tf.uint64) * both
+            numbers = tf.reshape(tf.bitcast(wide, tf.uint32), [-1])
+            return numbers >= tf.constant(threshold, tf.uint32)
 
     def linear(self, x: Any, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Any:
         """Return ``forward(x)``, whose gradient is ``transpose`` and keeps nothing of it."""
@@ -161,6 +173,17 @@ class TensorFlow(Library):
         """Return a tensor that is a copy."""
         with tf.device(device):
             return tf.constant(mask)
+
+
+def _flat_words(first: Pair, count: Any, key: tuple[Any, Any], tag: int) -> Any:
+    """Return the words of consecutive blocks, four a block, in order."""
+    return tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=[4 * count],
+        key=tf.reshape(_uint64(*key), [1]),
+        counter=tf.stack([_uint64(*reversed(first)), tf.constant(tag << 32, tf.uint64)]),
+        alg=_PHILOX,
+        dtype=tf.uint32,
+    )
 
 
 def _uint64(lo: Any, hi: Any) -> Any:

@@ -1,10 +1,11 @@
-"""TensorFlow, eager on the CPU: against a multiply and `tf.nn.dropout`."""
+"""TensorFlow on the CPU: against a multiply and `tf.nn.dropout`, in each mode."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.effort import Effort, Shape
+from benchmarks.effort import LARGE, MIDDLE, Effort, Shape
 from benchmarks.rows import Row, timed
 from benchmarks.timing import Candidate
 from benchmarks.work import SCALE, P, key, uniform
@@ -13,12 +14,18 @@ from unidrop.adapters.tensorflow import dropout
 __all__ = ["rows"]
 
 _OWN = "tf.nn.dropout"
+_COMPILED: dict[str, dict[str, bool]] = {"tf.function": {}, "XLA": {"jit_compile": True}}
 
 
 def rows(effort: Effort) -> Iterator[Row]:
-    """Yield the sweep over sizes."""
+    """Yield the sweep over sizes, and the compiled modes at two of them."""
     for shape in effort.shapes:
         yield Row("tensorflow", "forward", shape, timed(_forward, shape), own=_OWN)
+    for shape in effort.shapes:
+        if shape not in (MIDDLE, LARGE):
+            continue
+        for mode in _COMPILED:
+            yield Row("tensorflow", f"forward, {mode}", shape, timed(_compiled, shape, mode))
 
 
 def _forward(shape: Shape) -> Sequence[Candidate]:
@@ -27,4 +34,19 @@ def _forward(shape: Shape) -> Sequence[Candidate]:
         Candidate("unidrop", lambda step: dropout(x, P, key=key(step))),
         Candidate("multiply", lambda step: x * SCALE),
         Candidate(_OWN, lambda step: tf.nn.dropout(x, P)),
+    )
+
+
+def _compiled(shape: Shape, mode: str) -> Sequence[Candidate]:
+    """Return candidates whose step is an argument, so that no mask is a constant."""
+    x = tf.constant(uniform(shape))
+
+    def candidate(name: str, function: Callable[[Any, Any], Any]) -> Candidate:
+        run = tf.function(function, **_COMPILED[mode])
+        return Candidate(name, lambda step: run(x, tf.constant(step, tf.int64)))
+
+    return (
+        candidate("unidrop", lambda x, step: dropout(x, P, key=key(step))),
+        candidate("multiply", lambda x, step: x * SCALE),
+        candidate(_OWN, lambda x, step: tf.nn.dropout(x, P)),
     )
