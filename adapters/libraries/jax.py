@@ -142,11 +142,6 @@ class Jax(Library):
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not have here and now")
         lo, hi = map(_word, key.words)
-        if jnp.ndim(lo) or jnp.ndim(hi):
-            raise ValueError(
-                f"key has to be one key, but got a batch of them, of shape {jnp.shape(lo)}: apply "
-                "jax.vmap to the function that calls dropout"
-            )
         starts = [self.split(start, "start") for start, _ in window.offsets]
         return drop(x, (lo, hi), starts, window, rate)
 
