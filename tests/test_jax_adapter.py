@@ -256,6 +256,14 @@ def test_a_numpy_step_inside_a_trace_is_its_number():
     assert_bits(y, wanted(x, KEY.fold_in(2**40)))
 
 
+def test_a_step_that_is_differentiated_too_has_no_gradient():
+    x = values((33,))
+    function = lambda x, step: step_function(x, step).sum()  # noqa: E731
+    gradient, none = jax.grad(function, argnums=(0, 1), allow_int=True)(x, 3)
+    assert_bits(gradient, wanted(np.ones_like(x), KEY.fold_in(3)))
+    assert none.dtype == jax.dtypes.float0
+
+
 # --- Transformations ------------------------------------------------------------------------------
 
 

@@ -210,7 +210,8 @@ def _is_index(value: object) -> bool:
     """
     if type(value).__module__.partition(".")[0] == "numpy":
         return True
-    return hasattr(value, "__index__") and not hasattr(value, "dtype")
+    # A subclass of int may have a dtype, as one has that stands for a constant of a trace.
+    return isinstance(value, int) or (hasattr(value, "__index__") and not hasattr(value, "dtype"))
 
 
 def _like(word: int, array: Any) -> Any:
