@@ -60,6 +60,7 @@ _TRANSFORMED: Mapping[str, Callable[[Function], Function]] = {
     "donated": lambda f: f,
 }
 
+
 class Jax(CoreBackend):
     """JAX, in the two worlds that ``jax_enable_x64`` makes, and under its transformations."""
 
