@@ -8,7 +8,7 @@ from threading import Lock
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import nnx, serialization
 from jax import numpy as jnp
 
 from unidrop.adapters.jax import as_key, dropout
@@ -22,6 +22,19 @@ __all__ = ["Dropout", "DropoutCalls"]
 
 # Reading a call number and advancing it is one act, also where threads share a module eagerly.
 _COUNTING = Lock()
+
+
+def _saved(key: Key) -> dict[str, Any]:
+    lo, hi = jax.tree.leaves(key)
+    return {"lo": lo, "hi": hi}
+
+
+def _loaded(_: Key, state: dict[str, Any]) -> Key:
+    return Key.from_words(state["lo"], state["hi"])
+
+
+# Keys may stand in what is saved, such as an optimizer's state.
+serialization.register_serialization_state(Key, _saved, _loaded, override=True)
 
 
 class DropoutCalls(nnx.Variable[jax.Array]):
@@ -69,6 +82,12 @@ class Dropout(nnx.Dropout):
     Notes
     -----
     Under `nnx.remat` the recomputation has the call number of the first computation.
+
+    Of a module with a seed the state is ``calls`` alone; of one with ``rngs``, what it is of
+    `flax.nnx.Dropout`, and `nnx.update` takes either's into the other. A stream's state does not
+    fit a module with a seed: `nnx.update` raises ValueError. A checkpoint without ``calls`` loads
+    by `nnx.replace_by_pure_dict` and `nnx.update`, which leave the number as it is;
+    `flax.serialization.from_bytes` demands a value for all that it is given.
 
     N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
     JMLR 15 (2014).

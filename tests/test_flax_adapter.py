@@ -250,3 +250,40 @@ def test_an_optimizer_of_parameters_leaves_the_calls_alone():
     module = made()
     assert not jax.tree.leaves(nnx.state(module, nnx.Param))
     assert jax.tree.leaves(nnx.state(module, DropoutCalls))
+
+
+# --- State that is saved --------------------------------------------------------------------------
+
+
+def test_a_stream_of_nnx_dropout_continues_in_ours_and_back():
+    theirs = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+    theirs(X)
+    ours, straight = (Dropout(0.5, rngs=nnx.Rngs(dropout=1)) for _ in range(2))
+    straight(X)
+    nnx.update(ours, nnx.state(theirs))
+    assert_bits(ours(X), np.asarray(straight(X)))
+    theirs(X)
+    back = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+    nnx.update(back, nnx.state(ours))
+    assert_bits(back(X), np.asarray(theirs(X)))
+
+
+def test_a_stream_does_not_fit_a_module_with_a_seed():
+    with pytest.raises(ValueError, match="count"):
+        nnx.update(made(), nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
+
+
+def test_a_state_without_calls_leaves_the_number():
+    module = made()
+    module.calls = 5
+    own = nnx.state(module)
+    nnx.replace_by_pure_dict(own, {})
+    nnx.update(module, own)
+    assert_bits(module(X), wanted(5))
+
+
+@pytest.mark.parametrize("key", [Key(2**64 - 3), jax.tree.map(jnp.asarray, KEY)], ids=type)
+def test_a_key_is_saved_and_loaded_by_flax(key):
+    state = {"key": key, "step": 3}
+    loaded = serialization.from_bytes(state, serialization.to_bytes(state))["key"]
+    assert [int(word) for word in loaded.words] == [int(word) for word in key.words]

@@ -177,10 +177,19 @@ def test_a_batch_of_keys_raises_and_says_what_to_do(keys):
         dropout(jnp.ones(3), RATE, keys())
 
 
-def test_the_core_refuses_a_batch_of_keys_under_a_trace_too():
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda k: unidrop.dropout(jnp.ones(3), RATE, k),
+        lambda k: unidrop.keep_mask((3,), RATE, k, xp=jnp),
+    ],
+    ids=["dropout", "keep_mask"],
+)
+def test_the_core_refuses_a_batch_of_keys_and_says_what_to_do(transform, function):
     keys = jax.vmap(Key(0).fold_in)(jnp.arange(3))
-    with pytest.raises(ValueError, match=r"apply jax\.vmap"):
-        jax.jit(lambda x, k: unidrop.dropout(x, RATE, k))(jnp.ones(3), keys)
+    with pytest.raises(ValueError, match=r"a batch of them, of shape \(3,\): map the function"):
+        transform(function)(keys)
 
 
 @pytest.mark.parametrize("key", [42, None, jnp.ones(2), "key", np.uint32(3)], ids=repr)
@@ -245,6 +254,14 @@ def test_a_numpy_step_inside_a_trace_is_its_number():
     x = values((33,))
     y = jax.jit(lambda x: step_function(x, np.int64(2**40)))(x)
     assert_bits(y, wanted(x, KEY.fold_in(2**40)))
+
+
+def test_a_step_that_is_differentiated_too_has_no_gradient():
+    x = values((33,))
+    function = lambda x, step: step_function(x, step).sum()  # noqa: E731
+    gradient, none = jax.grad(function, argnums=(0, 1), allow_int=True)(x, 3)
+    assert_bits(gradient, wanted(np.ones_like(x), KEY.fold_in(3)))
+    assert none.dtype == jax.dtypes.float0
 
 
 # --- Transformations ------------------------------------------------------------------------------

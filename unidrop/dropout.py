@@ -72,7 +72,8 @@ def dropout(
     TypeError
         If x is no array or has an integer or bool dtype, p is no Python number, or key no Key.
     ValueError
-        If p is outside [0, 1], an axis does not exist, or the window does not fit.
+        If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
+        of keys.
 
     Notes
     -----

@@ -185,12 +185,21 @@ class Key:
 
 
 def check_key(key: object) -> None:
-    """Raise TypeError unless key is a `Key`."""
+    """Raise TypeError unless key is a `Key`, and ValueError if it is a batch of them."""
     if not isinstance(key, Key):
         raise TypeError(
             "key has to be a unidrop.Key, such as Key(42).fold_in(step), "
             f"but got {key!r} of type {type(key).__name__}"
         )
+    if not key.is_traced:
+        return
+    for word in key.words:
+        shape = () if isinstance(word, int) else library_of(word, "key").shape(word)
+        if shape != ():
+            raise ValueError(
+                f"key has to be one key, but got a batch of them, of shape {shape}: map the "
+                "function that calls dropout over them, as vmap does"
+            )
 
 
 def _is_index(value: object) -> bool:
@@ -201,7 +210,8 @@ def _is_index(value: object) -> bool:
     """
     if type(value).__module__.partition(".")[0] == "numpy":
         return True
-    return hasattr(value, "__index__") and not hasattr(value, "dtype")
+    # A subclass of int may have a dtype, as one has that stands for a constant of a trace.
+    return isinstance(value, int) or (hasattr(value, "__index__") and not hasattr(value, "dtype"))
 
 
 def _like(word: int, array: Any) -> Any:

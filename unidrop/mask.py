@@ -73,7 +73,8 @@ def keep_mask(
     TypeError
         If p is no Python number, key no Key, xp no namespace, or a length no integer.
     ValueError
-        If p is outside [0, 1], an axis does not exist, or the window does not fit.
+        If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
+        of keys.
 
     Examples
     --------

@@ -9,15 +9,7 @@ from typing import Any, Final, cast
 
 from unidrop.words import MASK32, PYTHON, Exact, Words
 
-__all__ = [
-    "ODD_MULTIPLIER",
-    "ROUNDS",
-    "FourWords",
-    "decide",
-    "next_round_key",
-    "philox",
-    "philox_round",
-]
+__all__ = ["ODD_MULTIPLIER", "FourWords", "decide", "philox"]
 
 ROUNDS: Final = 10
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
@@ -51,26 +43,12 @@ def philox(counter: FourWords, key: tuple[Any, Any], words: Words | Exact = PYTH
     >>> [f"{word:08x}" for word in philox((0, 0, 0, 0), (0, 0))]
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
-    for round_key in _round_keys(key, words):
-        counter = philox_round(counter, round_key, words)
-    return counter
-
-
-def philox_round(counter: FourWords, round_key: tuple[Any, Any], words: Words | Exact) -> FourWords:
-    """Return what one of the rounds makes of the words before it."""
     c0, c1, c2, c3 = counter
-    hi0, lo0 = words.mulhilo(c0, MULTIPLIERS[0])
-    hi1, lo1 = words.mulhilo(c2, MULTIPLIERS[1])
-    return hi1 ^ c1 ^ round_key[0], lo1, hi0 ^ c3 ^ round_key[1], lo0
-
-
-def next_round_key(round_key: tuple[Any, Any], words: Words) -> tuple[Any, Any]:
-    """Return the key of the round after one, where it is arrays of words."""
-    k0, k1 = (
-        words.add(k, words.constant(increment))[1]
-        for k, increment in zip(round_key, KEY_INCREMENTS, strict=True)
-    )
-    return k0, k1
+    for k0, k1 in _round_keys(key, words):
+        hi0, lo0 = words.mulhilo(c0, MULTIPLIERS[0])
+        hi1, lo1 = words.mulhilo(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+    return c0, c1, c2, c3
 
 
 def decide(xp: Any, words: Words, four: FourWords, threshold: int) -> Any:
@@ -105,4 +83,7 @@ def _round_keys(key: tuple[Any, Any], words: Words | Exact) -> Iterator[tuple[An
     k0, k1 = traced.split(k0, 32)[1], traced.split(k1, 32)[1]
     for _ in range(ROUNDS):
         yield k0, k1
-        k0, k1 = next_round_key((k0, k1), traced)
+        k0, k1 = (
+            traced.add(k, traced.constant(increment))[1]
+            for k, increment in zip((k0, k1), KEY_INCREMENTS, strict=True)
+        )

@@ -26,13 +26,7 @@ class Flax:
     devices = ("cpu",)
     step_limit = 1 << 32
     missing_modes: Mapping[str, str] = MappingProxyType({})
-    mode_limits: Mapping[str, Mapping[str, str]] = dict.fromkeys(
-        _MODES,
-        dict.fromkeys(
-            ("mask", "threshold", "broadcast-axes", "large-mask", "rate", "independence"),
-            "XLA compiles each shape and rate anew: all of them are checked under JAX' own jit",
-        ),
-    )
+    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     abilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
         "windows": "a module of Flax has no windows",
@@ -53,9 +47,8 @@ class Flax:
         }
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return dtypes that JAX has without 64-bit numbers; compiled, those of most models."""
-        compiled = ("bfloat16", "float32")
-        return compiled if mode in _MODES else ("float16", *compiled, "complex64")
+        """Return the dtypes that JAX has without 64-bit numbers."""
+        return ("float16", "bfloat16", "float32", "complex64")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return an array."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop.adapters.jax import dropout
+from unidrop.adapters.libraries.jax_dropout import programs
 from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
 __all__ = ["Jax", "call", "step_of"]
@@ -59,19 +60,14 @@ _TRANSFORMED: Mapping[str, Callable[[Function], Function]] = {
     "donated": lambda f: f,
 }
 
-# XLA compiles each shape and rate by itself, for a good part of a second in all modes together.
-_IN_JIT = dict.fromkeys(
-    ("mask", "threshold", "broadcast-axes", "windows", "large-mask", "rate", "independence"),
-    "XLA compiles each shape and rate anew: all of them are checked under jit",
-)
-
 
 class Jax(CoreBackend):
     """JAX, in the two worlds that ``jax_enable_x64`` makes, and under its transformations."""
 
     name = "jax"
     xp = jnp
-    compiled_modes = tuple(_TRANSFORMED)
+    # Eager calls too are compiled for each shape, where kernels are not used.
+    compiled_modes = ("eager", *_TRANSFORMED)
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
         **dict.fromkeys(("gradient", "traces")),
@@ -80,21 +76,15 @@ class Jax(CoreBackend):
         "layouts": "JAX arrays have no strides",
     }
 
-    mode_limits: Mapping[str, Mapping[str, str]] = dict.fromkeys(
-        [mode for mode in _TRANSFORMED if mode != "jit"], _IN_JIT
-    )
-
     def __init__(self) -> None:
         eager = eager_modes(jnp.ones(1))
         x64 = [f"{mode}-x64" for mode in eager if mode != "eager"]
-        self.modes = (*eager, *x64, *self.compiled_modes)
+        self.modes = (*eager, *x64, *_TRANSFORMED)
         self._traces = 0
         self._compiled: dict[Any, Function] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return JAX's floating-point dtypes, the double ones with x64; transformed, the usual."""
-        if mode in self.compiled_modes and not mode.startswith("jit"):
-            return ("bfloat16", "float32")
+        """Return JAX's floating-point dtypes, the double ones with x64."""
         narrow = ("float16", "bfloat16", "float32", "complex64")
         return (*narrow, "float64", "complex128") if mode.endswith("x64") else narrow
 
@@ -111,7 +101,7 @@ class Jax(CoreBackend):
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the functional form in the mode's world."""
         with _x64(mode), on_path_of(mode):
-            if mode not in self.compiled_modes:
+            if mode not in _TRANSFORMED:
                 return call(x, p, Key(seed).fold_in(step), options)
             if mode == "donated":
                 x = jnp.array(x)
@@ -139,7 +129,7 @@ class Jax(CoreBackend):
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Pull the upstream gradient back, through the mode's transformation."""
         with _x64(mode), on_path_of(mode):
-            if mode not in self.compiled_modes:
+            if mode not in _TRANSFORMED:
                 key = Key(seed).fold_in(step)
                 return jax.vjp(lambda v: dropout(v, p, key), x)[1](upstream)[0]
             return self._gradient_in(mode, p)(x, upstream, *step_of(seed, step))
@@ -157,21 +147,28 @@ class Jax(CoreBackend):
         return self._compiled[static]
 
     def traces(self, mode: str) -> int:
-        """Return how often a function was traced."""
-        return self._traces
+        """Return how often a function was traced; an eager one is by `unidrop` itself."""
+        return self._traces if mode in _TRANSFORMED else programs()
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator in the mode's world."""
         with _x64(mode):
-            run = jax.jit(lambda: tuple(self._words(counter, key)))
-            four = run() if mode in self.compiled_modes else self._words(counter, key)
-            return [int(word[0]) for word in four]
+            if mode not in _TRANSFORMED:
+                return super().words(counter, key, mode=mode)
+            reserved = counter[2]
+            static = ("words", mode.endswith("x64"), reserved)
+            if static not in self._compiled:
+                self._compiled[static] = jax.jit(
+                    lambda c0, c1, c3, *key: tuple(self._words((c0, c1, reserved, c3), key))
+                )
+            lanes = map(np.uint32, (*counter[:2], counter[3], *key))
+            return [int(word[0]) for word in self._compiled[static](*lanes)]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold an array in, in the mode's world."""
         with _x64(mode):
             fold = lambda step: self._folded(seed, step)  # noqa: E731 # one of two
-            run = jax.jit(fold) if mode in self.compiled_modes else fold
+            run = jax.jit(fold) if mode in _TRANSFORMED else fold
             lo, hi = run(jnp.asarray(step, jnp.int32))
             return int(hi) << 32 | int(lo)
 

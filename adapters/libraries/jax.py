@@ -23,7 +23,7 @@ from unidrop.adapters.libraries.jax_dropout import drop
 from unidrop.adapters.libraries.numpy import address_of, aligned_like, memory_of
 from unidrop.key import Key
 from unidrop.library import Library, Memory
-from unidrop.philox import ODD_MULTIPLIER, ROUNDS, FourWords, next_round_key, philox, philox_round
+from unidrop.philox import ODD_MULTIPLIER, FourWords, philox
 from unidrop.words import MASK32, Narrow, Pair, Words, add_pairs
 
 __all__ = ["Jax"]
@@ -68,7 +68,8 @@ class _Wrapping(Narrow):
 class _Doubled:
     """Words in ``uint64`` arrays, whose upper halves hold rubbish: for the generator alone.
 
-    One multiplication makes both words of a product, where `_Wrapping` takes five.
+    One multiplication makes both words of a product, where `_Wrapping` takes five, so a program
+    is quicker, and is compiled in half the time.
     """
 
     def constant(self, word: int) -> Any:
@@ -141,11 +142,6 @@ class Jax(Library):
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not have here and now")
         lo, hi = map(_word, key.words)
-        if jnp.ndim(lo) or jnp.ndim(hi):
-            raise ValueError(
-                f"key has to be one key, but got a batch of them, of shape {jnp.shape(lo)}: apply "
-                "jax.vmap to the function that calls dropout"
-            )
         starts = [self.split(start, "start") for start, _ in window.offsets]
         return drop(x, (lo, hi), starts, window, rate)
 
@@ -199,8 +195,7 @@ def _decisions(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, count
         near = numbers * np.uint32(turns) + lax.convert_element_type(i, np.uint32)
         block_hi, block_lo = add_pairs(_WORDS, (hi, lo), (far, near))
         zero = lax.full_like(block_lo, 0)
-        generate = _philox_of_few if few else _philox_of_many
-        four = generate((block_lo, block_hi, zero, zero), (key_lo, key_hi))
+        four = _generated((block_lo, block_hi, zero, zero), (key_lo, key_hi))
         byte = zero
         for place, word in enumerate(four):
             for u, at in ((word, 2 * place), (word * np.uint32(ODD_MULTIPLIER), 2 * place + 1)):
@@ -219,23 +214,8 @@ def _decisions(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, count
 _compiled_decisions = jax.jit(_decisions, static_argnames="count", inline=True)
 
 
-def _philox_of_few(counter: FourWords, key: Pair) -> FourWords:
-    """Return the words of a few blocks, by a program that is small: a round, in a loop."""
-
-    def one(_: Any, state: Any) -> Any:
-        counter, round_key = state
-        return philox_round(counter, round_key, _WORDS), next_round_key(round_key, _WORDS)
-
-    # All as wide as the blocks, and different where the blocks or the key are.
-    counter, key = jax.tree.map(
-        lambda word: word | (counter[0] | key[0] | key[1]) & 0, (counter, key)
-    )
-    four: FourWords = lax.fori_loop(0, ROUNDS, one, (counter, key))[0]
-    return four
-
-
-def _philox_of_many(counter: FourWords, key: Pair) -> FourWords:
-    """Return the words of many blocks, by numbers of 64 bits where JAX has them."""
+def _generated(counter: FourWords, key: Pair) -> FourWords:
+    """Return the words of blocks, by numbers of 64 bits where JAX has them."""
     if not jax.config.jax_enable_x64:
         return philox(counter, key, _WORDS)
     double = partial(lax.convert_element_type, new_dtype=np.uint64)

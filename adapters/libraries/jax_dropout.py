@@ -29,7 +29,7 @@ from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Pair
 
-__all__ = ["drop"]
+__all__ = ["drop", "programs"]
 
 _STATIC = ("window", "strides", "batch")
 
@@ -100,6 +100,12 @@ class _Operands(Rate):
 def _run(threshold: Any, scale: Any, *operands: Any, **settings: Any) -> Any:
     """Run the rule in one program for all rates."""
     return _rule(*operands, rate=_Operands(math.nan, threshold, scale), **settings)
+
+
+def programs() -> int:
+    """Return how many programs have been compiled for calls that run at once."""
+    number: int = _run._cache_size()  # type: ignore[attr-defined]
+    return number
 
 
 def _at_once(x: Any, lo: Any, hi: Any, *words: Any, rate: Rate, **settings: Any) -> Any:

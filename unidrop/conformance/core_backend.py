@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 import unidrop
 from unidrop.library import library_of_namespace
 from unidrop.philox import philox
-from unidrop.words import words_of
 
 __all__ = ["FUSED", "CoreBackend", "eager_modes", "on_path_of"]
 
@@ -77,7 +76,7 @@ class CoreBackend:
         lo, hi, reserved, tag = counter
         if reserved == 0:
             return library.words(xp, (hi, lo), 1, (key[0], key[1]), tag, None)
-        words = words_of(xp)
+        words = library.arithmetic(xp, None)
         lanes = [xp.asarray([word], dtype=words.dtype) for word in counter]
         return philox((lanes[0], lanes[1], lanes[2], lanes[3]), (key[0], key[1]), words)
 
