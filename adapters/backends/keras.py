@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from unidrop.adapters.backends.keras_modes import (
     FITS,
+    LIMITS,
     MISSING,
     REMATERIALISED,
     UNFIT,
@@ -52,7 +53,7 @@ class Keras:
         fits = () if self._backend == "numpy" else FITS[self._backend]
         eager = eager_modes(keras.ops.ones(1))
         self.modes = (*eager, *dict.fromkeys((*self.compiled_modes, *fits)))
-        self.mode_limits = dict.fromkeys(fits, UNFIT)
+        self.mode_limits = {**LIMITS.get(self._backend, {}), **dict.fromkeys(fits, UNFIT)}
         self.missing_modes = MISSING[self._backend]
         if self._backend == "numpy":
             lacking = dict.fromkeys(("gradient", "layer_gradient"), _NO_GRADIENT)

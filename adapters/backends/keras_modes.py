@@ -11,6 +11,7 @@ from unidrop.adapters.keras import Dropout
 
 __all__ = [
     "FITS",
+    "LIMITS",
     "MISSING",
     "REMATERIALISED",
     "UNFIT",
@@ -58,11 +59,19 @@ MISSING: Mapping[str, Mapping[str, str]] = {
 }
 
 
+#: What does not apply in other modes, by the backend.
+LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "jax": {"eager": {"traces": "JAX compiles single operations where it runs eagerly"}}
+}
+
+
 def compiled_modes() -> tuple[str, ...]:
     """Return the modes that this process's backend traces a function or a model in."""
     backend = keras.backend.backend()
     fits = () if backend == "torch" else FITS.get(backend, ())
-    return (*_COMPILED.get(backend, {}), *fits)
+    # JAX compiles each operation for each shape where it runs eagerly, too.
+    eager = ("eager",) if backend == "jax" else ()
+    return (*eager, *_COMPILED.get(backend, {}), *fits)
 
 
 def scope_of(mode: str) -> AbstractContextManager[Any]:
