@@ -19,7 +19,7 @@ from unidrop.window import Piece, Window
 
 # As modules: the package's attributes of these names are the functions.
 DROPOUT = sys.modules["unidrop.dropout"]
-MASK = sys.modules["unidrop.mask"]
+LIBRARY = sys.modules["unidrop.library"]
 PHILOX = sys.modules["unidrop.philox"]
 
 
@@ -48,14 +48,14 @@ def test_a_round_fewer_is_caught(backend, contract, monkeypatch):
 
 @pytest.mark.parametrize("contract", ["mask", "output"])
 def test_another_multiplier_for_odd_elements_is_caught(backend, contract, monkeypatch):
-    monkeypatch.setattr(MASK, "ODD_MULTIPLIER", 1)
+    monkeypatch.setattr(PHILOX, "ODD_MULTIPLIER", 1)
     assert failing_dtypes(backend, contract)
 
 
 def test_greater_for_greater_or_equal_is_caught(backend, monkeypatch):
-    decide = MASK._decide
+    decide = LIBRARY.decide
     monkeypatch.setattr(
-        MASK, "_decide", lambda xp, words, four, least: decide(xp, words, four, least + 1)
+        LIBRARY, "decide", lambda xp, words, four, least: decide(xp, words, four, least + 1)
     )
     assert failing_dtypes(backend, "threshold")
 
