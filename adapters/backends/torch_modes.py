@@ -5,8 +5,8 @@ and its pullback. The module is dropout alone, or whatever else has one input.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -243,21 +243,16 @@ _FUNCTIONS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
 }
 
 
-@contextmanager
-def _context(mode: str) -> Iterator[None]:
-    """Set what a mode is run under."""
-    if mode in COMPILED:
-        yield
-        return
-    with warnings.catch_warnings():
-        # Of torch's own making: an input without gradients, and tangents by way of torch.jit.
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-        if mode == "autocast":
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                yield
-        else:
-            yield
+def _context(mode: str) -> AbstractContextManager[Any]:
+    """Return what a mode is run under."""
+    # Of torch's own making, and not put back after, which would go wrong in several threads: an
+    # input without gradients, tangents by way of torch.jit, torch.compile's own handling of an
+    # autograd.Function, and complex numbers, which Inductor leaves to torch's operators.
+    warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+    warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+    warnings.filterwarnings("ignore", "Torchinductor does not support .* complex")
+    return torch.autocast("cpu", dtype=torch.bfloat16) if mode == "autocast" else nullcontext()
 
 
 @cache
