@@ -104,7 +104,7 @@ def _run(threshold: Any, scale: Any, *operands: Any, **settings: Any) -> Any:
 
 def programs() -> int:
     """Return how many programs have been compiled for calls that run at once."""
-    number: int = _run._cache_size()  # type: ignore[attr-defined]
+    number: int = _run._cache_size()
     return number
 
 
