@@ -194,8 +194,10 @@ class Dropout(_Keyed, keras.layers.Dropout):
     -----
     ``.keras`` and ``.weights.h5`` files hold the call number, and so does `tf.train.Checkpoint`.
 
-    Weights saved with `keras.layers.Dropout` load into this layer. The other way round they do
-    not: Keras' layer refuses the call number.
+    Weights saved with `keras.layers.Dropout` load into this layer. The other way round Keras'
+    layer refuses the call number, unless it is told to by ``skip_mismatch=True``.
+
+    Call numbers have 31 bits.
 
     N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
     JMLR 15 (2014).

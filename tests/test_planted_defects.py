@@ -222,8 +222,15 @@ def changed(**members):
         (changed(dtypes=lambda self, mode: ()), "a dtype"),
         (changed(dtypes=lambda self, mode: 1 / 0), "division by zero"),
         (changed(abilities=None), "abilities"),
+        (changed(modes=("eager", "eager")), "each mode once"),
+        (changed(compiled_modes=("compiled",)), "compiled_modes has to name modes"),
+        (changed(mode_limits={"comp": {}}), "mode_limits has to name modes"),
+        (changed(missing_modes={"eager": "why"}), "missing_modes has to name other modes"),
     ],
-    ids=["exits", "raises", "none", "name", "modes", "devices", "dtypes", "dtypes-raises", "able"],
+    ids=[
+        *("exits", "raises", "none", "name", "modes", "devices", "dtypes", "dtypes-raises"),
+        *("able", "modes twice", "compiled", "limits", "missing"),
+    ],
 )
 def test_a_broken_backend_is_one_red_line_and_the_others_still_run(make, mention, monkeypatch):
     points = [

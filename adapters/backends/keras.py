@@ -52,7 +52,7 @@ class Keras:
         self.compiled_modes = compiled_modes()
         fits = () if self._backend == "numpy" else FITS[self._backend]
         eager = eager_modes(keras.ops.ones(1))
-        self.modes = (*eager, *dict.fromkeys((*self.compiled_modes, *fits)))
+        self.modes = tuple(dict.fromkeys((*eager, *self.compiled_modes, *fits)))
         self.mode_limits = {**LIMITS.get(self._backend, {}), **dict.fromkeys(fits, UNFIT)}
         self.missing_modes = MISSING[self._backend]
         if self._backend == "numpy":

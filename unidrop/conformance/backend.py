@@ -228,6 +228,8 @@ def _loaded(points: Sequence[EntryPoint]) -> Backend:
 
 def _check_modes(backend: Backend) -> None:
     """Raise ValueError for what would be passed over without a word, such as a misspelt mode."""
+    if len(set(backend.modes)) != len(backend.modes):
+        raise ValueError(f"modes has to name each mode once, but got {tuple(backend.modes)}")
     for name in ("compiled_modes", "mode_limits"):
         unknown = [mode for mode in getattr(backend, name) if mode not in backend.modes]
         if unknown:

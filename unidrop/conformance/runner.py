@@ -66,9 +66,6 @@ def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Mi
     """
     chosen = _contracts(contracts)
     _check_limits(backend)
-    for mode, reason in backend.missing_modes.items():
-        for contract in chosen:
-            yield Missing(contract, backend, mode, reason)
     for contract in chosen:
         for mode in backend.modes:
             lacking = _why_not(contract, backend, mode)
@@ -80,6 +77,9 @@ def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Mi
             for device in backend.devices:
                 for dtype in _dtypes(contract, backend, mode):
                     yield Cell(contract, backend, device, dtype, mode)
+    for mode, reason in backend.missing_modes.items():
+        for contract in chosen:
+            yield Missing(contract, backend, mode, reason)
 
 
 def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
