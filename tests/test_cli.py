@@ -44,6 +44,13 @@ def test_conformance_exits_with_1_and_teaches_where_a_contract_does_not_hold(bro
         assert word in result.output
 
 
+def test_conformance_says_so_and_exits_with_1_where_nothing_can_be_run():
+    result = run("conformance", "--backend", "numpy", "--contract", "layer-calls")
+    assert result.exit_code == 1
+    assert "NumPy has functions, and no layers: layer-calls" in result.output
+    assert "nothing was run: no chosen backend has what the chosen contracts need" in result.output
+
+
 def test_the_line_that_reproduces_a_failure_raises_it_again(broken_numpy, tmp_path):
     path = tmp_path / "matrix.json"
     run("conformance", "--backend", "numpy", "--contract", "windows", "--json", str(path))

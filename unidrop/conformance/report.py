@@ -66,6 +66,8 @@ class Report:
             console.print(Text(line, style=style), soft_wrap=True)
         for result in self.failures:
             _print_failure(console, result)
+        if not self.results:
+            console.print("nothing was run: no chosen backend has what the chosen contracts need")
         style = "bold green" if self.is_good else "bold red"
         console.print(Text(self.summary(), style=style), soft_wrap=True)
 
