@@ -209,7 +209,9 @@ def test_a_key_goes_through_a_tree_as_itself(seed):
 
 
 @pytest.mark.parametrize(
-    "leaf", [None, object(), 0, jax.ShapeDtypeStruct((), "uint32"), "leaf", jnp.zeros(3)], ids=repr
+    "leaf",
+    [None, object(), 0, jax.ShapeDtypeStruct((), "uint32"), "leaf", jnp.zeros(3)],
+    ids=["None", "object", "axis", "shape", "text", "array"],
 )
 def test_a_key_holds_whatever_a_tree_puts_for_a_word(leaf):
     held = jax.tree.map(lambda _: leaf, KEY)
@@ -515,3 +517,57 @@ def test_a_partitioned_program_has_the_whole_mask_and_no_communication():
     run = [sys.executable, "-c", TWO_DEVICES]
     shown = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout
     assert shown.strip() == "same"
+
+
+SHARED_BY_DEVICES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec
+import unidrop
+from unidrop import Key
+from unidrop.adapters.jax import dropout
+KEY = Key(42)
+mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
+x = np.linspace(1, 2, 3 * 7, dtype="float32").reshape(3, 7)
+cases = {
+    "key": (
+        lambda x, rank: dropout(x, 0.5, KEY.fold_in(rank)),
+        [unidrop.keep_mask((3, 7), 0.5, KEY.fold_in(rank)) for rank in range(2)],
+    ),
+    "start": (
+        lambda x, rank: dropout(x, 0.5, KEY, global_shape=(6, 7), start=(rank * 3, 0)),
+        np.split(np.asarray(unidrop.keep_mask((6, 7), 0.5, KEY)), 2),
+    ),
+}
+f, masks = cases[sys.argv[1]]
+masks = np.asarray(masks)
+assert (masks[0] != masks[1]).any()
+def own(x, squared):
+    # The ranks' losses differ in weight, so that no sum is right by symmetry.
+    rank = jax.lax.axis_index("d")
+    return jax.lax.psum((f(x, rank) ** (2 if squared else 1)).sum() * (rank + 1), "d")
+for squared in (False, True):
+    loss = jax.shard_map(
+        lambda x: own(x, squared), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()
+    )
+    inside = jax.shard_map(
+        jax.grad(lambda x: own(x, squared)),
+        mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(),
+    )
+    weights = masks * np.float32([1, 2])[:, None, None] * (4 if squared else 2)
+    total = (weights * (x**2 if squared else x)).sum()
+    slope = weights.sum(0) * (2 * x if squared else 1)
+    for transform in (lambda g: g, jax.jit):
+        np.testing.assert_allclose(transform(loss)(x), total, rtol=1e-6)
+        np.testing.assert_allclose(transform(jax.grad(loss))(x), slope, rtol=1e-6)
+        np.testing.assert_allclose(transform(inside)(x), slope, rtol=1e-6)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("what_differs", ["key", "start"])
+def test_what_devices_share_has_the_gradients_of_all_their_masks(what_differs):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    run = [sys.executable, "-c", SHARED_BY_DEVICES, what_differs]
+    came = subprocess.run(run, env=environment, check=False, capture_output=True, text=True)
+    assert came.stdout.strip() == "same", came.stderr

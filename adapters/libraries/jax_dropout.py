@@ -53,7 +53,20 @@ def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) 
     strides = tuple(stride for _, stride in window.offsets)
     words = [word for start in starts for word in start]
     settings = {"window": replace(window, offsets=(), start=None), "rate": rate, "strides": strides}
+    # Where devices share x but not the mask, they do not share the output; and it is the transpose
+    # of this cast that adds up what they each make of x's cotangent.
+    axes = frozenset[Any]().union(*map(_varying, (*key, *words))) - _varying(x)
+    if axes:
+        x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
     return _drop_p.bind(x, *key, *words, **settings, batch=())
+
+
+def _varying(operand: Any) -> frozenset[Any]:
+    """Return the axes of `jax.shard_map`'s mesh along which an operand differs."""
+    aval: Any = jax.typeof(operand)
+    if hasattr(aval, "mat"):
+        return frozenset(aval.mat.varying)
+    return frozenset(getattr(aval, "vma", ()))  # the name before JAX 0.10
 
 
 _drop_p = Primitive("unidrop_dropout")
