@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 import unidrop
 from unidrop import Key
@@ -206,6 +207,25 @@ def test_a_persistent_tape_inside_a_function_gives_the_gradient_twice(compiled):
     once, thrice = compiled(gradients)(tf.constant(X), tf.constant(7))
     assert_bits(once, np.ones_like(X), 0.1)
     assert_bits(thrice, np.full_like(X, 3), 0.1)
+
+
+def test_a_graph_makes_the_mask_again_in_the_backward_pass_and_keeps_none():
+    @tf.function
+    def gradient(x, step):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.tanh(dropout(tf.tanh(x), 0.1, key=SITE.fold_in(step)))
+        return tape.gradient(y, x)
+
+    context.enable_run_metadata()
+    try:
+        gradient(tf.ones((300, 100)), tf.constant(7))
+        graphs = context.export_run_metadata().function_graphs
+    finally:
+        context.disable_run_metadata()
+    (ran,) = (graph.post_optimization_graph for graph in graphs)
+    bodies = (ran.node, *(function.node_def for function in ran.library.function))
+    assert sum(node.op == "GreaterEqual" for nodes in bodies for node in nodes) == 2
 
 
 def test_a_recomputed_function_has_the_mask_of_its_key_again(compiled):

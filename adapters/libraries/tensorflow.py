@@ -122,9 +122,16 @@ class TensorFlow(Library):
     def linear(self, x: Any, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Any:
         """Return ``forward(x)``, whose gradient is ``transpose`` and keeps nothing of it."""
 
-        def with_gradient(v: Any) -> Any:
+        def backward(upstream: Any) -> Any:
             # The upstream gradient of a gather is sparse, and of a variable's reader not yet read.
-            return forward(v), lambda upstream: transpose(tf.convert_to_tensor(upstream))
+            upstream = tf.convert_to_tensor(upstream)
+            # Grappler would merge both passes' masks, and a graph may run what waits for nothing
+            # at any time: either way every mask would be kept from the forward pass on.
+            with tf.control_dependencies([upstream]):
+                return transpose(upstream)
+
+        def with_gradient(v: Any) -> Any:
+            return forward(v), backward
 
         # AutoGraph, which tf.map_fn runs eagerly too, would make tensors of the integers below.
         run = tf.autograph.experimental.do_not_convert(tf.custom_gradient(with_gradient))
