@@ -90,8 +90,8 @@ def dropout(
     Returns
     -------
     y : jax.Array
-        Of x's shape and dtype. The gradient makes the mask again from the key, and keeps nothing
-        for it.
+        Of x's shape and dtype. The gradient makes the mask again from the key; under
+        ``jit`` XLA may keep it instead, as a bit an element.
     mask : jax.Array of bool
         Only with ``return_mask``: True where kept, with length 1 along ``broadcast_dims``.
 

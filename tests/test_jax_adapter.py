@@ -260,7 +260,10 @@ def test_a_numpy_step_inside_a_trace_is_its_number():
 
 def test_a_step_that_is_differentiated_too_has_no_gradient():
     x = values((33,))
-    function = lambda x, step: step_function(x, step).sum()  # noqa: E731
+
+    def function(x, step):
+        return step_function(x, step).sum()
+
     gradient, none = jax.grad(function, argnums=(0, 1), allow_int=True)(x, 3)
     assert_bits(gradient, wanted(np.ones_like(x), KEY.fold_in(3)))
     assert none.dtype == jax.dtypes.float0
@@ -389,7 +392,7 @@ def test_shapes_are_known_without_computing():
 @pytest.mark.parametrize("size", [1000, 40000])
 @pytest.mark.parametrize("mapped", [False, True])
 def test_the_backward_pass_keeps_nothing_of_the_arrays_size(size, mapped):
-    f = lambda x, step: step_function(x, step)  # noqa: E731
+    f = step_function
     if mapped:
         f = jax.vmap(f)
         x, step = jnp.ones((2, size)), jnp.arange(2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -167,7 +168,7 @@ class Jax(CoreBackend):
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold an array in, in the mode's world."""
         with _x64(mode):
-            fold = lambda step: self._folded(seed, step)  # noqa: E731 # one of two
+            fold = partial(self._folded, seed)
             run = jax.jit(fold) if mode in _TRANSFORMED else fold
             lo, hi = run(jnp.asarray(step, jnp.int32))
             return int(hi) << 32 | int(lo)
