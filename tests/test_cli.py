@@ -7,8 +7,6 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-import unidrop
-from unidrop.adapters.backends.numpy import Numpy
 from unidrop.cli import main
 from unidrop.conformance import CONTRACTS, check
 from unidrop.conformance.compare import ContractError
@@ -21,11 +19,23 @@ def run(*arguments):
 
 
 @pytest.fixture
-def broken_numpy(monkeypatch):
-    def without_windows(self, x, p, seed, step, *, mode, global_shape=None, start=None, **options):
-        return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+def careless(install):
+    """A backend that takes global_shape and start, and does nothing with them."""
+    install(
+        "careless",
+        """
+        import unidrop
+        from unidrop.adapters.backends.numpy import Numpy
 
-    monkeypatch.setattr(Numpy, "dropout", without_windows)
+
+        class make(Numpy):
+            name = "careless"
+
+            def dropout(self, x, p, seed, step, *, mode, global_shape=None, start=None, **options):
+                return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+        """,
+    )
+    return "careless"
 
 
 def test_conformance_exits_with_0_and_counts_where_all_contracts_hold():
@@ -36,8 +46,8 @@ def test_conformance_exits_with_0_and_counts_where_all_contracts_hold():
         assert name in result.output
 
 
-def test_conformance_exits_with_1_and_teaches_where_a_contract_does_not_hold(broken_numpy):
-    result = run("conformance", "--backend", "numpy", "--contract", "windows")
+def test_conformance_exits_with_1_and_teaches_where_a_contract_does_not_hold(careless):
+    result = run("conformance", "--backend", careless, "--contract", "windows")
     assert result.exit_code == 1
     assert "0 passed, 2 failed" in result.output
     for word in ("promise", "expected", "came", "again"):
@@ -51,9 +61,9 @@ def test_conformance_says_so_and_exits_with_1_where_nothing_can_be_run():
     assert "nothing was run: no chosen backend has what the chosen contracts need" in result.output
 
 
-def test_the_line_that_reproduces_a_failure_raises_it_again(broken_numpy, tmp_path):
+def test_the_line_that_reproduces_a_failure_raises_it_again(careless, tmp_path):
     path = tmp_path / "matrix.json"
-    run("conformance", "--backend", "numpy", "--contract", "windows", "--json", str(path))
+    run("conformance", "--backend", careless, "--contract", "windows", "--json", str(path))
     cell = json.loads(path.read_text())["cells"][0]
     call = cell["reproduce"].partition("check(")[2].rpartition(")")[0]
     assert cell["reproduce"].startswith('python -c "from unidrop.conformance import check; ')
@@ -81,6 +91,7 @@ def test_list_names_contracts_with_their_promises_and_runs_none():
     assert result.exit_code == 0
     for contract in CONTRACTS.values():
         assert f"{contract.name}  {contract.promise}" in result.output
+    assert "backends  numpy" in result.output
     assert "passed" not in result.output
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from unidrop.adapters.backends.numpy import Numpy
 from unidrop.conformance import Cell, RemoteBackend, cells, run_cell
-from unidrop.conformance.remote import RemoteObject
+from unidrop.conformance.process import RemoteObject
 
 
 class Served(Numpy):

@@ -4,26 +4,26 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
     import click
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     import unidrop
-    from unidrop.conformance import (
-        CONTRACTS,
-        Backend,
-        Cell,
-        Missing,
-        UnavailableBackend,
-        cells,
-        load_backends,
-        run_cell,
-    )
-    from unidrop.conformance.report import Outcome, Report
+    from unidrop.conformance import CONTRACTS, Outcome, backend_names, run_matrix
+    from unidrop.conformance.matrix import backend_of
+    from unidrop.conformance.report import Report
+    from unidrop.threads import cpu_count
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"the command line needs {error.name}, which is not installed: install unidrop with its "
@@ -47,11 +47,28 @@ def main() -> None:
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write JSON here."
 )
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Backends that run at a time; the number of CPUs if not."
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    help="Seconds after which a contract has failed, and its backend is given up.",
+)
+@click.option("--traceback", "tracebacks", is_flag=True, help="Print each failure's traceback.")
 @click.option("--list", "listing", is_flag=True, help="List the contracts and backends, run none.")
 def conformance(
-    backends: tuple[str, ...], contracts: tuple[str, ...], json_path: Path | None, listing: bool
+    backends: tuple[str, ...],
+    contracts: tuple[str, ...],
+    json_path: Path | None,
+    jobs: int | None,
+    timeout: float,
+    tracebacks: bool,
+    listing: bool,
 ) -> None:
-    """Run the conformance matrix over every installed backend.
+    """Run the conformance matrix over every installed backend, each in a process of its own.
 
     Exits with 1 if a contract does not hold, a backend is broken or nothing was run, and with 2 on
     bad arguments.
@@ -60,26 +77,19 @@ def conformance(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A log has no width of its own; the table needs about this much.
     console = Console(width=None if sys.stdout.isatty() else 200)
-    _check_names("--contract", contracts, list(CONTRACTS))
     if json_path is not None and not json_path.parent.is_dir():
         raise click.BadParameter(f"{json_path.parent} is no folder", param_hint="--json")
-    try:
-        loaded = list(load_backends(backends))
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--backend") from None
+    _check_names("--contract", contracts, list(CONTRACTS))
+    _check_names("--backend", backends, backend_names())
     if listing:
-        _list(console, loaded)
+        _list(console, backends)
         return
-    if backends and any(isinstance(backend, UnavailableBackend) for backend in loaded):
-        missing = next(b for b in loaded if isinstance(b, UnavailableBackend))
-        raise click.BadParameter(
-            f"{missing.name} could not be loaded: {missing.error!r}", param_hint="--backend"
-        )
-    report = _run(console, loaded, contracts)
-    report.print(console)
+    report = Report(_run(console, backends, contracts, jobs or cpu_count(), timeout))
+    report.print(console, tracebacks=tracebacks)
     if json_path is not None:
         json_path.write_text(report.to_json() + "\n", encoding="utf-8")
-    if not report.is_good:
+    # A backend that was asked for is not just passed over.
+    if not report.is_good or (backends and report.unavailable):
         sys.exit(1)
 
 
@@ -90,14 +100,13 @@ def _check_names(option: str, names: tuple[str, ...], known: list[str]) -> None:
 
 
 def _run(
-    console: Console, loaded: Sequence[Backend | UnavailableBackend], contracts: tuple[str, ...]
-) -> Report:
-    planned: list[Cell | Missing | UnavailableBackend] = []
-    for backend in loaded:
-        planned.extend(
-            [backend] if isinstance(backend, UnavailableBackend) else cells(backend, contracts)
-        )
-    outcomes: list[Outcome] = []
+    console: Console,
+    backends: tuple[str, ...],
+    contracts: tuple[str, ...],
+    jobs: int,
+    timeout: float,
+) -> Iterator[Outcome]:
+    """Yield outcomes, with a bar for all backends that have begun."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -107,29 +116,23 @@ def _run(
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", total=len(planned))
-        for item in planned:
-            if isinstance(item, Cell):
-                bar.update(task, description=f"{item.backend.name} {item.contract.name}")
-            outcomes.append(run_cell(item) if isinstance(item, Cell) else item)
-            bar.advance(task)
-    return Report(outcomes)
+        tasks: dict[str, TaskID] = {}
+
+        def begun(backend: str, count: int) -> None:
+            tasks[backend] = bar.add_task(backend, total=count)
+
+        for outcome in run_matrix(backends, contracts, jobs=jobs, timeout=timeout, begun=begun):
+            yield outcome
+            if backend_of(outcome) in tasks:
+                bar.advance(tasks[backend_of(outcome)])
 
 
-def _list(console: Console, loaded: Sequence[Backend | UnavailableBackend]) -> None:
+def _list(console: Console, backends: tuple[str, ...]) -> None:
     for contract in CONTRACTS.values():
         needs = f" [dim](needs {', '.join(contract.needs)})[/]" if contract.needs else ""
         console.print(f"[bold]{contract.name}[/]  {contract.promise}{needs}", soft_wrap=True)
     console.print()
-    for backend in loaded:
-        if isinstance(backend, UnavailableBackend):
-            console.print(f"[bold]{backend.name}[/]  not here: {backend.error!r}", soft_wrap=True)
-        else:
-            console.print(
-                f"[bold]{backend.name}[/]  {', '.join(backend.modes)} on "
-                f"{', '.join(backend.devices)}",
-                soft_wrap=True,
-            )
+    console.print(f"[bold]backends[/]  {', '.join(backend_names(backends))}", soft_wrap=True)
 
 
 class _Shape(click.ParamType[tuple[int, ...]]):

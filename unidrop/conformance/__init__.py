@@ -1,7 +1,8 @@
 """The conformance matrix: every contract, for every backend, device, dtype and mode.
 
-`check` runs one contract of one backend; `cells` and `run_cell` are what the command
-``unidrop conformance`` and the tests are made of. `Backend` says what a backend is.
+`check` runs one contract of one backend, `run_matrix` all of all, as the command
+``unidrop conformance`` does; `cells` and `run_cell` are what tests are made of. `Backend` says what
+a backend is.
 """
 
 from unidrop.conformance.backend import (
@@ -10,11 +11,13 @@ from unidrop.conformance.backend import (
     Backend,
     Layer,
     UnavailableBackend,
+    backend_names,
     load_backends,
 )
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
 from unidrop.conformance.core_backend import FUSED, CoreBackend, eager_modes, on_path_of
+from unidrop.conformance.matrix import Outcome, run_matrix
 from unidrop.conformance.remote import RemoteBackend
 from unidrop.conformance.runner import Missing, Result, cells, check, run_cell
 
@@ -30,13 +33,16 @@ __all__ = [
     "CoreBackend",
     "Layer",
     "Missing",
+    "Outcome",
     "RemoteBackend",
     "Result",
     "UnavailableBackend",
+    "backend_names",
     "cells",
     "check",
     "eager_modes",
     "load_backends",
     "on_path_of",
     "run_cell",
+    "run_matrix",
 ]

@@ -9,10 +9,11 @@ Backends are found through the entry-point group ``unidrop.backends``; an entry 
 called without arguments and returns a `Backend`.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -22,6 +23,7 @@ __all__ = [
     "Backend",
     "Layer",
     "UnavailableBackend",
+    "backend_names",
     "has_ability",
     "load_backends",
     "why_lacking",
@@ -162,17 +164,32 @@ def why_lacking(backend: Backend, ability: str, mode: str) -> str | None:
     return reason or backend.mode_limits.get(mode, {}).get(ability)
 
 
+@dataclass(frozen=True, slots=True)
 class UnavailableBackend:
-    """Stands in the matrix for a backend that could not be loaded."""
+    """Stands in the matrix for a backend that could not be loaded, or has broken down.
 
-    def __init__(self, name: str, error: BaseException) -> None:
-        self.name = name
-        self.error = error
+    Attributes
+    ----------
+    name : str
+    error : str
+        What was raised, in a line.
+    details : str
+        The traceback.
+    is_missing : bool
+        Whether its library just is not installed; anything else is a failure.
+    """
 
-    @property
-    def is_missing(self) -> bool:
-        """Whether its library just is not installed; anything else is a failure."""
-        return isinstance(self.error, ModuleNotFoundError)
+    name: str
+    error: str
+    details: str = ""
+    is_missing: bool = False
+
+    @classmethod
+    def of(cls, name: str, error: BaseException) -> Self:
+        """Return what stands for a backend, the loading of which raised an error."""
+        details = "".join(traceback.format_exception(error))
+        is_missing = isinstance(error, ModuleNotFoundError)
+        return cls(name, f"{type(error).__name__}: {error}", details, is_missing)
 
 
 def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBackend]:
@@ -189,20 +206,34 @@ def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBa
     ValueError
         If a name is not registered; says which are.
     """
-    points: dict[str, list[EntryPoint]] = defaultdict(list)
-    for point in entry_points(group="unidrop.backends"):
-        points[point.name].append(point)
-    for name in names:
-        if name not in points:
-            known = ", ".join(sorted(points))
-            raise ValueError(f"backend has to be one of {known}, but got {name!r}")
-    for name in sorted(names or points):
+    for name in backend_names(names):
         try:
-            yield _loaded(points[name])
+            yield _loaded([point for point in _entry_points() if point.name == name])
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # even one that exits must not take the others with it
-            yield UnavailableBackend(name, error)
+            yield UnavailableBackend.of(name, error)
+
+
+def backend_names(names: Sequence[str] = ()) -> list[str]:
+    """Return the names of the registered backends, or those given, in order and each once.
+
+    Raises
+    ------
+    ValueError
+        If a name is not registered; says which are.
+    """
+    known = {point.name for point in _entry_points()}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"backend has to be one of {', '.join(sorted(known))}, but got {name!r}"
+            )
+    return sorted(set(names) or known)
+
+
+def _entry_points() -> Iterable[EntryPoint]:
+    return entry_points(group="unidrop.backends")
 
 
 def _loaded(points: Sequence[EntryPoint]) -> Backend:

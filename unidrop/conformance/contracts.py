@@ -97,7 +97,17 @@ class Cell:
     mode: str
 
     def __str__(self) -> str:
-        return "-".join((self.contract.name, self.backend.name, self.device, self.dtype, self.mode))
+        return "-".join(self.names().values())
+
+    def names(self) -> dict[str, str]:
+        """Return what names the cell."""
+        return {
+            "contract": self.contract.name,
+            "backend": self.backend.name,
+            "device": self.device,
+            "dtype": self.dtype,
+            "mode": self.mode,
+        }
 
     @property
     def is_compiled(self) -> bool:

@@ -4,6 +4,8 @@ import json
 import platform
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from textwrap import indent
 from typing import Any
 
 from rich.console import Console
@@ -12,14 +14,16 @@ from rich.text import Text
 
 from unidrop.conformance.backend import UnavailableBackend
 from unidrop.conformance.contracts import CONTRACTS
+from unidrop.conformance.matrix import Outcome, backend_of
 from unidrop.conformance.runner import Missing, Result
 from unidrop.mask import STREAM_VERSION
 
 __all__ = ["Report"]
 
-Outcome = Result | Missing | UnavailableBackend
-
 _Column = tuple[str, str]
+
+# What there is to say of what failed alone.
+_OF_FAILURES = ("expected", "came", "details")
 
 # The widest mark of a cell, and what stands beside each column: two spaces and a rule.
 _MARK = len("✗ 10 of 10")
@@ -27,10 +31,10 @@ _PADDING = 3
 
 
 class Report:
-    """The outcomes of a run, in the order in which they came."""
+    """The outcomes of a run, by the backend's name, and else in the order in which they came."""
 
     def __init__(self, outcomes: Iterable[Outcome] = ()) -> None:
-        self.outcomes = list(outcomes)
+        self.outcomes = sorted(outcomes, key=backend_of)
 
     @property
     def results(self) -> list[Result]:
@@ -53,7 +57,7 @@ class Report:
         broken = any(not backend.is_missing for backend in self.unavailable)
         return bool(self.results) and not self.failures and not broken
 
-    def print(self, console: Console) -> None:
+    def print(self, console: Console, *, tracebacks: bool = False) -> None:
         """Print the tables, what is missing and why, each failure, and a closing line."""
         for table in self._tables(console.width):
             console.print(table)
@@ -62,10 +66,14 @@ class Report:
             console.print(Text(f"- {reason}: {named}", style="dim"), soft_wrap=True)
         for backend in self.unavailable:
             word, style = ("not here", "yellow") if backend.is_missing else ("broken", "bold red")
-            line = f"! {backend.name} is {word}: {type(backend.error).__name__}: {backend.error}"
+            line = f"! {backend.name} is {word}: {backend.error}"
             console.print(Text(line, style=style), soft_wrap=True)
+            if tracebacks:
+                _print_traceback(console, backend.details)
         for result in self.failures:
             _print_failure(console, result)
+            if tracebacks:
+                _print_traceback(console, result.details)
         if not self.results:
             console.print("nothing was run: no chosen backend has what the chosen contracts need")
         style = "bold green" if self.is_good else "bold red"
@@ -91,17 +99,10 @@ class Report:
                 "platform": platform.platform(),
                 "cells": [_as_dict(result) for result in self.results],
                 "missing": [
-                    {
-                        "contract": outcome.contract.name,
-                        "backend": outcome.backend.name,
-                        "mode": outcome.mode,
-                        "reason": outcome.reason,
-                    }
-                    for outcome in self.outcomes
-                    if isinstance(outcome, Missing)
+                    asdict(outcome) for outcome in self.outcomes if isinstance(outcome, Missing)
                 ],
                 "unavailable": [
-                    {"backend": backend.name, "error": repr(backend.error)}
+                    {"backend": backend.name, "error": backend.error, "details": backend.details}
                     for backend in self.unavailable
                 ],
             },
@@ -115,18 +116,18 @@ class Report:
         columns: dict[_Column, None] = {}
         for outcome in self.outcomes:
             if isinstance(outcome, Result):
-                column = outcome.cell.backend.name, outcome.cell.mode
-                cells[column][outcome.cell.contract.name].append(outcome)
+                column = outcome.backend, outcome.mode
+                cells[column][outcome.contract].append(outcome)
             elif isinstance(outcome, Missing):
-                column = outcome.backend.name, outcome.mode
-                missing[column].add(outcome.contract.name)
+                column = outcome.backend, outcome.mode
+                missing[column].add(outcome.contract)
             else:
                 continue
             columns[column] = None
         shown = {name for found in (*cells.values(), *missing.values()) for name in found}
         names = [name for name in CONTRACTS if name in shown]
         title = f"unidrop conformance, stream {STREAM_VERSION}"
-        for group in _beside_each_other(sorted(columns, key=_backend_of), names, width):
+        for group in _beside_each_other(list(columns), names, width):
             table = Table(title=title, title_justify="left")
             title = ""
             table.add_column("contract", no_wrap=True)
@@ -151,13 +152,9 @@ class Report:
         lacking: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for outcome in self.outcomes:
             if isinstance(outcome, Missing):
-                where = outcome.backend.name, outcome.mode, outcome.reason
-                lacking[where].append(outcome.contract.name)
+                where = outcome.backend, outcome.mode, outcome.reason
+                lacking[where].append(outcome.contract)
         return lacking
-
-
-def _backend_of(column: _Column) -> str:
-    return column[0]
 
 
 def _beside_each_other(
@@ -190,29 +187,19 @@ def _mark(results: Sequence[Result], missing: bool) -> Text:
 
 def _print_failure(console: Console, result: Result) -> None:
     console.print()
-    console.print(Text(f"✗ {result.cell}", style="bold red"), soft_wrap=True)
-    console.print(Text(f"  promise   {result.cell.contract.promise}"), soft_wrap=True)
+    console.print(Text(f"✗ {result}", style="bold red"), soft_wrap=True)
+    console.print(Text(f"  promise   {CONTRACTS[result.contract].promise}"), soft_wrap=True)
     console.print(Text(f"  expected  {result.expected}"), soft_wrap=True)
     console.print(Text(f"  came      {result.came}"), soft_wrap=True)
     console.print(Text(f"  again     {result.reproduce}"), soft_wrap=True)
 
 
+def _print_traceback(console: Console, details: str) -> None:
+    console.print(Text(indent(details.rstrip(), "    ")), soft_wrap=True)
+
+
 def _as_dict(result: Result) -> dict[str, Any]:
-    cell = result.cell
-    described = {
-        "contract": cell.contract.name,
-        "backend": cell.backend.name,
-        "device": cell.device,
-        "dtype": cell.dtype,
-        "mode": cell.mode,
-        "status": result.status,
-        "seconds": round(result.seconds, 4),
-    }
+    described = asdict(result) | {"seconds": round(result.seconds, 4)}
     if result.status == "failed":
-        described |= {
-            "expected": result.expected,
-            "came": result.came,
-            "details": result.details,
-            "reproduce": result.reproduce,
-        }
-    return described
+        return described | {"reproduce": result.reproduce}
+    return {name: value for name, value in described.items() if name not in _OF_FAILURES}

@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Self
 
 from unidrop.conformance.backend import (
     ABILITIES,
@@ -15,38 +16,49 @@ from unidrop.conformance.backend import (
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
 
-__all__ = ["Missing", "Result", "cells", "check", "run_cell"]
+__all__ = ["Missing", "Result", "cells", "check", "check_names", "run_cell"]
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
     """Why a contract does not apply to a backend in a mode: what it lacks there."""
 
-    contract: Contract
-    backend: Backend
+    contract: str
+    backend: str
     mode: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a cell gave: status is "passed" or "failed"."""
+    """What a cell gave: status is "passed" or "failed"; what was expected, what came, and how."""
 
-    cell: Cell
+    contract: str
+    backend: str
+    device: str
+    dtype: str
+    mode: str
     status: str
     seconds: float
     expected: str = ""
     came: str = ""
     details: str = ""
 
+    def __str__(self) -> str:
+        return "-".join((self.contract, self.backend, self.device, self.dtype, self.mode))
+
+    @classmethod
+    def of(cls, cell: Cell, status: str, seconds: float, **what: str) -> Self:
+        """Return the result of a cell."""
+        return cls(**cell.names(), status=status, seconds=seconds, **what)
+
     @property
     def reproduce(self) -> str:
         """The one line that runs this cell again and raises what it raised."""
-        cell = self.cell
         return (
             'python -c "from unidrop.conformance import check; '
-            f"check('{cell.contract.name}', '{cell.backend.name}', device='{cell.device}', "
-            f"dtype='{cell.dtype}', mode='{cell.mode}')\""
+            f"check('{self.contract}', '{self.backend}', device='{self.device}', "
+            f"dtype='{self.dtype}', mode='{self.mode}')\""
         )
 
 
@@ -64,13 +76,14 @@ def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Mi
     ValueError
         If a contract's name is unknown; says which are known.
     """
-    chosen = _contracts(contracts)
+    check_names(contracts)
+    chosen = [CONTRACTS[name] for name in contracts] or list(CONTRACTS.values())
     _check_limits(backend)
     for contract in chosen:
         for mode in backend.modes:
             lacking = _why_not(contract, backend, mode)
             if lacking is not None:
-                yield Missing(contract, backend, mode, lacking)
+                yield Missing(contract.name, backend.name, mode, lacking)
                 continue
             if contract.compiled_only and mode not in backend.compiled_modes:
                 continue
@@ -79,7 +92,7 @@ def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Mi
                     yield Cell(contract, backend, device, dtype, mode)
     for mode, reason in backend.missing_modes.items():
         for contract in chosen:
-            yield Missing(contract, backend, mode, reason)
+            yield Missing(contract.name, backend.name, mode, reason)
 
 
 def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
@@ -104,17 +117,22 @@ def _check_limits(backend: Backend) -> None:
 def run_cell(cell: Cell) -> Result:
     """Run a cell and return its result; nothing that a backend raises escapes."""
     begin = perf_counter()
+    status, what = _ran(cell)
+    return Result.of(cell, status, perf_counter() - begin, **what)
+
+
+def _ran(cell: Cell) -> tuple[str, dict[str, str]]:
     try:
         cell.contract.check(cell)
     except ContractError as violation:
-        return Result(cell, "failed", perf_counter() - begin, violation.expected, violation.came)
+        return "failed", {"expected": violation.expected, "came": violation.came}
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a backend may raise anything, or exit: that is a failure
         came = f"{type(error).__name__}: {error}"
         details = traceback.format_exc()
-        return Result(cell, "failed", perf_counter() - begin, "no error", came, details)
-    return Result(cell, "passed", perf_counter() - begin)
+        return "failed", {"expected": "no error", "came": came, "details": details}
+    return "passed", {}
 
 
 def check(
@@ -149,7 +167,7 @@ def check(
     """
     (loaded,) = load_backends([backend])
     if isinstance(loaded, UnavailableBackend):
-        raise ImportError(f"backend {backend} could not be loaded") from loaded.error
+        raise ImportError(f"backend {backend} could not be loaded: {loaded.error}")
     chosen = [
         cell
         for cell in cells(loaded, [contract])
@@ -167,11 +185,11 @@ def check(
         cell.contract.check(cell)
 
 
-def _contracts(names: Sequence[str]) -> list[Contract]:
-    for name in names:
+def check_names(contracts: Sequence[str]) -> None:
+    """Raise ValueError for a name that no contract has; says which there are."""
+    for name in contracts:
         if name not in CONTRACTS:
             raise ValueError(f"contract has to be one of {', '.join(CONTRACTS)}, but got {name!r}")
-    return [CONTRACTS[name] for name in names] or list(CONTRACTS.values())
 
 
 def _dtypes(contract: Contract, backend: Backend, mode: str) -> Sequence[str]:

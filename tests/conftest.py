@@ -1,0 +1,23 @@
+"""What tests share: backends of third parties, installed as their packages would be."""
+
+import os
+import textwrap
+
+import pytest
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install a module, and register its ``make`` as a backend, here and in new processes."""
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(name, code):
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(code))
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[unidrop.backends]\n{name} = {name}:make\n")
+
+    return install

@@ -1,0 +1,135 @@
+"""The matrix as a whole: backends side by side, whatever one of them does."""
+
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from unidrop.cli import main
+from unidrop.conformance import Missing, Result, UnavailableBackend, run_matrix
+
+BROKEN = {
+    "exits": ("raise SystemExit(0)", "SystemExit: 0"),
+    "raises": ("raise RuntimeError('boom')", "RuntimeError: boom"),
+    "dies": ("os._exit(3)", "has ended, with exit status 3"),
+    "is killed": ("os.kill(os.getpid(), signal.SIGSEGV)", "has ended, by signal SIGSEGV"),
+    "hangs": ("time.sleep(600)", "gave no answer within 10 s"),
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["conformance", *arguments])
+
+
+def planted(where, statement):
+    """Return a module whose backend does something when it is made, described or run."""
+    places = dict.fromkeys(("make", "dtypes", "dropout"), "pass") | {where: statement}
+    return f"""
+    import os, signal, time
+    from unidrop.adapters.backends.numpy import Numpy
+
+
+    class make(Numpy):
+        name = "planted"
+
+        def __init__(self):
+            {places["make"]}
+            super().__init__()
+
+        def dtypes(self, mode):
+            {places["dtypes"]}
+            return super().dtypes(mode)
+
+        def dropout(self, x, p, seed, step, **options):
+            if x.shape == (257,):
+                {places["dropout"]}
+            return super().dropout(x, p, seed, step, **options)
+    """
+
+
+@pytest.mark.parametrize("where", ["make", "dtypes"])
+@pytest.mark.parametrize(("statement", "mention"), BROKEN.values(), ids=BROKEN)
+def test_a_backend_that_can_not_be_loaded_is_one_red_line_and_the_others_still_run(
+    install, where, statement, mention
+):
+    install("planted", planted(where, statement))
+    both = ("--backend", "planted", "--backend", "numpy")
+    result = run(*both, "--contract", "mask", "--timeout", "10")
+    assert result.exit_code == 1
+    assert "2 passed, 0 failed" in result.output
+    assert "! planted is broken" in result.output
+    assert mention in result.output
+
+
+@pytest.mark.parametrize(
+    ("statement", "mention"),
+    [BROKEN[how] for how in ("dies", "is killed", "hangs")],
+    ids=("dies", "is killed", "hangs"),
+)
+def test_a_backend_that_breaks_down_fails_the_contract_and_the_rest_is_said_not_to_be_run(
+    install, statement, mention
+):
+    install("planted", planted("dropout", statement))
+    outcomes = list(run_matrix(["planted"], ["traces", "mask", "steps"], jobs=1, timeout=10))
+    *missing, failure, rest = outcomes
+    assert {type(outcome) for outcome in missing} == {Missing}
+    assert isinstance(failure, Result)
+    assert str(failure) == "mask-planted-cpu-float32-eager"
+    assert failure.status == "failed"
+    assert mention in failure.came
+    assert isinstance(rest, UnavailableBackend)
+    assert rest.error.endswith("3 more were not run")
+
+
+def test_a_traceback_is_printed_on_request(install):
+    install("planted", planted("make", "raise RuntimeError('boom')"))
+    chosen = ("--backend", "planted", "--contract", "mask")
+    assert "Traceback" not in run(*chosen).output
+    assert "raise RuntimeError('boom')" in run(*chosen, "--traceback").output
+
+
+def test_a_named_backend_whose_library_is_not_installed_is_a_failure(install):
+    install("planted", "import no_such_library")
+    result = run("--backend", "planted", "--backend", "numpy", "--contract", "mask")
+    assert result.exit_code == 1
+    assert "! planted is not here: ModuleNotFoundError" in result.output
+
+
+def test_as_many_backends_as_jobs_run_at_a_time(install):
+    # Each waits for the other one, in vain where they run in turn.
+    meet = """
+    import pathlib, time
+    from unidrop.adapters.backends.numpy import Numpy
+
+    here = pathlib.Path(__file__)
+
+
+    class make(Numpy):
+        name = here.stem
+
+        def dropout(self, x, p, seed, step, **options):
+            here.with_suffix(".here").touch()
+            end = time.monotonic() + 60
+            while len(list(here.parent.glob("*.here"))) < 2:
+                assert time.monotonic() < end
+            return super().dropout(x, p, seed, step, **options)
+    """
+    for name in ("one", "other"):
+        install(name, meet)
+    together = list(run_matrix(["one", "other"], ["steps"], jobs=2))
+    assert {outcome.status for outcome in together} == {"passed"}
+
+
+def test_processes_end_with_a_run_that_is_given_up(install):
+    install("planted", planted("dropout", "time.sleep(600)"))
+    outcomes = run_matrix(["planted"], ["keys", "mask"], jobs=1)
+    next(outcomes)
+    begin = time.monotonic()
+    outcomes.close()
+    assert time.monotonic() - begin < 300
+
+
+@pytest.mark.parametrize(("backends", "contracts"), [(["numpi"], []), ([], ["masks"])])
+def test_unknown_names_raise_at_once(backends, contracts):
+    with pytest.raises(ValueError, match=r"numpi|masks"):
+        run_matrix(backends, contracts, jobs=1)

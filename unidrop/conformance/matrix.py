@@ -1,0 +1,184 @@
+"""The whole matrix: each backend in a process of its own, several of them at a time.
+
+A backend that breaks down, hangs or exits takes nobody with it, frameworks that get into each
+other's way never meet, and whoever has two cores waits half as long.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from queue import SimpleQueue
+from typing import Any
+
+from unidrop.conformance.backend import UnavailableBackend, backend_names, load_backends
+from unidrop.conformance.contracts import Cell
+from unidrop.conformance.process import Process, ProcessEndedError
+from unidrop.conformance.runner import Missing, Result, cells, check_names, run_cell
+
+__all__ = ["Outcome", "backend_of", "run_matrix"]
+
+Outcome = Result | Missing | UnavailableBackend
+
+
+def backend_of(outcome: Outcome) -> str:
+    """Return the name of the backend that an outcome is of."""
+    return outcome.name if isinstance(outcome, UnavailableBackend) else outcome.backend
+
+
+_KNOWN: Mapping[str, type[Missing | UnavailableBackend]] = {
+    kind.__name__: kind for kind in (Missing, UnavailableBackend)
+}
+
+# Threads of OpenMP that wait by spinning take the cores from the other processes.
+_ENVIRONMENT: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive"}
+
+
+def run_matrix(
+    backends: Sequence[str] = (),
+    contracts: Sequence[str] = (),
+    *,
+    jobs: int,
+    timeout: float | None = None,
+    begun: Callable[[str, int], None] = lambda backend, count: None,
+) -> Iterator[Outcome]:
+    """Run contracts of backends, and yield what comes of each as it comes.
+
+    Parameters
+    ----------
+    backends, contracts : sequence of str, default ()
+        Their names; all if empty.
+    jobs : int
+        How many backends run at a time.
+    timeout : float, optional
+        Seconds after which a cell has failed, and its backend is given up.
+    begun : callable, optional
+        Told the name of each backend that has been loaded, and how many outcomes it will have.
+
+    Raises
+    ------
+    ValueError
+        If no backend or contract has a name; says which there are.
+    """
+    check_names(contracts)
+    runs = [_Run(name, contracts, timeout, begun) for name in backend_names(backends)]
+    return _outcomes(runs, jobs)
+
+
+def _outcomes(runs: "Sequence[_Run]", jobs: int) -> Iterator[Outcome]:
+    outcomes: SimpleQueue[Outcome | BaseException | None] = SimpleQueue()
+    pool = ThreadPoolExecutor(jobs)
+    for run in runs:
+        pool.submit(run.to, outcomes)
+    try:
+        ended = 0
+        while ended < len(runs):
+            outcome = outcomes.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if outcome is None:
+                ended += 1
+            else:
+                yield outcome
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for run in runs:
+            run.stop()
+
+
+class _Run:
+    """One backend's part of the matrix, from this end."""
+
+    def __init__(
+        self,
+        name: str,
+        contracts: Sequence[str],
+        timeout: float | None,
+        begun: Callable[[str, int], None],
+    ) -> None:
+        self._name = name
+        self._contracts = contracts
+        self._timeout = timeout
+        self._begun = begun
+        self._process: Process | None = None
+
+    def to(self, outcomes: "SimpleQueue[Outcome | BaseException | None]") -> None:
+        """Put each outcome into a queue, an error of our own too, and at last None."""
+        try:
+            for outcome in self._outcomes():
+                outcomes.put(outcome)
+        except BaseException as error:
+            outcomes.put(error)
+        finally:
+            self.stop()
+            outcomes.put(None)
+
+    def stop(self) -> None:
+        """End the backend's process."""
+        if self._process is not None:
+            self._process.kill()
+
+    def _outcomes(self) -> Iterator[Outcome]:
+        target = f"{__name__}:{_Served.__name__}"
+        self._process = Process(f"backend {self._name}", target, _ENVIRONMENT)
+        try:
+            plan = self._call("plan", self._name, list(self._contracts))
+        except (ProcessEndedError, TimeoutError) as error:
+            yield UnavailableBackend(self._name, self._how(error))
+            return
+        self._begun(self._name, len(plan))
+        for number, (kind, planned) in enumerate(plan):
+            if kind != Result.__name__:
+                yield _KNOWN[kind](**planned)
+                continue
+            try:
+                yield Result(**self._call("run", number))
+            except (ProcessEndedError, TimeoutError) as error:
+                how = self._how(error)
+                yield Result(**planned, status="failed", seconds=0, expected="an answer", came=how)
+                left = sum(kind == Result.__name__ for kind, _ in plan[number + 1 :])
+                yield UnavailableBackend(self._name, f"{how}; {left} more were not run")
+                return
+
+    def _call(self, method: str, *args: Any) -> Any:
+        assert self._process is not None
+        return self._process.call(0, method, args, {}, timeout=self._timeout)
+
+    def _how(self, error: Exception) -> str:
+        if isinstance(error, ProcessEndedError):
+            return str(error)
+        return f"the process of backend {self._name} gave no answer within {self._timeout:g} s"
+
+
+class _Served:
+    """One backend's part of the matrix, in the process that has the backend."""
+
+    def plan(self, name: str, contracts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+        """Load the backend, and return its outcomes, where they are known before it runs."""
+        self._planned = _planned(name, contracts)
+        return [_described(item) for item in self._planned]
+
+    def run(self, number: int) -> dict[str, Any]:
+        """Run what is planned at a number."""
+        cell = self._planned[number]
+        assert isinstance(cell, Cell)
+        return asdict(run_cell(cell))
+
+
+_Planned = Cell | Missing | UnavailableBackend
+
+
+def _planned(name: str, contracts: Sequence[str]) -> list[_Planned]:
+    (backend,) = load_backends([name])
+    if isinstance(backend, UnavailableBackend):
+        return [backend]
+    try:
+        return list(cells(backend, contracts))
+    except BaseException as error:  # of what it says of itself, which may be anything
+        return [UnavailableBackend.of(name, error)]
+
+
+def _described(item: _Planned) -> tuple[str, dict[str, Any]]:
+    """Return what crosses between processes: what an outcome will be, and what is known of it."""
+    if isinstance(item, Cell):
+        return Result.__name__, item.names()
+    return type(item).__name__, asdict(item)
