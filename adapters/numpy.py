@@ -1,4 +1,4 @@
-"""Dropout for NumPy: the textbook's function, with SPEC 7's ``rng=`` or a key."""
+"""Dropout for NumPy: the textbook's function, with ``rng=`` or a key."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,9 +43,9 @@ def dropout(
     key : unidrop.Key, optional
         The name of the mask. The same key drops the same elements in every framework.
     rng : None, int, numpy.random.Generator, BitGenerator or SeedSequence, default None
-        Where to draw a key from if none is given, as in SPEC 7: None means fresh entropy, an int
-        seeds `numpy.random.default_rng`, and a generator is advanced by one 64-bit draw. Nothing
-        is drawn where nothing can be dropped.
+        Where to draw a key from if none is given, as in Scientific Python's SPEC 7: None means
+        fresh entropy, an int seeds `numpy.random.default_rng`, and a generator is advanced by one
+        64-bit draw. Nothing is drawn where nothing can be dropped.
     training : bool, default True
         If False x is returned unchanged.
     broadcast_axes : sequence of int, default ()

@@ -88,6 +88,21 @@ def test_a_traceback_is_printed_on_request(install):
     assert "raise RuntimeError('boom')" in run(*chosen, "--traceback").output
 
 
+def test_where_a_process_was_that_is_killed_is_printed_on_request(install):
+    install("planted", planted("dropout", "os.kill(os.getpid(), signal.SIGSEGV)"))
+    chosen = ("--backend", "planted", "--contract", "mask")
+    assert "Segmentation fault" not in run(*chosen).output
+    output = run(*chosen, "--traceback").output
+    assert "Segmentation fault" in output
+    assert "planted.py" in output
+
+
+def test_what_backends_print_does_not_stand_in_the_tables(install, capfd):
+    install("planted", planted("dropout", "os.write(1, b'talkative'); os.write(2, b'talkative')"))
+    assert run("--backend", "planted", "--contract", "mask").exit_code == 0
+    assert "talkative" not in "".join(capfd.readouterr())
+
+
 def test_a_named_backend_whose_library_is_not_installed_is_a_failure(install):
     install("planted", "import no_such_library")
     result = run("--backend", "planted", "--backend", "numpy", "--contract", "mask")

@@ -57,7 +57,7 @@ def main() -> None:
     show_default=True,
     help="Seconds after which a contract has failed, and its backend is given up.",
 )
-@click.option("--traceback", "tracebacks", is_flag=True, help="Print each failure's traceback.")
+@click.option("--traceback", "tracebacks", is_flag=True, help="Print where what failed was raised.")
 @click.option("--list", "listing", is_flag=True, help="List the contracts and backends, run none.")
 def conformance(
     backends: tuple[str, ...],

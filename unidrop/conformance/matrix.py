@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from queue import SimpleQueue
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from unidrop.conformance.backend import UnavailableBackend, backend_names, load_backends
 from unidrop.conformance.contracts import Cell
@@ -29,8 +30,15 @@ _KNOWN: Mapping[str, type[Missing | UnavailableBackend]] = {
     kind.__name__: kind for kind in (Missing, UnavailableBackend)
 }
 
-# Threads of OpenMP that wait by spinning take the cores from the other processes.
-_ENVIRONMENT: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive"}
+_ENVIRONMENT: Mapping[str, str] = {
+    # Threads of OpenMP that wait by spinning take the cores from the other processes.
+    "OMP_WAIT_POLICY": "passive",
+    # A process that is killed by a signal says where it was.
+    "PYTHONFAULTHANDLER": "1",
+}
+
+# How much is shown of what a process printed that broke down: frameworks can be talkative.
+_LINES = 60
 
 
 def run_matrix(
@@ -104,8 +112,9 @@ class _Run:
     def to(self, outcomes: "SimpleQueue[Outcome | BaseException | None]") -> None:
         """Put each outcome into a queue, an error of our own too, and at last None."""
         try:
-            for outcome in self._outcomes():
-                outcomes.put(outcome)
+            with TemporaryFile() as printed:
+                for outcome in self._outcomes(printed):
+                    outcomes.put(outcome)
         except BaseException as error:
             outcomes.put(error)
         finally:
@@ -117,13 +126,13 @@ class _Run:
         if self._process is not None:
             self._process.kill()
 
-    def _outcomes(self) -> Iterator[Outcome]:
+    def _outcomes(self, printed: IO[bytes]) -> Iterator[Outcome]:
         target = f"{__name__}:{_Served.__name__}"
-        self._process = Process(f"backend {self._name}", target, _ENVIRONMENT)
+        self._process = Process(f"backend {self._name}", target, _ENVIRONMENT, printed)
         try:
             plan = self._call("plan", self._name, list(self._contracts))
         except (ProcessEndedError, TimeoutError) as error:
-            yield UnavailableBackend(self._name, self._how(error))
+            yield UnavailableBackend(self._name, self._how(error), _last_lines(printed))
             return
         self._begun(self._name, len(plan))
         for number, (kind, planned) in enumerate(plan):
@@ -136,7 +145,8 @@ class _Run:
                 how = self._how(error)
                 yield Result(**planned, status="failed", seconds=0, expected="an answer", came=how)
                 left = sum(kind == Result.__name__ for kind, _ in plan[number + 1 :])
-                yield UnavailableBackend(self._name, f"{how}; {left} more were not run")
+                what = f"{how}; {left} more were not run"
+                yield UnavailableBackend(self._name, what, _last_lines(printed))
                 return
 
     def _call(self, method: str, *args: Any) -> Any:
@@ -147,6 +157,11 @@ class _Run:
         if isinstance(error, ProcessEndedError):
             return str(error)
         return f"the process of backend {self._name} gave no answer within {self._timeout:g} s"
+
+
+def _last_lines(printed: IO[bytes]) -> str:
+    printed.seek(0)
+    return "\n".join(printed.read().decode(errors="replace").splitlines()[-_LINES:])
 
 
 class _Served:

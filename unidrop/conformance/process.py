@@ -18,7 +18,7 @@ from contextlib import suppress
 from importlib import import_module
 from queue import SimpleQueue
 from threading import Lock, Thread, get_ident
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -83,12 +83,23 @@ def _map(value: Any, leaf: Callable[[Any], Any]) -> Any:
 class Process:
     """The calling end: sends calls, and hands each reply to the thread that waits for it."""
 
-    def __init__(self, name: str, target: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        target: str,
+        environment: Mapping[str, str],
+        printed: IO[bytes] | None = None,
+    ) -> None:
+        """Start a process, whose target is ``"package.module:Class"``.
+
+        What it prints goes to a file, or if there is none where this process's errors go.
+        """
         self._name = name
         self._popen = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve({target!r})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=printed,
             env=os.environ | dict(environment),
         )
         self._sending = Lock()
