@@ -1,4 +1,4 @@
-"""Build the golden vectors, ``unidrop/conformance/golden.json``, from ``tests/reference.py``.
+"""Build the golden vectors, ``unidrop/conformance/vectors/``, from ``tests/reference.py``.
 
     python tests/make_golden.py           write the file
     python tests/make_golden.py --check   exit with 1 if the file is not what this would write
@@ -24,7 +24,8 @@ from typing import Any
 import reference
 from reference import Format, Words
 
-GOLDEN = Path(__file__).resolve().parent.parent / "unidrop" / "conformance" / "golden.json"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "unidrop" / "conformance" / "vectors" / "vectors.json"
 
 Vector = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""The command line: ``unidrop conformance`` runs the matrix, ``unidrop mask`` prints a mask."""
+"""The command line: the matrix, masks, and the vectors for whoever checks without Python."""
 
 import json
 import math
@@ -21,6 +21,7 @@ try:
 
     import unidrop
     from unidrop.conformance import CONTRACTS, Outcome, backend_names, run_matrix
+    from unidrop.conformance.golden import write_vectors
     from unidrop.conformance.matrix import backend_of
     from unidrop.conformance.report import Report
     from unidrop.threads import cpu_count
@@ -133,6 +134,27 @@ def _list(console: Console, backends: tuple[str, ...]) -> None:
         console.print(f"[bold]{contract.name}[/]  {contract.promise}{needs}", soft_wrap=True)
     console.print()
     console.print(f"[bold]backends[/]  {', '.join(backend_names(backends))}", soft_wrap=True)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="The folder, which is made if there is none.",
+)
+def vectors(out: Path) -> None:
+    """Write the golden vectors as JSON, with a schema and a README that explains the fields.
+
+    They are enough to check an implementation in C++, Rust, Julia or a CUDA kernel.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        written = write_vectors(out)
+    except OSError as error:
+        raise click.BadParameter(str(error), param_hint="--out") from None
+    for path in written:
+        click.echo(path)
 
 
 class _Shape(click.ParamType[tuple[int, ...]]):

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +13,16 @@ from numpy.typing import NDArray
 
 from unidrop.mask import STREAM_VERSION
 
-__all__ = ["GoldenMask", "GoldenOutput", "golden_masks", "golden_outputs", "read_golden"]
+__all__ = [
+    "GoldenMask",
+    "GoldenOutput",
+    "golden_masks",
+    "golden_outputs",
+    "read_golden",
+    "write_vectors",
+]
+
+_FILES = files("unidrop.conformance").joinpath("vectors")
 
 _COMPONENTS = {
     "float16": (np.uint16, np.float16),
@@ -72,11 +82,29 @@ def read_golden() -> dict[str, Any]:
     ValueError
         If the file names another version of the stream.
     """
-    text = files("unidrop.conformance").joinpath("golden.json").read_text(encoding="utf-8")
+    text = _FILES.joinpath("vectors.json").read_text(encoding="utf-8")
     vectors: dict[str, Any] = json.loads(text)
     if vectors.get("stream", 1) != STREAM_VERSION:
         raise ValueError(f"stream has to be {STREAM_VERSION}, but got {vectors['stream']}")
     return vectors
+
+
+def write_vectors(folder: Path) -> list[Path]:
+    """Write the vectors into a folder, with their schema and a README, and return the files.
+
+    They are enough to check an implementation in any language.
+
+    Raises
+    ------
+    OSError
+        If a file can't be written.
+    """
+    written = []
+    for name in ("README.md", "schema.json", "vectors.json"):
+        path = folder / name
+        path.write_text(_FILES.joinpath(name).read_text(encoding="utf-8"), encoding="utf-8")
+        written.append(path)
+    return written
 
 
 @cache
