@@ -10,7 +10,15 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ContractError", "check_equal", "check_mask", "check_output"]
+__all__ = [
+    "ContractError",
+    "check_equal",
+    "check_mask",
+    "check_output",
+    "components",
+    "differing",
+    "numpy_dtype",
+]
 
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SHOWN = 4
@@ -49,14 +57,19 @@ def check_output(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any], wh
     """Raise ContractError unless an output is, under the output rule, the one expected for x."""
     check_equal(came.shape, expected.shape, f"{what}: shape")
     check_equal(came.dtype, expected.dtype, f"{what}: dtype")
-    wrong = np.flatnonzero(~_conforms(_components(came), _components(expected), _components(x)))
+    wrong = differing(came, expected, x)
     if wrong.size:
         shown = wrong[:_SHOWN]
         raise ContractError(
-            f"{what}: {_shown(_components(expected)[shown])} "
-            f"for x = {_shown(_components(x)[shown])} at flat component {shown.tolist()}",
-            f"{_shown(_components(came)[shown])} ({wrong.size} of {expected.size} differ)",
+            f"{what}: {_shown(components(expected)[shown])} "
+            f"for x = {_shown(components(x)[shown])} at flat component {shown.tolist()}",
+            f"{_shown(components(came)[shown])} ({wrong.size} of {expected.size} differ)",
         )
+
+
+def differing(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> NDArray[np.int64]:
+    """Return which components of an output are not, under the output rule, those expected."""
+    return np.flatnonzero(~_conforms(components(came), components(expected), components(x)))
 
 
 def _conforms(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> NDArray[np.bool]:
@@ -71,7 +84,8 @@ def _conforms(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> ND
     return conforms
 
 
-def _components(values: NDArray[Any]) -> NDArray[Any]:
+def components(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the elements of an array, in C order, complex ones as two."""
     flat = np.ascontiguousarray(values).reshape(-1)
     if flat.dtype.kind == "c":
         return flat.view(np.float32 if flat.dtype == np.complex64 else np.float64)

@@ -1,48 +1,30 @@
-"""The command line: the matrix, masks, and the vectors for whoever checks without Python."""
+"""``unidrop conformance``: the matrix, with a bar for each backend that runs."""
 
-import json
-import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import click
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    import unidrop
-    from unidrop.conformance import CONTRACTS, Outcome, backend_names, run_matrix
-    from unidrop.conformance.golden import write_vectors
-    from unidrop.conformance.matrix import backend_of
-    from unidrop.conformance.report import Report
-    from unidrop.threads import cpu_count
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"the command line needs {error.name}, which is not installed: install unidrop with its "
-        "extra 'cli', as in pip install '.[cli]'"
-    ) from None
-
-__all__ = ["main"]
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(
-    unidrop.__version__, message=f"unidrop %(version)s, stream {unidrop.STREAM_VERSION}"
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
 )
-def main() -> None:
-    """One dropout that drops the very same elements in every array library."""
+
+from unidrop.conformance import CONTRACTS, Outcome, backend_names, run_matrix
+from unidrop.conformance.matrix import backend_of
+from unidrop.conformance.report import Report
+from unidrop.threads import cpu_count
+
+__all__ = ["conformance"]
 
 
-@main.command()
+@click.command()
 @click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated.")
 @click.option("--contract", "contracts", multiple=True, help="Only this contract; repeatable.")
 @click.option(
@@ -134,69 +116,3 @@ def _list(console: Console, backends: tuple[str, ...]) -> None:
         console.print(f"[bold]{contract.name}[/]  {contract.promise}{needs}", soft_wrap=True)
     console.print()
     console.print(f"[bold]backends[/]  {', '.join(backend_names(backends))}", soft_wrap=True)
-
-
-@main.command()
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The folder, which is made if there is none.",
-)
-def vectors(out: Path) -> None:
-    """Write the golden vectors as JSON, with a schema and a README that explains the fields.
-
-    They are enough to check an implementation in C++, Rust, Julia or a CUDA kernel.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        written = write_vectors(out)
-    except OSError as error:
-        raise click.BadParameter(str(error), param_hint="--out") from None
-    for path in written:
-        click.echo(path)
-
-
-class _Shape(click.ParamType[tuple[int, ...]]):
-    name = "shape"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        try:
-            shape = tuple(int(length) for length in str(value).split("x"))
-        except ValueError:
-            self.fail(f"{value!r} is no shape such as 4x8", param, ctx)
-        return shape
-
-
-@main.command()
-@click.option("--seed", type=int, required=True, help="0 <= seed < 2^64.")
-@click.option("--site", default=None, help="A string to fold in, such as encoder/0.")
-@click.option("--step", type=int, default=None, help="An integer to fold in, after the site.")
-@click.option("--p", type=float, required=True, help="The probability of dropping, in [0, 1].")
-@click.option("--shape", type=_Shape(), required=True, help="Such as 4x8.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the key.")
-def mask(
-    seed: int, site: str | None, step: int | None, p: float, shape: tuple[int, ...], as_json: bool
-) -> None:
-    """Print a mask: 1 where an element is kept, a row of the last axis a line.
-
-    For anyone who checks a kernel of their own.
-    """
-    try:
-        key = unidrop.Key(seed)
-        if site is not None:
-            key = key.fold_in(site)
-        if step is not None:
-            key = key.fold_in(step)
-        keep = unidrop.keep_mask(shape, p, key).astype(int)
-    except (TypeError, ValueError) as error:
-        raise click.UsageError(str(error)) from None
-    if as_json:
-        described = {"stream": unidrop.STREAM_VERSION, "key": f"{int(key):016x}", "p": p}
-        click.echo(json.dumps(described | {"shape": shape, "keep": keep.tolist()}))
-        return
-    rows = keep.reshape(math.prod(shape[:-1]), shape[-1])
-    for row in rows:
-        click.echo("".join(map(str, row)))

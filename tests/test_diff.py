@@ -1,0 +1,324 @@
+"""What is said of dumps that somebody else made: where they are wrong, and by which mistake."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from click.testing import CliRunner
+from PIL import Image
+
+import unidrop
+from unidrop import Key
+from unidrop.cli import main
+from unidrop.conformance.diagnosis import diagnose
+from unidrop.conformance.golden import golden_masks, golden_outputs
+from unidrop.conformance.recipe import Recipe
+
+SHAPE = (6, 50)
+SIZE = 300
+P = 0.3
+KEY = reference.fold_in(reference.fold_in(42, "encoder/0"), 7)
+OPTIONS = ("--seed", "42", "--site", "encoder/0", "--step", "7", "--p", "0.3")
+RECIPE = Recipe(42, ("encoder/0", 7), P, SHAPE)
+T = reference.threshold(P)
+
+
+def philox(counter, key, rounds=10):
+    """Return another number of rounds of the generator."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        hi0, lo0 = divmod(0xD2511F53 * c0, 2**32)
+        hi1, lo1 = divmod(0xCD9E8D57 * c2, 2**32)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+def word(i, key=KEY):
+    return reference.u(key, i - i % 2)
+
+
+def where(keeps, numbers=range(SIZE)):
+    return np.array([keeps(i) for i in numbers], dtype=bool).reshape(SHAPE)
+
+
+def of_key(*folded, seed=42):
+    key = seed
+    for data in folded:
+        key = reference.fold_in(key, data)
+    return where(lambda i: reference.u(key, i) >= T)
+
+
+def of_words(words):
+    return where(lambda i: words(i // 8)[i // 2 % 4] * (0x6C078965 if i % 2 else 1) % 2**32 >= T)
+
+
+LO, HI = KEY % 2**32, KEY >> 32
+
+MISTAKES = {
+    "the generator makes 7 rounds instead of 10": of_words(
+        lambda block: philox((block, 0, 0, 0), (LO, HI), rounds=7)
+    ),
+    "the key's words are swapped": of_words(lambda block: philox((block, 0, 0, 0), (HI, LO))),
+    "the block number's words are swapped": of_words(
+        lambda block: philox((0, block, 0, 0), (LO, HI))
+    ),
+    "the block number is in the counter's upper half": of_words(
+        lambda block: philox((0, 0, block, 0), (LO, HI))
+    ),
+    "the counter is ahead by one block": of_words(
+        lambda block: philox((block + 1, 0, 0, 0), (LO, HI))
+    ),
+    "the words of a block are in reverse order": of_words(
+        lambda block: philox((block, 0, 0, 0), (LO, HI))[::-1]
+    ),
+    "the words of a block are in the order (1, 0, 3, 2)": of_words(
+        lambda block: [philox((block, 0, 0, 0), (LO, HI))[j] for j in (1, 0, 3, 2)]
+    ),
+    "odd elements take the word itself, and not its product with 0x6C078965": where(
+        lambda i: word(i) >= T
+    ),
+    "the even element takes the product, and the odd one the word": where(
+        lambda i: reference.u(KEY, i ^ 1) >= T
+    ),
+    "each word decides one element, and not two": where(lambda i: word(2 * i) >= T),
+    "the mask is inverted: 1 where an element is dropped": where(lambda i: reference.u(KEY, i) < T),
+    "what is kept is u < 2^32 - T, the small numbers": where(
+        lambda i: reference.u(KEY, i) < 2**32 - T
+    ),
+    "u and T are compared as signed integers": where(
+        lambda i: (reference.u(KEY, i) ^ 2**31) >= (T ^ 2**31)
+    ),
+    "p is taken for the probability of keeping": where(
+        lambda i: reference.u(KEY, i) >= reference.threshold(1 - P)
+    ),
+    "the step 7 is not folded in": of_key("encoder/0"),
+    "the site 'encoder/0' is not folded in": of_key(7),
+    "the step is 6, and not 7": of_key("encoder/0", 6),
+    "the step 7 is folded in as a string": of_key("encoder/0", "7"),
+    "the site and the step are folded in the other way round": of_key(7, "encoder/0"),
+    "elements are numbered in Fortran order": where(
+        lambda i: reference.u(KEY, i) >= T, np.arange(SIZE).reshape(SHAPE, order="F").reshape(-1)
+    ),
+    "rows are rounded up to a multiple of 8 elements": where(
+        lambda i: reference.u(KEY, i // 50 * 56 + i % 50) >= T
+    ),
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in ("diff", *arguments)])
+
+
+@pytest.fixture
+def dump(tmp_path):
+    def write(array, name="theirs.npy"):
+        np.save(tmp_path / name, array)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("golden", golden_masks(), ids=lambda golden: golden.name)
+def test_the_recipe_without_changes_is_the_specification(golden):
+    axes = tuple(axis % len(golden.shape) for axis in golden.broadcast_axes)
+    window = golden.global_shape, golden.start
+    recipe = Recipe(golden.seed, (golden.step,), golden.p, golden.shape, axes, *window)
+    assert diagnose(recipe, np.broadcast_to(golden.keep, golden.shape)) is None
+
+
+@pytest.mark.parametrize(("what", "mask"), MISTAKES.items(), ids=MISTAKES)
+def test_each_mistake_is_found_and_no_other_is_blamed(what, mask):
+    diagnosis = diagnose(RECIPE, mask)
+    assert diagnosis is not None
+    assert diagnosis.causes == (what,)
+
+
+@pytest.mark.parametrize(
+    ("relation", "what"),
+    [
+        (lambda u, t: u > t, "the comparison is u > T, and not u >= T"),
+        (lambda u, t: np.float32(u) >= np.float32(t), "u is narrowed to float32"),
+        (lambda u, t: u >> 8 >= round(t / 256), "the threshold has 24 bits, and not 32"),
+    ],
+)
+def test_a_comparison_that_is_off_by_little_is_found_where_an_element_shows_it(relation, what):
+    # A rate whose T one element meets, and another nearly does.
+    us = [reference.u(KEY, i) for i in range(SIZE)]
+    found = set()
+    for t in (us[5], us[5] + 1, us[5] + 100):
+        mask = where(lambda i, t=t: relation(us[i], t))
+        diagnosis = diagnose(Recipe(42, ("encoder/0", 7), t / 2**32, SHAPE), mask)
+        found.update(diagnosis.causes if diagnosis else ())
+    assert any(cause.startswith(what) for cause in found)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "what"),
+    [
+        (
+            reference.keep_mask((6, 8), P, KEY, global_shape=(20, 30), start=(0, 0)),
+            {"global_shape": (20, 30), "start": (3, 5)},
+            "the window's start is ignored",
+        ),
+        (
+            reference.keep_mask((6, 8), P, KEY),
+            {"global_shape": (20, 30), "start": (3, 5)},
+            "the window is ignored",
+        ),
+        (reference.keep_mask((6, 8), P, KEY), {"broadcast_axes": (1,)}, "each element has a"),
+        (
+            reference.keep_mask((6, 8), P, KEY, global_shape=(20, 30), start=(0, 0)),
+            {"global_shape": (2**32 + 20, 2**32), "start": (2**32, 0)},
+            "",
+        ),
+    ],
+    ids=["start", "window", "broadcast", "none"],
+)
+def test_mistakes_in_windows_and_broadcast_axes_are_found(mask, options, what):
+    recipe = Recipe(42, ("encoder/0", 7), P, (6, 8), **options)
+    diagnosis = diagnose(recipe, np.array(mask, dtype=bool).reshape(6, 8))
+    assert [cause[: len(what)] for cause in diagnosis.causes] == [what] * bool(what)
+
+
+def test_two_mistakes_together_are_found():
+    mask = of_words(lambda block: philox((block, 0, 0, 0), (LO, HI), rounds=7)[::-1])
+    (cause,) = diagnose(RECIPE, mask).causes
+    assert "the generator makes 7 rounds instead of 10" in cause
+    assert "the words of a block are in reverse order" in cause
+
+
+def test_a_mask_of_something_else_is_blamed_on_no_mistake(dump):
+    other = np.random.default_rng(0).random(SHAPE) >= P
+    result = run(dump(other), *OPTIONS)
+    assert result.exit_code == 1
+    assert "no mistake that is known here" in result.output
+    assert "of two masks that have nothing to do with each other 58.00%" in result.output
+
+
+def test_the_first_difference_is_said_to_the_word(dump):
+    mask = np.array(reference.keep_mask(SHAPE, P, KEY), dtype=bool)
+    mask[[77, 90]] ^= True
+    result = run(dump(mask.reshape(SHAPE)), *OPTIONS)
+    assert result.exit_code == 1
+    u = reference.u(KEY, 77)
+    assert "2 of 300 elements differ, the first at (1, 27), index 77" in result.output
+    assert "block 9, word 2, its odd element" in result.output
+    assert f"u = {u:08x}, T = {T:08x}" in result.output
+
+
+def test_a_dump_of_the_specification_is_said_to_be_one(dump):
+    mask = np.array(reference.keep_mask(SHAPE, P, KEY), dtype=np.uint8).reshape(SHAPE)
+    result = run(dump(mask), *OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert "as the specification says, all 300 elements" in result.output
+
+
+@pytest.mark.parametrize("golden", golden_outputs(), ids=lambda golden: golden.name)
+def test_golden_outputs_are_as_the_specification_says(golden, dump):
+    x, y = dump(golden.x, "x.npy"), dump(golden.y)
+    key = ("--seed", golden.seed, "--step", golden.step, "--p", golden.p)
+    result = run(y, "--input", x, *key)
+    assert result.exit_code == 0, result.output
+
+
+ORDINARY = np.linspace(-2, 2, 2 * SIZE + 2)[1::2][:SIZE].reshape(SHAPE)
+KEPT = np.array(reference.keep_mask(SHAPE, P, KEY), dtype=bool).reshape(SHAPE)
+
+
+def scaled(x, dtype, s):
+    return np.where(KEPT, (x.astype(dtype) * dtype(s)).astype(x.dtype), x.dtype.type(0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wrong", "what"),
+    [
+        ("float32", lambda x: np.where(KEPT, x, 0), "kept elements are not scaled"),
+        ("float32", lambda x: scaled(x, np.float32, 1 - P), "kept elements are multiplied by 1"),
+        ("float32", lambda x: scaled(x, np.float64, 1 / (1 - P)), "the product is computed in fl"),
+        ("float32", lambda x: np.where(KEPT, x / np.float32(1 - P), 0), "x is divided by 1 - p"),
+        ("float32", lambda x: x * np.float32(1 / (1 - P)) * KEPT, "the products are multiplied"),
+        (
+            "float16",
+            lambda x: scaled(x, np.float32, np.float16(1 / (1 - P))),
+            "the scale is rounded to float16",
+        ),
+        (
+            ml_dtypes.bfloat16,
+            lambda x: scaled(x, np.float32, ml_dtypes.bfloat16(1 / (1 - P))),
+            "the scale is rounded to bfloat16",
+        ),
+    ],
+    ids=["unscaled", "1-p", "float64", "divided", "multiplied", "float16", "bfloat16"],
+)
+def test_mistakes_in_the_output_are_found(dump, dtype, wrong, what):
+    x = ORDINARY.astype(dtype)
+    y = wrong(x).astype(dtype)
+    result = run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS)
+    assert result.exit_code == 1
+    assert "the mask is right, but the output is not" in result.output
+    (cause,) = (line for line in result.output.splitlines() if line.startswith("this explains"))
+    assert what in cause
+
+
+def test_where_the_input_is_0_nothing_is_said_of_the_mask(dump):
+    x = ORDINARY.astype(np.float32)
+    x[2] = 0
+    y = unidrop.dropout(x, P, Key(42).fold_in("encoder/0").fold_in(7))
+    assert run(dump(y), *OPTIONS).exit_code == 1
+    assert run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS).exit_code == 0
+
+
+def test_two_dumps_are_compared_with_each_other(dump):
+    one, other = KEPT.copy(), KEPT.copy()
+    other[3, 4] ^= True
+    paths = dump(one, "one.npy"), dump(other, "other.npy")
+    result = run(*paths)
+    assert result.exit_code == 1
+    assert "1 of 300 elements differ, the first at (3, 4), index 154" in result.output
+    assert "block 19, word 1, its even element" in result.output
+    assert run(paths[0], paths[0]).exit_code == 0
+    assert run(paths[0], dump(KEPT[:3], "half.npy")).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (["{dump}"], "give --seed and --p"),
+        (["no-such-file.npy"], "no-such-file.npy"),
+        (["{text}", *OPTIONS], "is no .npy file"),
+        (["{dump}", *OPTIONS[:-1], "1.5"], "1.5"),
+        (["{dump}", "--input", "{half}", *OPTIONS], "(3, 50)"),
+        (["{dump}", *OPTIONS, "--start", "0x0"], "global_shape and start go together"),
+        (["{dump}", *OPTIONS, "--broadcast-axes", "two"], "no list of axes"),
+    ],
+    ids=["no key", "no file", "no npy", "rate", "input", "window", "axes"],
+)
+def test_bad_arguments_exit_with_2_and_are_named(dump, tmp_path, arguments, mention):
+    (tmp_path / "text.npy").write_text("text")
+    paths = {"dump": dump(KEPT), "half": dump(KEPT[:3], "half.npy"), "text": tmp_path / "text.npy"}
+    result = run(*(str(argument).format(**paths) for argument in arguments))
+    assert result.exit_code == 2
+    assert mention in result.output
+
+
+def test_a_mask_is_drawn_with_a_square_an_element(tmp_path):
+    path = tmp_path / "mask.png"
+    arguments = ["mask", *OPTIONS[:-1], "0.5", "--shape", "3x8", "--png", str(path)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    with Image.open(path) as picture:
+        side = picture.width // 8
+        assert picture.size == (8 * side, 3 * side)
+        pixels = np.asarray(picture)
+    centres = pixels[side // 2 :: side, side // 2 :: side]
+    rows = ["".join(str(int(pixel > 0)) for pixel in row) for row in centres]
+    assert rows == ["10011001", "10001011", "01101100"]
+
+
+def test_a_mask_without_elements_is_not_drawn(tmp_path):
+    arguments = ["mask", *OPTIONS, "--shape", "0x8", "--png", str(tmp_path / "mask.png")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "without elements" in result.output

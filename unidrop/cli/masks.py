@@ -1,0 +1,237 @@
+"""``unidrop mask`` prints or draws a mask; ``unidrop diff`` says what is wrong with another's."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import unidrop
+from unidrop.conformance.diagnosis import diagnose
+from unidrop.conformance.recipe import Recipe
+from unidrop.rate import Rate
+from unidrop.window import Window
+
+__all__ = ["diff", "mask"]
+
+# The longer side of a picture, about.
+_PIXELS = 1024
+
+
+class _Shape(click.ParamType[tuple[int, ...]]):
+    name = "shape"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        try:
+            shape = tuple(int(length) for length in str(value).split("x"))
+        except ValueError:
+            self.fail(f"{value!r} is no shape such as 4x8", param, ctx)
+        return shape
+
+
+class _Axes(click.ParamType[tuple[int, ...]]):
+    name = "axes"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        try:
+            return tuple(int(axis) for axis in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of axes such as 2,3", param, ctx)
+
+
+_Command = Callable[..., None]
+
+
+def _key_options(required: bool) -> Callable[[_Command], _Command]:
+    """Return what gives a command the options that say which mask is meant."""
+    options = (
+        click.option("--seed", type=int, required=required, help="0 <= seed < 2^64."),
+        click.option("--site", default=None, help="A string to fold in, such as encoder/0."),
+        click.option("--step", type=int, help="An integer to fold in, after the site."),
+        click.option(
+            "--p", type=float, required=required, help="The probability of dropping, in [0, 1]."
+        ),
+        click.option("--broadcast-axes", "axes", type=_Axes(), help="Such as 2,3."),
+        click.option("--global-shape", type=_Shape(), help="Of the array this is a block of."),
+        click.option("--start", type=_Shape(), help="Where in it the block begins, such as 4x0."),
+    )
+
+    def decorated(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorated
+
+
+@click.command()
+@_key_options(required=True)
+@click.option("--shape", type=_Shape(), required=True, help="Such as 4x8.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the key.")
+@click.option(
+    "--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw it here, and print none."
+)
+def mask(shape: tuple[int, ...], p: float, as_json: bool, png: Path | None, **which: Any) -> None:
+    """Print a mask: 1 where an element is kept, a row of the last axis a line.
+
+    For anyone who checks a kernel of their own.
+    """
+    try:
+        recipe = _recipe(shape=shape, p=p, **which)
+        keep = unidrop.keep_mask(
+            shape,
+            p,
+            recipe.key,
+            broadcast_axes=recipe.broadcast_axes,
+            global_shape=which["global_shape"],
+            start=which["start"],
+        )
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
+    rows = keep.reshape(math.prod(keep.shape[:-1]), *keep.shape[-1:])
+    if png is not None:
+        _draw(rows, png)
+    elif as_json:
+        described = {"stream": unidrop.STREAM_VERSION, "key": f"{int(recipe.key):016x}", "p": p}
+        shown = {"shape": keep.shape, "keep": keep.astype(int).tolist()}
+        click.echo(json.dumps(described | shown))
+    else:
+        for row in rows:
+            click.echo("".join(map(str, row.astype(int).reshape(-1))))
+
+
+def _recipe(
+    seed: int,
+    site: str | None,
+    step: int | None,
+    p: float,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...] | None,
+    global_shape: tuple[int, ...] | None,
+    start: tuple[int, ...] | None,
+) -> Recipe:
+    """Return what a mask's options say, or raise as the core does."""
+    folded = tuple(data for data in (site, step) if data is not None)
+    window = Window.of(shape, axes or (), global_shape, start)
+    recipe = Recipe(
+        seed, folded, Rate.of(p).p, shape, window.broadcast_axes, window.global_shape, window.start
+    )
+    int(recipe.key)
+    return recipe
+
+
+def _draw(rows: NDArray[Any], path: Path) -> None:
+    """Draw an element as a square, white where it is kept."""
+    if rows.ndim == 1:
+        rows = rows[None]
+    if rows.size == 0:
+        raise click.BadParameter("a mask without elements can't be drawn", param_hint="--png")
+    side = max(1, _PIXELS // max(rows.shape))
+    picture = Image.fromarray(np.where(rows, 255, 0).astype(np.uint8))
+    size = rows.shape[1] * side, rows.shape[0] * side
+    try:
+        picture.resize(size, Image.Resampling.NEAREST).save(path, format="PNG")
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(str(error), param_hint="--png") from None
+    click.echo(path)
+
+
+@click.command()
+@click.argument(
+    "dumps", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@_key_options(required=False)
+@click.option(
+    "--input",
+    "x_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What was dropped from (.npy), to compare the output's bits too.",
+)
+def diff(
+    dumps: tuple[Path, ...], seed: int | None, p: float | None, x_path: Path | None, **which: Any
+) -> None:
+    """Compare dumps (.npy) of somebody's masks or outputs with the specification, or with another.
+
+    A mask is of bools or of integers 0 and 1; of an output, what is not 0 was kept. With --seed and
+    --p, each dump is compared with the specification, and where it differs, the mistakes that
+    people make are tried, one or two together. Without, two dumps are compared with each other.
+
+    Exits with 1 if something differs, and with 2 on bad arguments.
+    """
+    arrays = [_read(path) for path in dumps]
+    if seed is None or p is None:
+        if len(arrays) != 2:
+            raise click.UsageError("give --seed and --p, or two dumps to compare with each other")
+        sys.exit(_compare_two(*arrays))
+    x = None if x_path is None else _read(x_path)
+    differ = []
+    for path, array in zip(dumps, arrays, strict=True):
+        try:
+            recipe = _recipe(shape=array.shape, seed=seed, p=p, **which)
+        except (TypeError, ValueError) as error:
+            raise click.UsageError(str(error)) from None
+        differ.append(_compare(path, array, x, recipe))
+    sys.exit(any(differ))
+
+
+def _read(path: Path) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise click.BadParameter(f"{path} is no .npy file: {error}") from None
+    if array.dtype == np.dtype("V2"):
+        # NumPy forgets what it does not know.
+        array = array.view(ml_dtypes.bfloat16)
+    return array
+
+
+def _compare_two(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Print where one differs from another, and return whether it does."""
+    if one.shape != other.shape:
+        click.echo(f"shapes differ: {one.shape} and {other.shape}")
+        return True
+    differing = np.flatnonzero((one != 0) != (other != 0))
+    if not differing.size:
+        click.echo(f"the same: {one.size} elements")
+        return False
+    index = int(differing[0])
+    position = tuple(int(i) for i in np.unravel_index(index, one.shape))
+    click.echo(
+        f"{differing.size} of {one.size} elements differ, the first at {position}, "
+        f"index {index}: block {index // 8}, word {index // 2 % 4}, "
+        f"its {'odd' if index % 2 else 'even'} element"
+    )
+    return True
+
+
+def _compare(path: Path, array: NDArray[Any], x: NDArray[Any] | None, recipe: Recipe) -> bool:
+    """Print how a dump differs from the specification, and why, and return whether it does."""
+    if x is not None and (x.shape, x.dtype) != (array.shape, array.dtype):
+        raise click.BadParameter(
+            f"{x.dtype} of shape {x.shape} is not what {path} has: {array.dtype} of shape "
+            f"{array.shape}",
+            param_hint="--input",
+        )
+    diagnosis = diagnose(recipe, array, x)
+    if diagnosis is None:
+        click.echo(f"{path}: as the specification says, all {array.size} elements")
+        return False
+    click.echo(f"{path}: {diagnosis.what}")
+    for cause in diagnosis.causes:
+        click.echo(f"this explains all of it: {cause}")
+    if not diagnosis.causes:
+        click.echo("no mistake that is known here, nor two together, explains it")
+    elif len(diagnosis.causes) > 1:
+        click.echo("a longer dump would tell these apart")
+    return True
