@@ -15,7 +15,7 @@ from unidrop.conformance.backend import (
     load_backends,
 )
 from unidrop.conformance.compare import ContractError
-from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
+from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
 from unidrop.conformance.core_backend import FUSED, CoreBackend, eager_modes, on_path_of
 from unidrop.conformance.matrix import Outcome, run_matrix
 from unidrop.conformance.remote import RemoteBackend
@@ -25,6 +25,7 @@ __all__ = [
     "ABILITIES",
     "CONTRACTS",
     "FUSED",
+    "SEED",
     "AbleBackend",
     "Backend",
     "Cell",

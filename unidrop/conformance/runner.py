@@ -14,7 +14,7 @@ from unidrop.conformance.backend import (
     why_lacking,
 )
 from unidrop.conformance.compare import ContractError
-from unidrop.conformance.contracts import CONTRACTS, Cell, Contract
+from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
 
 __all__ = ["Missing", "Result", "cells", "check", "check_names", "run_cell"]
 
@@ -43,6 +43,7 @@ class Result:
     expected: str = ""
     came: str = ""
     details: str = ""
+    seed: int = SEED
 
     def __str__(self) -> str:
         return "-".join((self.contract, self.backend, self.device, self.dtype, self.mode))
@@ -50,19 +51,22 @@ class Result:
     @classmethod
     def of(cls, cell: Cell, status: str, seconds: float, **what: str) -> Self:
         """Return the result of a cell."""
-        return cls(**cell.names(), status=status, seconds=seconds, **what)
+        return cls(**cell.names(), status=status, seconds=seconds, seed=cell.seed, **what)
 
     @property
     def reproduce(self) -> str:
         """The one line that runs this cell again and raises what it raised."""
+        seed = "" if self.seed == SEED else f", seed={self.seed}"
         return (
             'python -c "from unidrop.conformance import check; '
             f"check('{self.contract}', '{self.backend}', device='{self.device}', "
-            f"dtype='{self.dtype}', mode='{self.mode}')\""
+            f"dtype='{self.dtype}', mode='{self.mode}'{seed})\""
         )
 
 
-def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Missing]:
+def cells(
+    backend: Backend, contracts: Sequence[str] = (), *, seed: int = SEED
+) -> Iterator[Cell | Missing]:
     """Yield the cells of a backend, and what is missing for the others.
 
     Parameters
@@ -70,6 +74,8 @@ def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Mi
     backend : Backend
     contracts : sequence of str, default ()
         Names of contracts; all if empty.
+    seed : int, default 42
+        Of whatever the golden vectors do not fix.
 
     Raises
     ------
@@ -89,7 +95,7 @@ def cells(backend: Backend, contracts: Sequence[str] = ()) -> Iterator[Cell | Mi
                 continue
             for device in backend.devices:
                 for dtype in _dtypes(contract, backend, mode):
-                    yield Cell(contract, backend, device, dtype, mode)
+                    yield Cell(contract, backend, device, dtype, mode, seed)
     for mode, reason in backend.missing_modes.items():
         for contract in chosen:
             yield Missing(contract.name, backend.name, mode, reason)
@@ -123,7 +129,7 @@ def run_cell(cell: Cell) -> Result:
 
 def _ran(cell: Cell) -> tuple[str, dict[str, str]]:
     try:
-        cell.contract.check(cell)
+        cell.check()
     except ContractError as violation:
         return "failed", {"expected": violation.expected, "came": violation.came}
     except KeyboardInterrupt:
@@ -142,6 +148,7 @@ def check(
     device: str | None = None,
     dtype: str | None = None,
     mode: str | None = None,
+    seed: int = SEED,
 ) -> None:
     """Run one contract of one backend and raise what it raises.
 
@@ -151,6 +158,8 @@ def check(
         Their names in the matrix.
     device, dtype, mode : str, optional
         Only these; all if None.
+    seed : int, default 42
+        Of whatever the golden vectors do not fix.
 
     Raises
     ------
@@ -170,7 +179,7 @@ def check(
         raise ImportError(f"backend {backend} could not be loaded: {loaded.error}")
     chosen = [
         cell
-        for cell in cells(loaded, [contract])
+        for cell in cells(loaded, [contract], seed=seed)
         if isinstance(cell, Cell)
         and device in (None, cell.device)
         and dtype in (None, cell.dtype)
@@ -182,7 +191,7 @@ def check(
             f"device={device}, dtype={dtype}, mode={mode}"
         )
     for cell in chosen:
-        cell.contract.check(cell)
+        cell.check()
 
 
 def check_names(contracts: Sequence[str]) -> None:

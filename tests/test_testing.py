@@ -1,0 +1,131 @@
+"""The matrix in somebody else's test suite."""
+
+import textwrap
+
+import pytest
+
+CARELESS = """
+import unidrop
+from unidrop.adapters.backends.numpy import Numpy
+
+
+class make(Numpy):
+    name = "careless"
+
+    def __init__(self):
+        super().__init__()
+        self.modes = ("eager",)
+
+    def dropout(self, x, p, seed, step, *, mode, broadcast_axes=(), **options):
+        return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+"""
+
+
+@pytest.fixture
+def suite(install, pytester, monkeypatch):
+    """Run a test module of the package of a backend that is not quite right."""
+    install("careless", CARELESS)
+    for variable in ("UNIDROP_BACKENDS", "UNIDROP_SEED"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def run(decorator, *arguments, body="cell.check()"):
+        pytester.makepyfile(
+            f"""
+            from careless import make
+            from unidrop.testing import parametrize_with_contracts
+
+            @parametrize_with_contracts({decorator})
+            def test_conforms(cell):
+                {textwrap.indent(body, " " * 16).strip()}
+            """
+        )
+        return pytester.runpytest_subprocess("-v", "-p", "no:cacheprovider", *arguments)
+
+    return run
+
+
+def test_each_contract_and_dtype_is_an_item_named_as_in_the_matrix(suite):
+    result = suite("['careless'], contracts=['mask', 'output', 'broadcast-axes']")
+    result.assert_outcomes(passed=7, failed=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*test_conforms[[]mask-careless-cpu-float32-eager[]] PASSED*",
+            "*test_conforms[[]output-careless-cpu-float16-eager[]] PASSED*",
+            "*test_conforms[[]broadcast-axes-careless-cpu-float32-eager[]] FAILED*",
+        ]
+    )
+
+
+def test_a_backend_that_is_not_registered_can_be_given_itself(suite):
+    suite("[make()], contracts=['mask']").assert_outcomes(passed=1)
+
+
+def test_a_failure_that_is_expected_is_no_failure_and_its_reason_is_shown(suite):
+    decorator = (
+        "['careless'], contracts=['mask', 'broadcast-axes'], "
+        "expected_failures={'broadcast-*': 'not yet, see issue 7'}"
+    )
+    result = suite(decorator, "-rx")
+    outcomes = result.parseoutcomes()
+    assert outcomes["xfailed"] == 1
+    assert "failed" not in outcomes
+    result.stdout.fnmatch_lines(["*not yet, see issue 7*"])
+
+
+def test_an_expected_failure_that_passes_is_a_failure(suite):
+    decorator = "['careless'], contracts=['mask'], expected_failures={'mask': 'not yet'}"
+    suite(decorator).assert_outcomes(failed=1)
+
+
+def test_an_expected_failure_that_is_no_item_is_an_error(suite):
+    result = suite("['careless'], expected_failures={'maks': 'not yet'}")
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*expected_failures has to name contracts or items*maks*"])
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_backends_are_chosen_by_an_option_or_a_variable(suite, monkeypatch, how):
+    arguments = ["--unidrop-backend", "numpy"] if how == "option" else []
+    if how == "variable":
+        monkeypatch.setenv("UNIDROP_BACKENDS", "numpy,array-api-strict")
+    result = suite("['careless', 'numpy'], contracts=['mask']", *arguments)
+    result.assert_outcomes(passed=2)
+    assert "careless-cpu" not in result.stdout.str()
+
+
+def test_a_choice_that_names_no_backend_is_an_error(suite):
+    result = suite("['careless']", "--unidrop-backend", "carefull")
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*backend has to be one of*careless*carefull*"])
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_the_seed_is_chosen_by_an_option_or_a_variable(suite, monkeypatch, how):
+    arguments = ["--unidrop-seed", "7"] if how == "option" else []
+    if how == "variable":
+        monkeypatch.setenv("UNIDROP_SEED", "7")
+    body = "assert cell.seed == 7\ncell.check()"
+    suite("['careless'], contracts=['steps', 'rate']", *arguments, body=body).assert_outcomes(
+        passed=2
+    )
+
+
+def test_a_backend_that_can_not_be_loaded_is_an_error_that_says_why(suite, install):
+    install("absent", "import no_such_library")
+    result = suite("['absent']")
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*backend absent could not be loaded*no_such_library*"])
+
+
+def test_pytest_without_such_tests_imports_nothing_of_unidrop(pytester):
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_modules():
+            loaded = {name for name in sys.modules if name.startswith("unidrop")}
+            assert not any(name in sys.modules for name in ("torch", "jax", "tensorflow"))
+            assert "unidrop.conformance.contracts" not in loaded
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)

@@ -1,0 +1,171 @@
+"""What a contract is, and the cell in which it is run: one backend, device, dtype and mode."""
+
+import math
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+import unidrop
+from unidrop.conformance.backend import ABILITIES, AbleBackend, Backend
+from unidrop.conformance.compare import ContractError, numpy_dtype
+
+__all__ = ["CONTRACTS", "SEED", "STEPS", "Cell", "Contract", "by_core", "check_some", "contract"]
+
+#: The seed of cells that are given no other.
+SEED = 42
+
+#: How many steps a compiled mode has to take with what it traced at the first.
+STEPS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """A named check with one sentence of what it promises.
+
+    Attributes
+    ----------
+    name, promise : str
+    check : callable
+    needs : tuple of str
+        The abilities without which it can't be run.
+    every_dtype : bool
+        Whether it is run for each dtype of a mode, or for one.
+    in_compiled : bool
+        Whether the former is so in compiled modes too, where each takes compilations.
+    compiled_only : bool
+        Whether it is about compiled modes.
+    """
+
+    name: str
+    promise: str
+    check: Callable[["Cell"], None]
+    needs: tuple[str, ...]
+    every_dtype: bool
+    in_compiled: bool
+    compiled_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One contract for one backend, device, dtype and mode.
+
+    The seed is that of whatever the golden vectors do not fix.
+    """
+
+    contract: Contract
+    backend: Backend
+    device: str
+    dtype: str
+    mode: str
+    seed: int = SEED
+
+    def __str__(self) -> str:
+        return "-".join(self.names().values())
+
+    def names(self) -> dict[str, str]:
+        """Return what names the cell."""
+        return {
+            "contract": self.contract.name,
+            "backend": self.backend.name,
+            "device": self.device,
+            "dtype": self.dtype,
+            "mode": self.mode,
+        }
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the mode compiles each shape and rate, so that a contract looks at fewer."""
+        return self.mode in self.backend.compiled_modes
+
+    @property
+    def able(self) -> AbleBackend:
+        """The backend, seen as one that has the abilities which the contract needs."""
+        return cast(AbleBackend, self.backend)
+
+    def array(self, x: NDArray[Any]) -> Any:
+        """Return a NumPy array as the backend's."""
+        return self.backend.from_numpy(x, self.device, self.mode)
+
+    def ones(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return ones of the cell's dtype, as NumPy's."""
+        return np.ones(shape, dtype=numpy_dtype(self.dtype))
+
+    def values(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return ordinary values of the cell's dtype between -2 and 2, none of them 0."""
+        size = math.prod(shape)
+        real = np.linspace(-2, 2, 2 * size + 2)[1::2][:size].reshape(shape)
+        if self.dtype.startswith("complex"):
+            return np.asarray(real + 1j * np.flip(real), dtype=self.dtype)
+        return real.astype(numpy_dtype(self.dtype))
+
+    def dropout(
+        self, x: NDArray[Any], p: Any, step: int = 0, *, seed: int | None = None, **options: Any
+    ) -> NDArray[Any]:
+        """Run the backend's dropout on a NumPy array and return NumPy's."""
+        seed = self.seed if seed is None else seed
+        y = self.backend.dropout(self.array(x), p, seed, step, mode=self.mode, **options)
+        return self.backend.to_numpy(y)
+
+    def keeps(
+        self, shape: tuple[int, ...], p: float, step: int = 0, **options: Any
+    ) -> NDArray[np.bool]:
+        """Return which elements the backend keeps."""
+        kept: NDArray[np.bool] = self.dropout(self.ones(shape), p, step, **options) != 0
+        return kept
+
+    def key(self, step: int) -> unidrop.Key:
+        """Return the key of a step of the cell's seed."""
+        return unidrop.Key(self.seed).fold_in(step)
+
+    def check(self) -> None:
+        """Run the contract, and raise ContractError or what else there is where it fails."""
+        self.contract.check(self)
+
+
+#: All contracts by their names, in the order in which they are shown.
+CONTRACTS: dict[str, Contract] = {}
+
+
+def contract(
+    name: str,
+    promise: str,
+    needs: tuple[str, ...] = (),
+    *,
+    every_dtype: bool = False,
+    in_compiled: bool = False,
+    compiled_only: bool = False,
+) -> Callable[[Callable[[Cell], None]], Callable[[Cell], None]]:
+    """Register the check of a contract, whose attributes are those of `Contract`.
+
+    Raises
+    ------
+    ValueError
+        If it needs what is no ability.
+    """
+    if not set(needs) <= set(ABILITIES):
+        raise ValueError(f"needs has to name abilities, but got {needs}")
+
+    def register(check: Callable[[Cell], None]) -> Callable[[Cell], None]:
+        CONTRACTS[name] = Contract(
+            name, promise, check, needs, every_dtype, in_compiled, compiled_only
+        )
+        return check
+
+    return register
+
+
+def by_core(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call the core on its portable path, which no kernel has a part in."""
+    with unidrop.only("portable"):
+        return function(*args, **options)
+
+
+def check_some(chosen: Sized) -> None:
+    """Raise ContractError where there is nothing to compare: that would hold of anything."""
+    if not chosen:
+        raise ContractError(
+            "something to compare, such as a golden vector of a step it takes", "none"
+        )

@@ -1,0 +1,31 @@
+"""Contracts of the generator and of keys."""
+
+import unidrop
+from unidrop.conformance.compare import check_equal
+from unidrop.conformance.contracts.contract import Cell, contract
+from unidrop.conformance.golden import read_golden
+
+
+@contract("generator", "The generator gives its known answers on the backend's arrays.", ("words",))
+def _generator(cell: Cell) -> None:
+    for vector in read_golden()["generator"]:
+        counter, key, words = (
+            [int(word, 16) for word in vector[name]] for name in ("counter", "key", "words")
+        )
+        came = cell.able.words(counter, key, mode=cell.mode)
+        check_equal(came, words, f"words of counter {vector['counter']}:")
+
+
+@contract("keys", "Integers and strings fold to the keys of the golden vectors.", ("key",))
+def _keys(cell: Cell) -> None:
+    for vector in read_golden()["keys"]:
+        data = [i["str"] if "str" in i else int(i["int"], 16) for i in vector["fold_in"]]
+        came = cell.able.key(int(vector["seed"], 16), *data)
+        check_equal(f"{came:016x}", vector["key"], f"key of {vector['fold_in']}:")
+
+
+@contract("traced-key", "A step that is an array folds to the key of its value.", ("traced_key",))
+def _traced_key(cell: Cell) -> None:
+    for seed, step in ((0, 0), (42, 7), (2**64 - 1, 2**31 - 1)):
+        came = cell.able.traced_key(seed, step, mode=cell.mode)
+        check_equal(f"{came:016x}", f"{int(unidrop.Key(seed).fold_in(step)):016x}", "key")

@@ -1,0 +1,162 @@
+"""Contracts of masks: which elements are kept, of any shape, window, layout and thread."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+import unidrop
+from unidrop.conformance.backend import has_ability
+from unidrop.conformance.compare import check_equal, check_mask, check_output
+from unidrop.conformance.contracts.contract import STEPS, Cell, by_core, check_some, contract
+from unidrop.conformance.golden import GoldenMask, golden_masks, read_golden
+
+# Where each shape and rate is compiled anew, of as many golden vectors as there are, these few.
+_TELLING = (
+    "size-257",
+    "shape-0d",
+    "shape-2x3x5x7",
+    "rate-0.001",
+    "seed-2^64-1-step-7",
+    "rate-2^-32-threshold-1",
+    "threshold-equals-u-even-0",
+    "threshold-is-u-plus-1-even-0",
+    "threshold-equals-u-odd-1",
+    "threshold-is-u-plus-1-odd-1",
+    "broadcast-leading",
+    "broadcast-channel-dropout",
+    "window-unaligned-7",
+    "window-inner-of-37",
+    "window-across-index-2^35-2d",
+)
+
+
+@contract("mask", "The mask is that of the golden vectors, bit for bit, at any shape and rate.")
+def _mask(cell: Cell) -> None:
+    _check_golden_masks(cell, lambda g: not g.options and not _is_threshold_case(g))
+
+
+@contract("threshold", "An element is kept where u >= T: at u = T kept, at u = T - 1 dropped.")
+def _threshold(cell: Cell) -> None:
+    windows = has_ability(cell.backend, "windows", cell.mode)
+    _check_golden_masks(
+        cell, lambda g: _is_threshold_case(g) and (windows or g.global_shape is None)
+    )
+
+
+@contract(
+    "broadcast-axes",
+    "Along broadcast axes one decision is shared, and the mask is numbered without them.",
+    ("broadcast_axes",),
+)
+def _broadcast_axes(cell: Cell) -> None:
+    _check_golden_masks(cell, lambda g: bool(g.broadcast_axes) and g.global_shape is None)
+
+
+@contract(
+    "windows",
+    "A window gets its block of the whole mask, also beyond 2^32 elements.",
+    ("windows", "broadcast_axes"),
+)
+def _windows(cell: Cell) -> None:
+    _check_golden_masks(cell, lambda g: g.global_shape is not None and not _is_threshold_case(g))
+
+
+@contract("windows-tile", "Windows of any cut tile the whole.", ("windows",))
+def _windows_tile(cell: Cell) -> None:
+    whole = (6, 5, 11)
+    expected = by_core(unidrop.keep_mask, whole, 0.3, cell.key(5))
+    came = np.zeros(whole, dtype=bool)
+    for rows in (slice(0, 1), slice(1, 6)):
+        for columns in (slice(0, 3), slice(3, 11)):
+            block = came[rows, :, columns]
+            start = (rows.start, 0, columns.start)
+            block[...] = cell.keeps(block.shape, 0.3, 5, global_shape=whole, start=start)
+    check_mask(came, expected, "the whole")
+
+
+@contract("large-mask", "A large mask, made in pieces or at once, is that of the specification.")
+def _large_mask(cell: Cell) -> None:
+    for digest in read_golden()["digests"]:
+        keep = cell.keeps(
+            tuple(digest["shape"]), digest["p"], digest["step"], seed=int(digest["seed"], 16)
+        )
+        check_equal(int(keep.sum()), digest["kept"], f"mask {digest['name']!r}: number kept")
+        packed = np.packbits(keep).tobytes()
+        came = hashlib.blake2b(packed, digest_size=8).hexdigest()
+        check_equal(came, digest["blake2b"], f"mask {digest['name']!r}: digest of its bits")
+
+
+@contract("returned-mask", "return_mask returns the mask that was applied.", ("mask",))
+def _returned_mask(cell: Cell) -> None:
+    x = cell.ones((9, 11))
+    for p, training in ((0.4, True), (0, True), (0.4, False), (1, True)):
+        y, mask = cell.backend.dropout(
+            cell.array(x), p, cell.seed, 1, mode=cell.mode, training=training, return_mask=True
+        )
+        expected = by_core(unidrop.keep_mask, (9, 11), p, cell.key(1), training=training)
+        check_mask(cell.backend.to_numpy(mask), expected, f"mask at p = {p}, training = {training}")
+        check_mask(cell.backend.to_numpy(y) != 0, expected, f"output at p = {p}")
+
+
+@contract("steps", "Each step has the mask of its own key, whatever ran before.")
+def _steps(cell: Cell) -> None:
+    for step in (0, 1, 2, 1, 2**31 - 1, 0):
+        expected = by_core(unidrop.keep_mask, (7, 9), 0.5, cell.key(step))
+        check_mask(cell.keeps((7, 9), 0.5, step), expected, f"mask of step {step}")
+
+
+@contract(
+    "traces",
+    "A compiled mode is traced once, however often the step moves.",
+    ("traces",),
+    compiled_only=True,
+)
+def _traces(cell: Cell) -> None:
+    before = cell.able.traces(cell.mode)
+    for step in range(STEPS):
+        cell.keeps((5, 13), 0.37, step)
+    traced = cell.able.traces(cell.mode) - before
+    check_equal(traced, 1, f"traces over {STEPS} steps:")
+
+
+@contract("layout", "The mask follows logical indices, whatever the memory layout.", ("layouts",))
+def _layout(cell: Cell) -> None:
+    x = cell.values((4, 6, 5, 3))
+    expected = by_core(unidrop.dropout, x, 0.4, cell.key(4))
+    layouts = cell.able.layouts(cell.array(x))
+    check_some(layouts)
+    for name, array in layouts.items():
+        y = cell.backend.to_numpy(cell.backend.dropout(array, 0.4, cell.seed, 4, mode=cell.mode))
+        check_output(y, expected, x, f"output of layout {name!r}")
+
+
+@contract("threads", "Calls from many threads give the masks of their keys.")
+def _threads(cell: Cell) -> None:
+    def keeps(step: int) -> NDArray[np.bool]:
+        return cell.keeps((65, 33), 0.2, step)
+
+    with ThreadPoolExecutor(8) as pool:
+        for step, keep in enumerate(pool.map(keeps, range(16))):
+            expected = by_core(unidrop.keep_mask, (65, 33), 0.2, cell.key(step))
+            check_mask(keep, expected, f"mask of step {step}")
+
+
+def _check_golden_masks(cell: Cell, where: Callable[[GoldenMask], bool]) -> None:
+    chosen = [g for g in golden_masks() if g.step < cell.backend.step_limit and where(g)]
+    if cell.is_compiled:
+        chosen = [g for g in chosen if g.name in _TELLING]
+    check_some(chosen)
+    for golden in chosen:
+        keep = cell.keeps(golden.shape, golden.p, golden.step, seed=golden.seed, **golden.options)
+        expected = np.broadcast_to(golden.keep, golden.shape)
+        what = (
+            f"mask {golden.name!r} (p = {golden.p!r}, step {golden.step} of key {golden.seed:#x})"
+        )
+        check_mask(keep, expected, what)
+
+
+def _is_threshold_case(golden: GoldenMask) -> bool:
+    return golden.name.startswith("threshold") or "-u-" in golden.name

@@ -1,0 +1,129 @@
+"""Contracts of outputs and gradients, and of arguments that are refused."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import unidrop
+from unidrop.conformance.compare import ContractError, check_equal, check_output, numpy_dtype
+from unidrop.conformance.contracts.contract import Cell, by_core, check_some, contract
+from unidrop.conformance.golden import GoldenOutput, golden_outputs
+
+
+@contract(
+    "output",
+    "The output is that of the golden vectors, bit for bit, by the output rule.",
+    every_dtype=True,
+    in_compiled=True,
+)
+def _output(cell: Cell) -> None:
+    for golden in _golden_outputs(cell):
+        with np.errstate(all="ignore"):
+            y = cell.dropout(golden.x, golden.p, golden.step, seed=golden.seed)
+            check_output(y, golden.y, golden.x, f"output {golden.name!r}")
+
+
+@contract(
+    "gradient",
+    "The gradient is the output rule applied to the upstream gradient, by the forward's mask.",
+    ("gradient",),
+    every_dtype=True,
+    in_compiled=True,
+)
+def _gradient(cell: Cell) -> None:
+    for golden in _golden_outputs(cell):
+        x = cell.array(cell.values(golden.x.shape))
+        upstream = cell.array(golden.x)
+        with np.errstate(all="ignore"):
+            came = cell.able.gradient(
+                x, upstream, golden.p, golden.seed, golden.step, mode=cell.mode
+            )
+            what = f"gradient for the upstream gradient x of output {golden.name!r}"
+            check_output(cell.backend.to_numpy(came), golden.y, golden.x, what)
+
+
+@contract(
+    "dropped-is-zero", "A dropped NaN or infinity is +0, and p = 1 drops all.", every_dtype=True
+)
+def _dropped_is_zero(cell: Cell) -> None:
+    x = cell.ones((64,))
+    for value in (np.nan, np.inf, -np.inf, -1.0):
+        x[...] = value
+        with np.errstate(all="ignore"):
+            y, none = cell.dropout(x, 0.5), cell.dropout(x, 1)
+        keep = by_core(unidrop.keep_mask, (64,), 0.5, cell.key(0))
+        zeros = np.zeros_like(x)
+        check_output(y[~keep], zeros[~keep], x[~keep], f"dropped {value}")
+        check_output(none, zeros, x, f"p = 1 of {value}")
+
+
+@contract("nothing-to-drop", "p = 0 and training = False return x unchanged.", every_dtype=True)
+def _nothing_to_drop(cell: Cell) -> None:
+    x = cell.values((5, 7))
+    x.reshape(-1)[:4] = (np.nan, np.inf, -np.inf, -0.0)
+    for options in ({"p": 0}, {"p": 0.0}, {"p": 0.5, "training": False}):
+        y = cell.dropout(x, options.pop("p"), **options)
+        check_equal(y.tobytes(), x.tobytes(), "the bytes of x,")
+
+
+@contract(
+    "shape-dtype-device", "Shape, dtype and device are x's, 0-d and empty too.", every_dtype=True
+)
+def _shape_dtype_device(cell: Cell) -> None:
+    shapes = (
+        ((), (3, 0, 2), (2, 3, 5)) if cell.is_compiled else ((), (0,), (3, 0, 2), (1,), (2, 3, 5))
+    )
+    for shape in shapes:
+        x = cell.array(cell.values(shape))
+        y = cell.backend.dropout(x, 0.5, cell.seed, 0, mode=cell.mode)
+        check_equal(cell.backend.device_of(y), cell.device, "device")
+        came = cell.backend.to_numpy(y)
+        check_equal(came.shape, shape, "shape")
+        check_equal(came.dtype, numpy_dtype(cell.dtype), "dtype")
+
+
+@contract(
+    "bad-rate",
+    "A rate outside [0, 1] or NaN raises ValueError, and what is no Python number TypeError; the "
+    "message says what came.",
+)
+def _bad_rate(cell: Cell) -> None:
+    for outside in (-0.1, 1.5, math.nan):
+        _check_raises(cell, (ValueError,), cell.ones((4,)), outside, str(outside))
+    for other in (True, np.float32(0.1), "0.5", None):
+        _check_raises(cell, (TypeError,), cell.ones((4,)), other, str(other))
+
+
+@contract(
+    "bad-dtype",
+    "An array of integers or bools raises TypeError or ValueError that names its dtype.",
+)
+def _bad_dtype(cell: Cell) -> None:
+    for dtype in ("int32", "int64", "uint8", "bool"):
+        x = np.ones(4, dtype=dtype)
+        mention = str(cell.backend.to_numpy(cell.array(x)).dtype)
+        _check_raises(cell, (TypeError, ValueError), x, 0.5, mention)
+
+
+def _golden_outputs(cell: Cell) -> list[GoldenOutput]:
+    limit = cell.backend.step_limit
+    chosen = [g for g in golden_outputs() if g.dtype == cell.dtype and g.step < limit]
+    check_some(chosen)
+    # The first has a scale that no dtype holds exactly.
+    return chosen[:1] if cell.is_compiled else chosen
+
+
+def _check_raises(
+    cell: Cell, errors: tuple[type[Exception], ...], x: NDArray[Any], p: Any, mention: str
+) -> None:
+    names = " or ".join(error.__name__ for error in errors)
+    expected = f"{names} that mentions {mention!r}, for p = {p!r} and x of {x.dtype}"
+    try:
+        cell.dropout(x, p)
+    except Exception as error:
+        if not isinstance(error, errors) or mention not in str(error):
+            raise ContractError(expected, repr(error)) from None
+        return
+    raise ContractError(expected, "no error")
