@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,20 +17,43 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from unidrop.conformance import CONTRACTS, Outcome, backend_names, run_matrix
+from unidrop.conformance import CONTRACTS, SEED, Outcome, backend_names, run_matrix
 from unidrop.conformance.matrix import backend_of
-from unidrop.conformance.report import Report
+from unidrop.conformance.reports import (
+    Report,
+    print_report,
+    to_html,
+    to_json,
+    to_junit,
+    to_markdown,
+)
 from unidrop.threads import cpu_count
 
 __all__ = ["conformance"]
+
+# What a run can be written as, and by whom.
+_FORMATS: dict[str, Callable[[Report], str]] = {
+    "html": to_html,
+    "json": to_json,
+    "junit": to_junit,
+    "markdown": to_markdown,
+}
+
+
+def _format_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each format, which names a file."""
+    for name in reversed(list(_FORMATS)):
+        path = click.Path(dir_okay=False, path_type=Path)
+        command = click.option(f"--{name}", type=path, metavar="FILE", help=f"Write {name} here.")(
+            command
+        )
+    return command
 
 
 @click.command()
 @click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated.")
 @click.option("--contract", "contracts", multiple=True, help="Only this contract; repeatable.")
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write JSON here."
-)
+@_format_options
 @click.option(
     "--jobs", type=click.IntRange(1), help="Backends that run at a time; the number of CPUs if not."
 )
@@ -40,16 +64,24 @@ __all__ = ["conformance"]
     show_default=True,
     help="Seconds after which a contract has failed, and its backend is given up.",
 )
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=SEED,
+    show_default=True,
+    help="Of whatever the golden vectors do not fix.",
+)
 @click.option("--traceback", "tracebacks", is_flag=True, help="Print where what failed was raised.")
 @click.option("--list", "listing", is_flag=True, help="List the contracts and backends, run none.")
 def conformance(
     backends: tuple[str, ...],
     contracts: tuple[str, ...],
-    json_path: Path | None,
     jobs: int | None,
     timeout: float,
     tracebacks: bool,
     listing: bool,
+    seed: int,
+    **files: Path | None,
 ) -> None:
     """Run the conformance matrix over every installed backend, each in a process of its own.
 
@@ -60,17 +92,20 @@ def conformance(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A log has no width of its own; the table needs about this much.
     console = Console(width=None if sys.stdout.isatty() else 200)
-    if json_path is not None and not json_path.parent.is_dir():
-        raise click.BadParameter(f"{json_path.parent} is no folder", param_hint="--json")
+    for name, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise click.BadParameter(f"{path.parent} is no folder", param_hint=f"--{name}")
     _check_names("--contract", contracts, list(CONTRACTS))
     _check_names("--backend", backends, backend_names())
     if listing:
         _list(console, backends)
         return
-    report = Report(_run(console, backends, contracts, jobs or cpu_count(), timeout))
-    report.print(console, tracebacks=tracebacks)
-    if json_path is not None:
-        json_path.write_text(report.to_json() + "\n", encoding="utf-8")
+    options = {"jobs": jobs or cpu_count(), "timeout": timeout, "seed": seed}
+    report = Report(_run(console, backends, contracts, options))
+    print_report(report, console, tracebacks=tracebacks)
+    for name, path in files.items():
+        if path is not None:
+            path.write_text(_FORMATS[name](report).rstrip() + "\n", encoding="utf-8")
     # A backend that was asked for is not just passed over.
     if not report.is_good or (backends and report.unavailable):
         sys.exit(1)
@@ -86,8 +121,7 @@ def _run(
     console: Console,
     backends: tuple[str, ...],
     contracts: tuple[str, ...],
-    jobs: int,
-    timeout: float,
+    options: Mapping[str, Any],
 ) -> Iterator[Outcome]:
     """Yield outcomes, with a bar for all backends that have begun."""
     columns = (
@@ -104,7 +138,7 @@ def _run(
         def begun(backend: str, count: int) -> None:
             tasks[backend] = bar.add_task(backend, total=count)
 
-        for outcome in run_matrix(backends, contracts, jobs=jobs, timeout=timeout, begun=begun):
+        for outcome in run_matrix(backends, contracts, begun=begun, **options):
             yield outcome
             if backend_of(outcome) in tasks:
                 bar.advance(tasks[backend_of(outcome)])

@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from unidrop.conformance.backend import UnavailableBackend, backend_names, load_backends
-from unidrop.conformance.contracts import Cell
+from unidrop.conformance.contracts import SEED, Cell
 from unidrop.conformance.process import Process, ProcessEndedError
 from unidrop.conformance.runner import Missing, Result, cells, check_names, run_cell
 
@@ -47,6 +47,7 @@ def run_matrix(
     *,
     jobs: int,
     timeout: float | None = None,
+    seed: int = SEED,
     begun: Callable[[str, int], None] = lambda backend, count: None,
 ) -> Iterator[Outcome]:
     """Run contracts of backends, and yield what comes of each as it comes.
@@ -59,6 +60,8 @@ def run_matrix(
         How many backends run at a time.
     timeout : float, optional
         Seconds after which a cell has failed, and its backend is given up.
+    seed : int, default 42
+        Of whatever the golden vectors do not fix.
     begun : callable, optional
         Told the name of each backend that has been loaded, and how many outcomes it will have.
 
@@ -68,7 +71,7 @@ def run_matrix(
         If no backend or contract has a name; says which there are.
     """
     check_names(contracts)
-    runs = [_Run(name, contracts, timeout, begun) for name in backend_names(backends)]
+    runs = [_Run(name, (contracts, seed), timeout, begun) for name in backend_names(backends)]
     return _outcomes(runs, jobs)
 
 
@@ -99,12 +102,12 @@ class _Run:
     def __init__(
         self,
         name: str,
-        contracts: Sequence[str],
+        what: tuple[Sequence[str], int],
         timeout: float | None,
         begun: Callable[[str, int], None],
     ) -> None:
         self._name = name
-        self._contracts = contracts
+        self._contracts, self._seed = what
         self._timeout = timeout
         self._begun = begun
         self._process: Process | None = None
@@ -130,7 +133,7 @@ class _Run:
         target = f"{__name__}:{_Served.__name__}"
         self._process = Process(f"backend {self._name}", target, _ENVIRONMENT, printed)
         try:
-            plan = self._call("plan", self._name, list(self._contracts))
+            plan = self._call("plan", self._name, list(self._contracts), self._seed)
         except (ProcessEndedError, TimeoutError) as error:
             yield UnavailableBackend(self._name, self._how(error), _last_lines(printed))
             return
@@ -167,9 +170,11 @@ def _last_lines(printed: IO[bytes]) -> str:
 class _Served:
     """One backend's part of the matrix, in the process that has the backend."""
 
-    def plan(self, name: str, contracts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    def plan(
+        self, name: str, contracts: Sequence[str], seed: int
+    ) -> list[tuple[str, dict[str, Any]]]:
         """Load the backend, and return its outcomes, where they are known before it runs."""
-        self._planned = _planned(name, contracts)
+        self._planned = _planned(name, contracts, seed)
         return [_described(item) for item in self._planned]
 
     def run(self, number: int) -> dict[str, Any]:
@@ -182,12 +187,12 @@ class _Served:
 _Planned = Cell | Missing | UnavailableBackend
 
 
-def _planned(name: str, contracts: Sequence[str]) -> list[_Planned]:
+def _planned(name: str, contracts: Sequence[str], seed: int) -> list[_Planned]:
     (backend,) = load_backends([name])
     if isinstance(backend, UnavailableBackend):
         return [backend]
     try:
-        return list(cells(backend, contracts))
+        return list(cells(backend, contracts, seed=seed))
     except BaseException as error:  # of what it says of itself, which may be anything
         return [UnavailableBackend.of(name, error)]
 
