@@ -3,6 +3,7 @@
 Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
 """
 
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
@@ -98,12 +99,24 @@ class _Keyed(keras.layers.Layer):
 
     def _next_key(self, rank: Any) -> Key:
         """Return the key of this call, by replicas that don't know their windows one for each."""
-        with _COUNTING:
-            state = self.seed_generator.next()
+        state = self.seed_generator.state.value
+        # A trace is of one thread, and torch.compile can't record a lock.
+        with nullcontext() if library_of(state).is_traced(state) else _COUNTING:
+            state = self._advanced()
         if not library_of(state).is_traced(state):
             state = [int(number) for number in keras.ops.convert_to_numpy(state)]
         key = Key.from_words(state[0], 0) if self._key is None else self._key
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
+
+    def _advanced(self) -> Any:
+        """Return the seed and call number as they are, and count; as `SeedGenerator.next` does.
+
+        Keras makes an array of NumPy on the way, which torch.compile can't record.
+        """
+        state = self.seed_generator.state
+        before = state.value * 1
+        state.assign(before + keras.ops.convert_to_tensor([0, 1], dtype=state.dtype))
+        return before
 
     def _uncount(self) -> None:
         """Take back a call that raised; one that raised while it was traced was never counted."""
