@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 import keras
+import numpy as np
 
 from unidrop.dropout import Call
 from unidrop.key import Key
@@ -35,7 +36,9 @@ class _Keyed(keras.layers.Layer):
     def _set_key(self, seed: int | Key | None) -> None:
         self.seed = int(seed) if isinstance(seed, Key) else seed
         self._key = Key(seed) if isinstance(seed, int) else seed
-        # Looked up here, since what is looked up for the first time can't be compiled by torch.
+        # Looked up here, since what is looked up for the first time can't be compiled by torch, and
+        # has it compile again what it has: NumPy's arrays too, which users compare with.
+        library_of(np.zeros(0))
         library_of(keras.ops.convert_to_tensor(0))
         if self.rate > 0:
             library_of(self.seed_generator.state.value)

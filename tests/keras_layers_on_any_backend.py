@@ -157,3 +157,20 @@ def test_both_directions_have_a_call_of_their_own():
     y = keras.ops.convert_to_numpy(model(x, training=True))
     assert y.shape == (4, 10)
     assert set(np.unique(y)) <= {0.0, 2.0, 4.0}
+
+
+if BACKEND == "torch":
+
+    def test_torch_compile_records_a_layer_in_one_graph_for_all_its_calls():
+        import torch
+
+        layer = Dropout(0.5, seed=SITE)
+        layer(keras.Input((10,)))
+        compiled = torch.compile(
+            lambda x: layer(x, training=True), fullgraph=True, backend="aot_eager"
+        )
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for n in range(100):
+            assert_bits(compiled(torch.from_numpy(X)), dropped(X, n))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+        assert layer.calls == 100

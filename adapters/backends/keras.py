@@ -21,6 +21,7 @@ from unidrop.adapters.backends.keras_modes import (
     REMATERIALISED,
     UNFIT,
     compiled_modes,
+    graphs,
     made_in_mode,
     scope_of,
     tensor_of,
@@ -138,7 +139,7 @@ class Keras:
 
     def traces(self, mode: str) -> int:
         """Return how often a function around a layer was traced."""
-        return self._traces
+        return graphs() if self._backend == "torch" else self._traces
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Differentiate a call of the layer."""

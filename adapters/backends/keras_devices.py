@@ -51,8 +51,7 @@ class _TwoDevices(Keras):
         self.compiled_modes = (_GRAPH,)
         self.mode_limits = {}
         self.missing_modes = {
-            "XLA": "XLA can't compile what replicas tell each other: the lengths of their parts, "
-            "as the sum of their gradients",
+            "XLA": "XLA compiles for one device, and can't reach a replica's variables on another",
         }
 
     def scope(self, mode: str) -> AbstractContextManager[Any]:
@@ -68,9 +67,7 @@ class _TwoDevices(Keras):
 class _Replicas(AtOnce):
     """Calls a layer in each replica, by `Strategy.run`."""
 
-    def __init__(
-        self, layer: Dropout, count: Callable[[], None], strategy: Any, mode: str
-    ) -> None:
+    def __init__(self, layer: Dropout, count: Callable[[], None], strategy: Any, mode: str) -> None:
         super().__init__(layer, count)
         self._strategy = strategy
         self._mode = mode

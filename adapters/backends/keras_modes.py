@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import keras
@@ -19,6 +20,7 @@ __all__ = [
     "AtOnce",
     "Fitted",
     "compiled_modes",
+    "graphs",
     "made_in_mode",
     "scope_of",
     "tensor_of",
@@ -39,7 +41,12 @@ _OWN = "fit takes the gradients itself, and gives none away"
 #: What does not apply where a model is trained.
 UNFIT: Mapping[str, str] = dict.fromkeys(("gradient", "layer_gradient"), _OWN)
 
-_EMPTIED = "Keras on JAX takes a model's state away while it fits, and an error leaves it without any"
+_WRAPPED = (
+    "torch can't record how Keras rewords an error of its layers, and raises one of its own kind"
+)
+_EMPTIED = (
+    "Keras on JAX takes a model's state away while it fits, and an error leaves it without any"
+)
 
 _OUTER = "RematScope around a layer of layers"
 _CALLED_AGAIN = (
@@ -64,7 +71,8 @@ LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "jax": {
         "eager": {"traces": "JAX compiles single operations where it runs eagerly"},
         "fit": {**UNFIT, "layer-error": _EMPTIED},
-    }
+    },
+    "torch": {"torch.compile": dict.fromkeys(("bad-dtype", "layer-error"), _WRAPPED)},
 }
 
 
@@ -89,6 +97,13 @@ def made_in_mode(layer: Dropout, mode: str, count: Callable[[], None]) -> Any:
         return Fitted(layer, count, jit_compile=mode == "fit XLA" or "auto")
     make = _COMPILED.get(backend, {}).get(mode, _EAGER.get(backend, AtOnce))
     return make(layer, count)
+
+
+def graphs() -> int:
+    """Return how many graphs torch.compile has made, by torch's own count."""
+    import torch._dynamo.utils
+
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def tensor_of(x: NDArray[Any]) -> Any:
@@ -159,6 +174,29 @@ class _Torch(AtOnce):
         return y.detach(), lambda upstream: torch.autograd.grad(y, x, upstream)[0]
 
 
+class _Compiled(_Torch):
+    """A layer under `torch.compile`, all of it in one graph."""
+
+    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+        import torch
+
+        super().__init__(layer, count)
+        # What Keras notes of a layer's first call would have it traced again at the second.
+        layer(keras.Input((None,)))
+        # Where the matrix has a hundred layers, torch would give up after the eighth.
+        torch._dynamo.config.recompile_limit = 1 << 20
+
+        def run(x: Any, training: bool) -> Any:
+            return layer(x, training=training)
+
+        # Of code of its own, so that its graphs are not sought among those of other layers.
+        own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+        self._run = torch.compile(own, fullgraph=True)
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        return self._run(x, training)
+
+
 class _Jax(AtOnce):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         import jax
@@ -203,6 +241,7 @@ _EAGER: Mapping[str, type[AtOnce]] = {"tensorflow": _TensorFlow, "jax": _Jax, "t
 _COMPILED: Mapping[str, Mapping[str, type[AtOnce]]] = {
     "tensorflow": {"tf.function": _Function, "XLA": _Xla},
     "jax": {"jit": _Jit},
+    "torch": {"torch.compile": _Compiled},
 }
 
 
