@@ -108,6 +108,12 @@ class _Keyed(keras.layers.Layer):
             state = self._advanced()
         if not library_of(state).is_traced(state):
             state = [int(number) for number in keras.ops.convert_to_numpy(state)]
+            if not 0 <= state[1] < 1 << 31:
+                self._uncount()
+                raise ValueError(
+                    "calls has to be below 2**31, which is as far as Keras' state counts on any backend: give "
+                    "the layer another seed, and set its calls to 0"
+                )
         key = Key.from_words(state[0], 0) if self._key is None else self._key
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
@@ -158,7 +164,8 @@ def _keras_seed(seed: Any) -> int | None:
         return int(seed) & 0x7FFFFFFF
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(
-            f"Argument `seed` must be an integer or a unidrop.Key. Received: seed={seed}"
+            "Argument `seed` must be an integer, 0 <= seed < 2**64, or a unidrop.Key, such as "
+            f"Key(42).fold_in('encoder/0'). Received: seed={seed}"
         )
     return int(Key(seed)) & 0x7FFFFFFF
 
@@ -185,7 +192,8 @@ class Dropout(_Keyed, keras.layers.Dropout):
         Between 0 and 1. Fraction of the input units to drop.
     noise_shape : sequence of int or None, optional
         The shape of the mask: 1 where one decision is shared, None or the input's own length
-        elsewhere, as ``(None, 1, features)`` for the same mask at all timesteps.
+        elsewhere, as ``(None, 1, features)`` for the same mask at all timesteps. A length that
+        is not known while a function is traced is not compared with the input's.
     seed : int or unidrop.Key, optional
         Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two layers with one
         seed drop the same units: give each its site, ``seed=Key(42).fold_in("encoder/0")``. If

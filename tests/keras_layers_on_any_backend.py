@@ -88,6 +88,17 @@ def test_the_call_number_can_be_set():
     assert layer.calls == 2**31 - 1
 
 
+def test_calls_beyond_what_keras_counts_raise_and_are_named():
+    layer = Dropout(0.5, seed=SITE)
+    layer.calls = 2**31 - 1
+    assert_bits(layer(X, training=True), dropped(X, 2**31 - 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"calls has to be below 2\*\*31"):
+            layer(X, training=True)
+    layer.calls = 0
+    assert_bits(layer(X, training=True), dropped(X, 0))
+
+
 def test_a_layer_around_time_steps_has_one_mask_for_all_of_them():
     x = np.ones((2, 3, 10), "float32")
     model = keras.Sequential([keras.layers.TimeDistributed(Dropout(0.5, seed=SITE))])

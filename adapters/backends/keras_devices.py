@@ -3,7 +3,7 @@
 TensorFlow's devices are chosen before it starts, so these live in a process of their own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any

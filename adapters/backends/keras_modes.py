@@ -18,7 +18,6 @@ __all__ = [
     "REMATERIALISED",
     "UNFIT",
     "AtOnce",
-    "Fitted",
     "compiled_modes",
     "graphs",
     "made_in_mode",
@@ -94,7 +93,7 @@ def made_in_mode(layer: Dropout, mode: str, count: Callable[[], None]) -> Any:
     """Return what runs a layer in a mode, and counts how often that is traced."""
     backend = keras.backend.backend()
     if mode in FITS.get(backend, ()):
-        return Fitted(layer, count, jit_compile=mode == "fit XLA" or "auto")
+        return _Fitted(layer, count, jit_compile=mode == "fit XLA" or "auto")
     make = _COMPILED.get(backend, {}).get(mode, _EAGER.get(backend, AtOnce))
     return make(layer, count)
 
@@ -124,6 +123,7 @@ class AtOnce:
 
     @property
     def calls(self) -> int:
+        """The layer's call number, which may be set."""
         return self._layer.calls
 
     @calls.setter
@@ -131,6 +131,7 @@ class AtOnce:
         self._layer.calls = value
 
     def __call__(self, x: Any, *, training: bool) -> Any:
+        """Call the layer."""
         return self._layer(x, training=training)
 
 
@@ -294,7 +295,7 @@ class _Feed(keras.utils.PyDataset):
         return made.apply(tf.data.experimental.assert_cardinality(1))
 
 
-class Fitted(AtOnce):
+class _Fitted(AtOnce):
     """Trains a model for a step whose batch is x as its only example, and returns what was seen."""
 
     def __init__(self, layer: Dropout, count: Callable[[], None], jit_compile: bool | str) -> None:
