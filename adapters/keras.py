@@ -111,7 +111,7 @@ class _Keyed(keras.layers.Layer):
             if not 0 <= state[1] < 1 << 31:
                 self._uncount()
                 raise ValueError(
-                    "calls has to be below 2**31, which is as far as Keras' state counts on any backend: give "
+                    "calls has to be below 2**31, which is as far as Keras' own state counts: give "
                     "the layer another seed, and set its calls to 0"
                 )
         key = Key.from_words(state[0], 0) if self._key is None else self._key
