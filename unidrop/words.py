@@ -176,8 +176,11 @@ def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
     """
     try:
         # Some libraries' arrays have an index whatever their dtype is.
-        if isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None:
+        if type(value) is not int and (
+            isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None
+        ):
             raise TypeError
+        # Also of Python's own, which a compiler then no longer takes for variable.
         number = operator.index(value)
     except TypeError:
         raise TypeError(
