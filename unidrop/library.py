@@ -223,17 +223,20 @@ class Library:
         return forward(x)
 
     def recorded(self, x: Any, p: float, key: Any, window: Any) -> Any:
-        """Return the output as one operator of what traces x, or None.
+        """Return the output as one operator of what traces x, which is differentiated as one.
 
-        A library whose compiler would keep what lies between its operations, as a mask, has one.
+        It is asked first, and only where x is traced; None leaves x to `linear`, kernels and
+        `compiled`. A library whose compiler would keep what lies between its operations, as a mask,
+        has one.
         """
         return None
 
     def compiled(self, x: Any, rate: Any, key: Any, window: Any) -> Any:
-        """Return the output as one compiled program, or None.
+        """Return the output as one program in place of single operations, or None.
 
+        It is asked last, where kernels can't take x, traced or not, and something is to be dropped.
         A library whose operations are slow one by one, or whose gradient keeps what lies between
-        them, has one. It is asked where kernels can't take x, and something is to be dropped.
+        them, has one.
         """
         return None
 
