@@ -7,14 +7,15 @@ Requirements this design meets:
   of a loop, and what is left of a block after its turn is a bit an element, in one array of 32 bits
   for 32 elements. The ten rounds are fused into that, and nothing else goes to memory.
 * It moves out of a loop what does not change in it, each such number with all that made it. So the
-  rounds' keys are made to look as if they changed, and a step is folded into a key by a loop of its
-  own: without these a program would fold some twenty times, and take four times as long to compile.
+  numbers of a turn are made to look as if they changed, and a step is folded into a key by a loop
+  of its own: else a program folds some twenty times, and takes four times as long to compile.
 * Nothing in it depends on where an element lies, so that a partitioner can give each device its
   own part, and needs no communication for that.
 * A step that is traced has 32 bits unless the user has enabled 64: words are ``uint32`` always.
 """
 
-from functools import partial
+import operator
+from functools import partial, reduce
 from typing import Any, cast
 
 import jax
@@ -29,7 +30,7 @@ from unidrop.library import Library, Memory
 from unidrop.philox import ODD_MULTIPLIER, ROUNDS, FourWords, next_round_key, philox
 from unidrop.words import MASK32, Narrow, Pair, Words, add_pairs
 
-__all__ = ["Jax"]
+__all__ = ["Jax", "generated"]
 
 _TURNS = 4  # blocks that one word of 32 bits holds the decisions of
 _MASK16 = 0xFFFF
@@ -181,11 +182,18 @@ def _word(word: Any) -> Any:
 @partial(jax.jit, static_argnames="count")
 def _words(hi: Any, lo: Any, key_lo: Any, key_hi: Any, tag: Any, *, count: Any) -> FourWords:
     steps = lax.iota(np.uint32, count)
+    zero = lax.full_like(steps, 0)
+    hi, lo = add_pairs(_WORDS, (hi, lo), (zero, steps))
+    return generated(lo, hi, zero, tag, key_lo, key_hi)
+
+
+def generated(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> FourWords:
+    """Return the generator's words of a few counters, in ``uint32``, under keys."""
+    numbers = (c0, c1, c2, c3, k0, k1)
     # Made of all operands, so that it differs where they do: between devices, or over a batch.
-    zero = (steps | hi | lo | key_lo | key_hi | tag) & np.uint32(0)
-    hi, lo = add_pairs(_WORDS, (zero | hi, zero | lo), (zero, steps))
-    numbers = (lo, hi, zero, zero | tag, zero | key_lo, zero | key_hi)
-    four: FourWords = lax.platform_dependent(*numbers, cpu=_rolled, default=_unrolled)
+    zero = reduce(operator.or_, numbers) & np.uint32(0)
+    alike = (zero | number for number in numbers)
+    four: FourWords = lax.platform_dependent(*alike, cpu=_rolled, default=_unrolled)
     return four
 
 
@@ -209,15 +217,17 @@ def _decisions(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, count
     few = isinstance(count, int) and count <= _FEW
     turns = 1 if few else _TURNS
     numbers = lax.iota(np.uint32, -(-count // turns))
-    # An array that is cut for many devices may have more than 2^32 blocks.
-    far = numbers >> np.uint32(30) if turns > 1 else lax.full_like(numbers, 0)
 
     def turn(i: Any, bits: Any) -> Any:
-        near = numbers * np.uint32(turns) + lax.convert_element_type(i, np.uint32)
+        which = lax.convert_element_type(i, np.uint32)
+        # Zero, which XLA does not know: all that follows is made here, turn by turn.
+        unmoved = which >> np.uint32(31)
+        own = numbers | unmoved
+        # An array that is cut for many devices may have more than 2^32 blocks.
+        far = own >> np.uint32(30) if turns > 1 else lax.full_like(own, 0)
+        near = own * np.uint32(turns) + which
         block_hi, block_lo = add_pairs(_WORDS, (hi, lo), (far, near))
         zero = lax.full_like(block_lo, 0)
-        # Zero, which XLA does not know: what follows from the key is made here, turn by turn.
-        unmoved = lax.convert_element_type(i, np.uint32) >> np.uint32(31)
         four = _generated((block_lo, block_hi, zero, zero), (key_lo | unmoved, key_hi | unmoved))
         byte = zero
         for place, word in enumerate(four):
