@@ -16,7 +16,7 @@ from unidrop.adapters.libraries.jax import generated
 from unidrop.adapters.libraries.jax_dropout import programs
 from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
-__all__ = ["Jax", "call", "step_of"]
+__all__ = ["Jax", "call", "folded", "step_of"]
 
 Function = Callable[..., Any]
 
@@ -161,7 +161,7 @@ class Jax(CoreBackend):
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold an array in, in the mode's world."""
         with _x64(mode):
-            lo, hi = self._run(_folded, mode)(Key(seed), jax.device_put(np.int32(step)))
+            lo, hi = self._run(folded, mode)(Key(seed), jax.device_put(np.int32(step)))
             return int(hi) << 32 | int(lo)
 
     def _run(self, function: Function, mode: str) -> Function:
@@ -171,7 +171,8 @@ class Jax(CoreBackend):
         return self._compiled.setdefault(function, jax.jit(function))
 
 
-def _folded(key: Key, step: Any) -> tuple[Any, Any]:
+def folded(key: Key, step: Any) -> tuple[Any, Any]:
+    """Return the words of a key with a step folded in."""
     return key.fold_in(step).words
 
 
