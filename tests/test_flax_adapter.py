@@ -166,9 +166,26 @@ def test_calls_that_are_no_number_raise_and_leave_it(value, error):
     assert int(module.calls) == 0
 
 
-def test_a_module_without_a_seed_has_no_calls_and_says_so():
-    with pytest.raises(AttributeError, match="make it with seed="):
-        Dropout(0.5, rngs=nnx.Rngs(0)).calls = 3
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+def test_after_2_to_the_32_calls_the_number_begins_again(transform):
+    run = transform(lambda module, x: module(x))
+    module = made()
+    module.calls = 2**32 - 1
+    assert_bits(run(module, X), wanted(2**32 - 1))
+    assert int(module.calls) == 0
+    assert_bits(run(module, X), wanted(0))
+
+
+def test_a_module_without_a_seed_has_no_calls_and_says_what_to_do():
+    module = Dropout(0.5, rngs=nnx.Rngs(0))
+    taught = "made without a seed .* make it with seed=, an int or a unidrop.Key"
+    with pytest.raises(AttributeError, match=taught):
+        module.calls = 3
+    with pytest.raises(AttributeError, match=taught):
+        _ = module.calls
+    assert not hasattr(module, "calls")
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        _ = module.other
 
 
 def test_nnx_jit_carries_the_calls_and_traces_once():
