@@ -47,6 +47,15 @@ def test_a_start_may_be_traced(whole):
         assert_bits(f(x, row), wanted(x, global_shape=whole, start=(row, 0)))
 
 
+@pytest.mark.parametrize("row", [0, 2**33 + 5, 2**39 + 1])
+def test_a_traced_start_may_have_64_bits_where_there_are_those(row):
+    x, whole = values((4, 11)), (2**40, 11)
+    with jax.enable_x64(True):
+        f = jax.jit(lambda x, row: dropout(x, RATE, KEY, global_shape=whole, start=(row, 0)))
+        y = f(x, np.int64(row))
+    assert_bits(y, wanted(x, global_shape=whole, start=(row, 0)))
+
+
 @pytest.mark.parametrize("size", [34, 20000])
 def test_the_bits_are_the_same_with_64_bit_numbers_and_without(size):
     x = values((size,))

@@ -117,6 +117,14 @@ def test_a_step_is_zero_extended_whatever_its_dtype(step):
     assert_bits(jax.jit(step_function)(x, step), wanted(x, KEY.fold_in(number)))
 
 
+@pytest.mark.parametrize("step", [np.int64(2**40 + 3), np.int64(-1), np.uint64(2**64 - 2)], ids=str)
+def test_a_traced_step_has_64_bits_where_there_are_those(step):
+    x = values((33,))
+    with jax.enable_x64(True):
+        y = jax.jit(step_function)(x, step)
+    assert_bits(y, wanted(x, KEY.fold_in(int(step) % 2**64)))
+
+
 def test_a_numpy_step_inside_a_trace_is_its_number():
     x = values((33,))
     y = jax.jit(lambda x: step_function(x, np.int64(2**40)))(x)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,33 @@ def test_eager_calls_compile_one_program_for_all_steps():
         for step in range(20):
             assert_bits(dropout(x, 0.123, KEY.fold_in(step)), wanted(x, KEY.fold_in(step), 0.123))
     assert jax_dropout._run._cache_size() == before
+
+
+@pytest.mark.parametrize("size", [100, 40000])
+def test_a_program_holds_the_generator_once_for_the_key_and_once_for_the_mask(size):
+    program = jax.jit(step_function).lower(jnp.ones(size), 0).compile().as_text()
+    # 20 of the mask's rounds, a few more of its elements, and those of one round of the key's loop.
+    assert 20 <= program.count(" multiply(") <= 50
+    # Without the keys of each round, which XLA would move out of the loop.
+    assert program.count(" fusion(") <= 25
+
+
+def test_layers_of_one_shape_and_their_gradients_share_what_is_lowered():
+    def layers(x, number):
+        for site in range(number):
+            x = jnp.sin(dropout(x, RATE, KEY.fold_in(site)))
+        return x.sum()
+
+    x = jnp.ones((3, 5))
+    texts = [jax.jit(jax.grad(partial(layers, number=n))).lower(x).as_text() for n in (1, 9)]
+    once, often = (text.count(str(0xD2511F53)) for text in texts)
+    assert often == once > 0
+
+
+def test_an_exported_function_may_be_of_several_platforms():
+    x = values((33,))
+    exported = jax.export.export(jax.jit(step_function), platforms=["cpu", "cuda", "tpu"])(x, 3)
+    assert_bits(exported.call(x, 3), wanted(x, KEY.fold_in(3)))
 
 
 def test_threads_get_the_masks_of_their_keys():
