@@ -77,6 +77,17 @@ def test_vmap_of_vmap_and_its_gradient_are_each_call_by_itself():
         np.testing.assert_allclose(gradients[i, j], twice(xs[i, j], 3 * i + j), rtol=1e-6)
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("mapped", ["outer", "inner"])
+def test_in_nested_maps_a_key_differs_along_the_axis_it_is_mapped_along(mapped, transform):
+    xs, steps = values((2, 2, 17)), jnp.arange(2)
+    outer, inner = (0, None) if mapped == "outer" else (None, 0)
+    f = jax.vmap(jax.vmap(step_function, in_axes=(0, inner)), in_axes=(0, outer))
+    ys = transform(f)(xs, steps)
+    for i, j in np.ndindex(2, 2):
+        assert_bits(ys[i, j], wanted(xs[i, j], KEY.fold_in(i if mapped == "outer" else j)))
+
+
 def test_a_window_whose_start_is_mapped_is_each_window_by_itself():
     x, whole = values((4, 13)), (12, 13)
     f = jax.vmap(lambda row: dropout(x, RATE, KEY, global_shape=whole, start=(row, 0)))
