@@ -20,6 +20,11 @@ from unidrop.words import checked_integer
 
 __all__ = ["Dropout", "DropoutCalls"]
 
+_NO_CALLS = (
+    "this Dropout counts no calls, because it was made without a seed, with keys from rngs: "
+    "to have calls, make it with seed=, an int or a unidrop.Key"
+)
+
 # Reading a call number and advancing it is one act, also where threads share a module eagerly.
 _COUNTING = Lock()
 
@@ -38,7 +43,7 @@ serialization.register_serialization_state(Key, _saved, _loaded, override=True)
 
 
 class DropoutCalls(nnx.Variable[jax.Array]):
-    """How many training calls a `Dropout` with a seed has had: a ``uint32`` scalar."""
+    """How many training calls a `Dropout` with a seed has had, modulo 2^32: a ``uint32`` scalar."""
 
 
 class Dropout(nnx.Dropout):
@@ -71,6 +76,7 @@ class Dropout(nnx.Dropout):
     calls : DropoutCalls
         The number of training calls so far: with a seed, a variable of the module's state, which
         `nnx.jit`, `nnx.grad`, `nnx.scan` and `nnx.remat` carry. May be set, ``module.calls = 7``.
+        Without a seed there is none, and AttributeError says so.
 
     Raises
     ------
@@ -81,7 +87,8 @@ class Dropout(nnx.Dropout):
 
     Notes
     -----
-    Under `nnx.remat` the recomputation has the call number of the first computation.
+    Under `nnx.remat` the recomputation has the call number of the first computation. The number has
+    32 bits, since JAX by default has no more: call 2^32 is number 0 again, with its mask.
 
     Of a module with a seed the state is ``calls`` alone; of one with ``rngs``, what it is of
     `flax.nnx.Dropout`, and `nnx.update` takes either's into the other. A stream's state does not
@@ -213,13 +220,19 @@ class Dropout(nnx.Dropout):
             )
         return as_key(rngs)
 
+    def __getattr__(self, name: str) -> Any:
+        """Raise AttributeError, which says of ``calls`` why there are none."""
+        if name == "calls":
+            raise AttributeError(_NO_CALLS)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "calls" or isinstance(value, nnx.Variable):
             super().__setattr__(name, value)
         elif "calls" in vars(self):
             self.calls.set_value(_call_number(value))
         else:
-            raise AttributeError("a Dropout without a seed counts no calls: make it with seed=")
+            raise AttributeError(_NO_CALLS)
 
 
 def _call_number(value: Any) -> jax.Array:

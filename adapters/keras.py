@@ -3,10 +3,12 @@
 Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
 """
 
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
 import keras
+import numpy as np
 
 from unidrop.dropout import Call
 from unidrop.key import Key
@@ -34,7 +36,9 @@ class _Keyed(keras.layers.Layer):
     def _set_key(self, seed: int | Key | None) -> None:
         self.seed = int(seed) if isinstance(seed, Key) else seed
         self._key = Key(seed) if isinstance(seed, int) else seed
-        # Looked up here, since what is looked up for the first time can't be compiled by torch.
+        # Looked up here, since what is looked up for the first time can't be compiled by torch, and
+        # has it compile again what it has: NumPy's arrays too, which users compare with.
+        library_of(np.zeros(0))
         library_of(keras.ops.convert_to_tensor(0))
         if self.rate > 0:
             library_of(self.seed_generator.state.value)
@@ -98,12 +102,30 @@ class _Keyed(keras.layers.Layer):
 
     def _next_key(self, rank: Any) -> Key:
         """Return the key of this call, by replicas that don't know their windows one for each."""
-        with _COUNTING:
-            state = self.seed_generator.next()
+        state = self.seed_generator.state.value
+        # A trace is of one thread, and torch.compile can't record a lock.
+        with nullcontext() if library_of(state).is_traced(state) else _COUNTING:
+            state = self._advanced()
         if not library_of(state).is_traced(state):
             state = [int(number) for number in keras.ops.convert_to_numpy(state)]
+            if not 0 <= state[1] < 1 << 31:
+                self._uncount()
+                raise ValueError(
+                    "calls has to be below 2**31, which is as far as Keras' own state counts: give "
+                    "the layer another seed, and set its calls to 0"
+                )
         key = Key.from_words(state[0], 0) if self._key is None else self._key
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
+
+    def _advanced(self) -> Any:
+        """Return the seed and call number as they are, and count; as `SeedGenerator.next` does.
+
+        Keras makes an array of NumPy on the way, which torch.compile can't record.
+        """
+        state = self.seed_generator.state
+        before = state.value * 1
+        state.assign(before + keras.ops.convert_to_tensor([0, 1], dtype=state.dtype))
+        return before
 
     def _uncount(self) -> None:
         """Take back a call that raised; one that raised while it was traced was never counted."""
@@ -142,7 +164,8 @@ def _keras_seed(seed: Any) -> int | None:
         return int(seed) & 0x7FFFFFFF
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(
-            f"Argument `seed` must be an integer or a unidrop.Key. Received: seed={seed}"
+            "Argument `seed` must be an integer, 0 <= seed < 2**64, or a unidrop.Key, such as "
+            f"Key(42).fold_in('encoder/0'). Received: seed={seed}"
         )
     return int(Key(seed)) & 0x7FFFFFFF
 
@@ -169,7 +192,8 @@ class Dropout(_Keyed, keras.layers.Dropout):
         Between 0 and 1. Fraction of the input units to drop.
     noise_shape : sequence of int or None, optional
         The shape of the mask: 1 where one decision is shared, None or the input's own length
-        elsewhere, as ``(None, 1, features)`` for the same mask at all timesteps.
+        elsewhere, as ``(None, 1, features)`` for the same mask at all timesteps. A length that
+        is not known while a function is traced is not compared with the input's.
     seed : int or unidrop.Key, optional
         Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two layers with one
         seed drop the same units: give each its site, ``seed=Key(42).fold_in("encoder/0")``. If

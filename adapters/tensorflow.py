@@ -33,7 +33,8 @@ def dropout(
     rate : int or float
         The probability of dropping an element, in [0, 1].
     noise_shape : sequence of int or None, optional
-        For each axis 1, where one decision is shared, or None or x's own length.
+        For each axis 1, where one decision is shared, or None or x's own length; the latter is
+        not compared with a length that is unknown while a function is traced.
     key : unidrop.Key
         The name of the mask. Inside a `tf.function` fold the step in as a tensor:
         ``Key(42).fold_in(step)``.

@@ -46,6 +46,12 @@ __all__ = [
 ]
 
 
+_NO_CALLS = (
+    "a Dropout without a seed counts no calls, as it draws a key for each from PyTorch's default "
+    "generator: make it with seed=Key(42).fold_in('its place in the model')"
+)
+
+
 class Dropout(torch.nn.Module):
     r"""During training, zero elements of the input with probability p and scale the rest.
 
@@ -177,7 +183,15 @@ class Dropout(torch.nn.Module):
         elif "calls" in self._buffers:
             self._set_calls(value)
         else:
-            raise AttributeError("a Dropout without a seed counts no calls: make it with seed=")
+            raise AttributeError(_NO_CALLS)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "calls":
+                raise
+            raise AttributeError(_NO_CALLS, name=name, obj=self) from None
 
     def _set_calls(self, value: Any) -> None:
         """Write a number into the buffer, so that a tensor which is set does not count with it."""

@@ -88,6 +88,17 @@ def test_the_call_number_can_be_set():
     assert layer.calls == 2**31 - 1
 
 
+def test_calls_beyond_what_keras_counts_raise_and_are_named():
+    layer = Dropout(0.5, seed=SITE)
+    layer.calls = 2**31 - 1
+    assert_bits(layer(X, training=True), dropped(X, 2**31 - 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"calls has to be below 2\*\*31"):
+            layer(X, training=True)
+    layer.calls = 0
+    assert_bits(layer(X, training=True), dropped(X, 0))
+
+
 def test_a_layer_around_time_steps_has_one_mask_for_all_of_them():
     x = np.ones((2, 3, 10), "float32")
     model = keras.Sequential([keras.layers.TimeDistributed(Dropout(0.5, seed=SITE))])
@@ -157,3 +168,20 @@ def test_both_directions_have_a_call_of_their_own():
     y = keras.ops.convert_to_numpy(model(x, training=True))
     assert y.shape == (4, 10)
     assert set(np.unique(y)) <= {0.0, 2.0, 4.0}
+
+
+if BACKEND == "torch":
+
+    def test_torch_compile_records_a_layer_in_one_graph_for_all_its_calls():
+        import torch
+
+        layer = Dropout(0.5, seed=SITE)
+        layer(keras.Input((10,)))
+        compiled = torch.compile(
+            lambda x: layer(x, training=True), fullgraph=True, backend="aot_eager"
+        )
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for n in range(100):
+            assert_bits(compiled(torch.from_numpy(X)), dropped(X, n))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+        assert layer.calls == 100

@@ -68,6 +68,19 @@ def test_a_call_takes_its_own_rngs(kind, rngs):
 
 
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
+def test_a_stream_of_the_name_asked_for_is_taken_from_a_calls_rngs(kind):
+    module = kind(0.5, rng_collection="noise")
+    alone = module(X, rngs=nnx.Rngs(noise=1))
+    assert_bits(module(X, rngs=nnx.Rngs(dropout=2, noise=1)), np.asarray(alone))
+
+
+def test_a_variable_is_taken_as_its_value():
+    y = made()(nnx.Variable(jnp.asarray(X)))
+    assert isinstance(y, jax.Array)
+    assert_bits(y, wanted(0))
+
+
+@pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
 def test_dimensions_that_are_broadcast_share_a_decision(kind):
     y = np.asarray(kind(0.5, broadcast_dims=(1,), rngs=nnx.Rngs(0))(jnp.ones((64, 8))))
     assert (y == y[:, :1]).all()
@@ -132,6 +145,19 @@ def test_training_calls_are_counted_and_others_are_not():
     assert int(idle.calls) == 0
 
 
+def test_a_call_that_is_interrupted_is_not_counted(monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    module = made()
+    with monkeypatch.context() as patch:
+        patch.setattr("unidrop.adapters.flax.dropout", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module(X)
+    assert int(module.calls) == 0
+    assert_bits(module(X), wanted(0))
+
+
 def test_a_key_given_to_a_call_is_the_one_used():
     assert_bits(made()(X, rngs=Key(1).fold_in(5)), wanted(5, key=Key(1)))
 
@@ -157,7 +183,15 @@ def test_calls_may_be_set_from_a_traced_step():
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(-1, ValueError), (2**32, ValueError), (1.5, TypeError), ("1", TypeError)]
+    ("value", "error"),
+    [
+        (-1, ValueError),
+        (2**32, ValueError),
+        (1.5, TypeError),
+        ("1", TypeError),
+        (jnp.zeros(2, jnp.uint32), ValueError),
+        (jnp.float32(1), TypeError),
+    ],
 )
 def test_calls_that_are_no_number_raise_and_leave_it(value, error):
     module = made()
@@ -166,9 +200,26 @@ def test_calls_that_are_no_number_raise_and_leave_it(value, error):
     assert int(module.calls) == 0
 
 
-def test_a_module_without_a_seed_has_no_calls_and_says_so():
-    with pytest.raises(AttributeError, match="make it with seed="):
-        Dropout(0.5, rngs=nnx.Rngs(0)).calls = 3
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+def test_after_2_to_the_32_calls_the_number_begins_again(transform):
+    run = transform(lambda module, x: module(x))
+    module = made()
+    module.calls = 2**32 - 1
+    assert_bits(run(module, X), wanted(2**32 - 1))
+    assert int(module.calls) == 0
+    assert_bits(run(module, X), wanted(0))
+
+
+def test_a_module_without_a_seed_has_no_calls_and_says_what_to_do():
+    module = Dropout(0.5, rngs=nnx.Rngs(0))
+    taught = "made without a seed, .* make it with seed=, an int or a unidrop.Key"
+    with pytest.raises(AttributeError, match=taught):
+        module.calls = 3
+    with pytest.raises(AttributeError, match=taught):
+        _ = module.calls
+    assert not hasattr(module, "calls")
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        _ = module.other
 
 
 def test_nnx_jit_carries_the_calls_and_traces_once():
@@ -238,6 +289,7 @@ def test_the_state_holds_the_call_number_alone_and_resumes():
         module(X)
     state = nnx.to_pure_dict(nnx.state(module))
     assert set(state) == {"calls"}
+    assert set(nnx.to_pure_dict(nnx.state(made(rngs=nnx.Rngs(0))))) == {"calls"}
     saved = serialization.to_bytes(state)
     resumed = made()
     own = nnx.state(resumed, DropoutCalls)
@@ -280,6 +332,11 @@ def test_a_state_without_calls_leaves_the_number():
     nnx.replace_by_pure_dict(own, {})
     nnx.update(module, own)
     assert_bits(module(X), wanted(5))
+
+
+def test_a_key_is_saved_as_its_words_by_name():
+    saved = serialization.to_state_dict(Key(5 << 32 | 7))
+    assert {name: int(word) for name, word in saved.items()} == {"lo": 7, "hi": 5}
 
 
 @pytest.mark.parametrize("key", [Key(2**64 - 3), jax.tree.map(jnp.asarray, KEY)], ids=type)

@@ -202,6 +202,12 @@ def test_a_rate_that_is_no_python_number_raises_and_is_named(layer, rate):
         layer(rate)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_rate_that_is_a_tensor_raises_and_says_what_to_give(layer):
+    with pytest.raises(TypeError, match=r"give the number itself, or float\("):
+        layer(tf.constant(0.1))
+
+
 @pytest.mark.parametrize(
     "noise_shape", ["10", 10, 1.5, (1.5, 10), (0, 10), (-1, 10), ("a",)], ids=repr
 )
@@ -222,7 +228,7 @@ def test_a_data_format_that_is_none_raises_what_keras_raises(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("seed", ["42", 1.5, (1, 2), np.int64(3), b"1"], ids=repr)
+@pytest.mark.parametrize("seed", ["42", 1.0, 1.5, (1, 2), np.int64(3), b"1"], ids=repr)
 def test_a_seed_that_is_none_raises_as_in_keras_and_is_named(layer, seed):
     with pytest.raises(ValueError, match="seed") as of_keras:
         native(layer)(0.5, seed=seed)

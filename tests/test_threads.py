@@ -28,7 +28,9 @@ pytest.importorskip("numba", reason="only kernels use threads, and they need Num
 KEY = Key(42).fold_in("encoder/0").fold_in(7)
 LARGE = (20 << 16) + 5  # elements, of 21 units
 SQUARE = (1300, 1100)  # whose transpose is of more tiles than are worth calling helpers for
-LIMIT = 40  # seconds, before a script is said to hang
+# Seconds before a script is said to hang. What hangs does so forever, and what works may share its
+# processors with other tests, while it imports PyTorch three times or compiles a kernel.
+LIMIT = 300
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")
 needs_signals = pytest.mark.skipif(
@@ -92,7 +94,7 @@ def expect_right(key=KEY, x=X, **arguments):
         os._exit(99)
 
 
-def forked(act, seconds=20, meanwhile=lambda pid: None):
+def forked(act, seconds=60, meanwhile=lambda pid: None):
     '''Return the status of a child that acts and then comes to an ordinary end.'''
     sys.stdout.flush(), sys.stderr.flush()
     pid = os.fork()
@@ -658,8 +660,8 @@ def test_a_fork_while_another_thread_compiles_computes_the_same_bits(tmp_path, d
     compiler = threading.Thread(target=call, args=("f4",))
     compiler.start()
     time.sleep({delay})
-    assert forked(lambda: call("f4"), seconds=30) == 0
-    assert forked(lambda: call("f8"), seconds=30) == 0
+    assert forked(lambda: call("f4")) == 0
+    assert forked(lambda: call("f8")) == 0
     compiler.join()
     call("f4")
     """

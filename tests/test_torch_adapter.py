@@ -799,11 +799,24 @@ def test_a_network_trains():
     assert model[1].calls == 30
 
 
-def test_a_module_without_a_seed_refuses_a_call_number():
+def test_a_module_without_a_seed_says_what_a_call_number_needs():
     module = Dropout()
-    with pytest.raises(AttributeError, match="without a seed"):
+    with pytest.raises(AttributeError, match=r"without a seed .* make it with seed="):
         module.calls = 3
+    with pytest.raises(AttributeError, match=r"without a seed .* make it with seed=") as raised:
+        module.calls  # noqa: B018 # reading it is what raises
+    assert raised.value.name == "calls"
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        module.other  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_a_module_without_a_seed_has_no_calls(copied):
+    module = copied(Dropout())
     assert not hasattr(module, "calls")
+    assert not module.state_dict()
 
 
 def masks_of_calls_in_threads(layer, ones, calls, as_bytes):

@@ -71,15 +71,33 @@ def test_a_step_that_is_a_tensor_is_one_graph_over_100_steps(backend):
     assert backend.frame_count == 1
 
 
-def test_a_step_that_is_an_integer_of_python_is_refused_in_a_full_graph_and_right_without(backend):
-    def function(x, step):
-        return dropout(x, key=SITE.fold_in(step))
-
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        compiled(function, backend)(torch.ones(5, 7), 3)
-    call = torch.compile(function, backend=backend)
-    for step in range(3):
+def test_integers_of_python_are_constants_of_a_full_graph(backend):
+    call = compiled(lambda x, step: dropout(x, key=SITE.fold_in(step)), backend)
+    steps = (3, 0, 2**64 - 1)
+    for step in (*steps, *steps):
         assert torch.equal(call(torch.ones(5, 7), step), mask(step, (5, 7)))
+    assert backend.frame_count == len(steps)
+
+
+@pytest.mark.parametrize("data", ["encoder/0", "", "\u00e9"])
+def test_a_string_is_folded_in_within_a_full_graph(data, backend):
+    def function(x, step):
+        return dropout(x, key=Key(7).fold_in(data).fold_in(step))
+
+    call = compiled(function, backend)
+    for step in range(3):
+        expected = mask(step, (5, 7), site=Key(7).fold_in(data))
+        assert torch.equal(call(torch.ones(5, 7), torch.tensor(step)), expected)
+    assert backend.frame_count == 1
+
+
+def test_a_window_begins_at_integers_of_python_within_a_full_graph(backend):
+    def function(x, row):
+        return unidrop.dropout(x, 0.5, SITE, global_shape=(9, 7), start=(row, 0))
+
+    call, whole = compiled(function, backend), unidrop.dropout(torch.ones(9, 7), 0.5, SITE)
+    for row in (0, 1, 4):
+        assert torch.equal(call(torch.ones(5, 7), row), whole[row : row + 5])
 
 
 def test_unseeded_calls_draw_what_eager_ones_draw_in_their_order(backend):

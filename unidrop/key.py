@@ -5,9 +5,9 @@ from typing import Any, Self
 
 from unidrop.library import Library, library_of
 from unidrop.philox import philox
-from unidrop.words import checked_integer
+from unidrop.words import checked_integer, pair
 
-__all__ = ["Key", "check_key"]
+__all__ = ["Key", "check_key", "string_data"]
 
 _TAG_INTEGER = 1
 _TAG_STRING = 2
@@ -131,14 +131,14 @@ class Key:
         Key(0xa1951b70d619276d)
         """
         if isinstance(data, str):
-            return self._fold(divmod(_string_data(data), 1 << 32), _TAG_STRING, None)
+            return self._fold(pair(string_data(data)), _TAG_STRING, None)
         if _is_index(data):
-            return self._fold(divmod(checked_integer(data, "data"), 1 << 32), _TAG_INTEGER, None)
-        halves, library = _split(data, "data"), library_of(data)
+            return self._fold(pair(checked_integer(data, "data")), _TAG_INTEGER, None)
+        library = _library_of_integer(data, "data")
         folded = library.folded(self.words, data)
         if folded is not None:
             return type(self).holding(*folded)
-        return self._fold(halves, _TAG_INTEGER, library)
+        return self._fold(library.split(data, "data"), _TAG_INTEGER, library)
 
     def _fold(self, data: tuple[Any, Any], tag: int, library: Library | None) -> Self:
         hi, lo = data
@@ -208,10 +208,13 @@ def _is_index(value: object) -> bool:
     An array of another library is left unread even where it could be: reading it would stop a
     trace, or wait for a device.
     """
-    if type(value).__module__.partition(".")[0] == "numpy":
+    # A subclass of int may have a dtype, as one has that stands for a constant of a trace. These
+    # questions, in this order, are what a compiler can answer of what it traces.
+    if isinstance(value, int):
         return True
-    # A subclass of int may have a dtype, as one has that stands for a constant of a trace.
-    return isinstance(value, int) or (hasattr(value, "__index__") and not hasattr(value, "dtype"))
+    if hasattr(value, "dtype"):
+        return type(value).__module__.partition(".")[0] == "numpy"
+    return hasattr(value, "__index__")
 
 
 def _like(word: int, array: Any) -> Any:
@@ -221,7 +224,14 @@ def _like(word: int, array: Any) -> Any:
     return (array & 0) | words.constant(word)
 
 
-def _string_data(data: str) -> int:
+def string_data(data: str) -> int:
+    """Return the number that a string folds as: BLAKE2b of its UTF-8 bytes, of 8 bytes.
+
+    Raises
+    ------
+    ValueError
+        If the string has a lone surrogate.
+    """
     try:
         encoded = data.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -232,14 +242,15 @@ def _string_data(data: str) -> int:
 
 
 def _word(value: Any, name: str) -> Any:
-    return checked_integer(value, name, bits=32) if _is_index(value) else _split(value, name)[1]
+    if _is_index(value):
+        return checked_integer(value, name, bits=32)
+    return _library_of_integer(value, name).word(value, name)
 
 
-def _split(value: Any, name: str) -> tuple[Any, Any]:
-    """Return the ``(hi, lo)`` words of a 0-d integer array, zero-extended from its width."""
+def _library_of_integer(value: Any, name: str) -> Library:
     if not hasattr(value, "dtype"):
         raise TypeError(
             f"{name} has to be an integer, a string or a 0-d integer array, "
             f"but got {value!r} of type {type(value).__name__}"
         )
-    return library_of(value).split(value, name)
+    return library_of(value)

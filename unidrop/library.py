@@ -151,8 +151,8 @@ class Library:
         four = self.words(*args) if is_one_run else Library.words(self, *args)
         return decide(xp, self.arithmetic(xp, device), four, threshold)
 
-    def split(self, value: Any, name: str) -> Pair:
-        """Return a 0-d integer array as ``(hi, lo)`` 0-d words, zero-extended from its width.
+    def width(self, value: Any, name: str) -> int:
+        """Return how many bits a 0-d integer array has.
 
         Raises
         ------
@@ -166,6 +166,17 @@ class Library:
             raise TypeError(f"{name} has to be an integer, but got an array of dtype {value.dtype}")
         if self.shape(value) != ():
             raise ValueError(f"{name} has to be 0-d, but got shape {self.shape(value)}")
+        return bits
+
+    def split(self, value: Any, name: str) -> Pair:
+        """Return a 0-d integer array as ``(hi, lo)`` 0-d words, zero-extended from its width.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `width`; and ValueError if value has 64 bits where there are no such words.
+        """
+        bits = self.width(value, name)
         words = self.arithmetic(self.namespace(value), self.device(value))
         if bits == 64 and isinstance(words, Narrow):
             raise ValueError(
@@ -173,6 +184,10 @@ class Library:
                 "give it as a 32-bit one"
             )
         return words.split(value, bits)
+
+    def word(self, value: Any, name: str) -> Any:
+        """Return the low word of what `split` takes."""
+        return self.split(value, name)[1]
 
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return the complex array of two real ones, each component kept to the bit.
@@ -208,17 +223,20 @@ class Library:
         return forward(x)
 
     def recorded(self, x: Any, p: float, key: Any, window: Any) -> Any:
-        """Return the output as one operator of what traces x, or None.
+        """Return the output as one operator of what traces x, which is differentiated as one.
 
-        A library whose compiler would keep what lies between its operations, as a mask, has one.
+        It is asked first, and only where x is traced; None leaves x to `linear`, kernels and
+        `compiled`. A library whose compiler would keep what lies between its operations, as a mask,
+        has one.
         """
         return None
 
     def compiled(self, x: Any, rate: Any, key: Any, window: Any) -> Any:
-        """Return the output as one compiled program, or None.
+        """Return the output as one program in place of single operations, or None.
 
+        It is asked last, where kernels can't take x, traced or not, and something is to be dropped.
         A library whose operations are slow one by one, or whose gradient keeps what lies between
-        them, has one. It is asked where kernels can't take x, and something is to be dropped.
+        them, has one.
         """
         return None
 
@@ -227,7 +245,10 @@ class Library:
         return None
 
     def folded(self, key: tuple[Any, Any], data: Any) -> tuple[Any, Any] | None:
-        """Return the words of a key and a 0-d integer array as one operator, or None."""
+        """Return the words of a key and an array as one operator, or None.
+
+        It is asked before the array is split, and raises what `width` does.
+        """
         return None
 
     def replica(self, x: Any) -> Replica | None:

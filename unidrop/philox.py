@@ -5,11 +5,11 @@ J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, "Parallel random numbers:
 """
 
 from collections.abc import Iterator
-from typing import Any, Final, cast
+from typing import Any, Final
 
-from unidrop.words import MASK32, PYTHON, Exact, Words
+from unidrop.words import MASK32, Words
 
-__all__ = ["ODD_MULTIPLIER", "FourWords", "decide", "philox"]
+__all__ = ["ODD_MULTIPLIER", "ROUNDS", "FourWords", "decide", "next_round_key", "philox"]
 
 ROUNDS: Final = 10
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
@@ -21,7 +21,12 @@ ODD_MULTIPLIER: Final = 0x6C078965
 FourWords = tuple[Any, Any, Any, Any]
 
 
-def philox(counter: FourWords, key: tuple[Any, Any], words: Words | Exact = PYTHON) -> FourWords:
+def philox(
+    counter: FourWords,
+    key: tuple[Any, Any],
+    words: Words | None = None,
+    rounds: int = ROUNDS,
+) -> FourWords:
     """Return the four words that Philox4x32-10 makes of a counter under a key.
 
     Parameters
@@ -30,8 +35,11 @@ def philox(counter: FourWords, key: tuple[Any, Any], words: Words | Exact = PYTH
         Python integers, or arrays of words that broadcast together.
     key : two words
         Python integers, or words that broadcast with the counter's.
-    words : Words or Exact
-        The arithmetic of the integers that hold them; Python's by default.
+    words : Words, optional
+        The arithmetic of the integers that hold them; if None they all are Python's.
+    rounds : int, default 10
+        How many to make, for who loops over them: the next begin with what these return, under a
+        key that `next_round_key` has bumped as often.
 
     Returns
     -------
@@ -43,11 +51,28 @@ def philox(counter: FourWords, key: tuple[Any, Any], words: Words | Exact = PYTH
     >>> [f"{word:08x}" for word in philox((0, 0, 0, 0), (0, 0))]
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
+    if words is None:
+        return _of_integers(counter, key, rounds)
     c0, c1, c2, c3 = counter
-    for k0, k1 in _round_keys(key, words):
+    for k0, k1 in _round_keys(key, words, rounds):
         hi0, lo0 = words.mulhilo(c0, MULTIPLIERS[0])
         hi1, lo1 = words.mulhilo(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+    return c0, c1, c2, c3
+
+
+def _of_integers(counter: FourWords, key: tuple[int, int], rounds: int) -> FourWords:
+    """Return what `philox` does for Python's integers, whose products are exact.
+
+    A layer folds its call number into its key at every call, and in a third of the time so.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1 = second >> 32 ^ c1 ^ k0, second & MASK32
+        c2, c3 = first >> 32 ^ c3 ^ k1, first & MASK32
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
     return c0, c1, c2, c3
 
 
@@ -70,20 +95,25 @@ def decide(xp: Any, words: Words, four: FourWords, threshold: int) -> Any:
     return xp.reshape(xp.stack([even >= least, odd >= least], axis=-1), (-1,))
 
 
-def _round_keys(key: tuple[Any, Any], words: Words | Exact) -> Iterator[tuple[Any, Any]]:
+def next_round_key(key: tuple[Any, Any], words: Words) -> tuple[Any, Any]:
+    """Return the key of the round after one whose key is of arrays of words."""
+    k0, k1 = (
+        words.add(k, words.constant(increment))[1]
+        for k, increment in zip(key, KEY_INCREMENTS, strict=True)
+    )
+    return k0, k1
+
+
+def _round_keys(key: tuple[Any, Any], words: Words, rounds: int) -> Iterator[tuple[Any, Any]]:
     """Yield the key of each round: the key, bumped by the increments before every later one."""
     k0, k1 = key
     if isinstance(k0, int):
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             yield words.constant(k0), words.constant(k1)
             k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
         return
     # A traced key may have been made where words had another dtype, as in JAX with and without x64.
-    traced = cast(Words, words)
-    k0, k1 = traced.split(k0, 32)[1], traced.split(k1, 32)[1]
-    for _ in range(ROUNDS):
+    k0, k1 = words.split(k0, 32)[1], words.split(k1, 32)[1]
+    for _ in range(rounds):
         yield k0, k1
-        k0, k1 = (
-            traced.add(k, traced.constant(increment))[1]
-            for k, increment in zip((k0, k1), KEY_INCREMENTS, strict=True)
-        )
+        k0, k1 = next_round_key((k0, k1), words)

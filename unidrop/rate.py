@@ -8,6 +8,11 @@ __all__ = ["Rate"]
 
 _KEEP_NOTHING = 1 << 32
 
+_ADVICE = (
+    ": it is no data but part of what is compiled, so give the number itself, "
+    "or float(...) of an array whose value is known"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:
@@ -55,7 +60,7 @@ class Rate:
             raise TypeError(
                 f"dropout probability {name} has to be a Python int or float between 0 and 1 "
                 f"(float32's 0.1 is another number, with another mask), "
-                f"but got {p!r} of type {type(p).__name__}"
+                f"but got {p!r} of type {type(p).__name__}{_ADVICE if hasattr(p, 'shape') else ''}"
             )
         if not 0 <= p <= 1:
             raise ValueError(f"dropout probability {name} has to be between 0 and 1, but got {p}")

@@ -171,6 +171,8 @@ def _index_or_symbol(value: Any, name: str) -> Any:
 
 def _is_symbol(value: Any) -> bool:
     """Tell whether a value stands for an integer: an array, or the node of a traced expression."""
+    if isinstance(value, int):
+        return False
     if hasattr(value, "dtype"):
         return type(value).__module__.partition(".")[0] != "numpy"
     return hasattr(value, "node")

@@ -6,7 +6,6 @@ Requirements this design meets, because each has a library behind it:
   compiler may take it as undefined.
 * No unsigned 64-bit arithmetic: PyTorch has none. ``int64`` is complete wherever it exists.
 * No 64-bit integers at all where there are none: JAX without x64.
-* The same lines compute on Python's own integers, so a key folds without any array.
 
 A *pair* is a 64-bit number as ``(hi, lo)``, two 32-bit words.
 """
@@ -18,8 +17,6 @@ from unidrop.dtypes import integer_bits
 
 __all__ = [
     "MASK32",
-    "PYTHON",
-    "Exact",
     "Narrow",
     "Pair",
     "Wide",
@@ -142,21 +139,7 @@ class Narrow:
         return self.shift_left(hi & _MASK16, 16) | (lo & _MASK16)
 
 
-class Exact:
-    """Words that are Python's integers, under a key of them: what `philox` asks for then."""
-
-    def constant(self, word: int) -> int:
-        """Return the word."""
-        return word
-
-    def mulhilo(self, a: int, m: int) -> Pair:
-        """Return the ``(hi, lo)`` words of the product of two words."""
-        return divmod(a * m, 1 << 32)
-
-
 Words = Wide | Narrow
-
-PYTHON: Final = Exact()
 
 
 def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
@@ -176,8 +159,11 @@ def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
     """
     try:
         # Some libraries' arrays have an index whatever their dtype is.
-        if isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None:
+        if type(value) is not int and (
+            isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None
+        ):
             raise TypeError
+        # Also of Python's own, which a compiler then no longer takes for variable.
         number = operator.index(value)
     except TypeError:
         raise TypeError(

@@ -52,7 +52,8 @@ class Flax:
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return an array."""
-        return jnp.asarray(x, dtype=jax.dtypes.canonicalize_dtype(x.dtype))
+        # Cast by NumPy: JAX would compile it for each shape.
+        return jax.device_put(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)))
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
         """Return a NumPy array."""

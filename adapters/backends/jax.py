@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop.adapters.jax import dropout
+from unidrop.adapters.libraries.jax import generated
 from unidrop.adapters.libraries.jax_dropout import programs
 from unidrop.conformance import CoreBackend, eager_modes, on_path_of
 
-__all__ = ["Jax", "call", "step_of"]
+__all__ = ["Jax", "call", "folded", "step_of"]
 
 Function = Callable[..., Any]
 
@@ -92,8 +92,9 @@ class Jax(CoreBackend):
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return an array with x's dtype as far as the mode has it."""
         with _x64(mode):
-            dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-            return jnp.asarray(x, dtype=dtype, device=jax.devices(device)[0])
+            # Cast by NumPy: JAX would compile it for each shape.
+            x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+            return jax.device_put(x, jax.devices(device)[0])
 
     def device_of(self, y: Any) -> str:
         """Return the platform's name."""
@@ -154,24 +155,25 @@ class Jax(CoreBackend):
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator in the mode's world."""
         with _x64(mode):
-            if mode not in _TRANSFORMED:
-                return super().words(counter, key, mode=mode)
-            reserved = counter[2]
-            static = ("words", mode.endswith("x64"), reserved)
-            if static not in self._compiled:
-                self._compiled[static] = jax.jit(
-                    lambda c0, c1, c3, *key: tuple(self._words((c0, c1, reserved, c3), key))
-                )
-            lanes = map(np.uint32, (*counter[:2], counter[3], *key))
-            return [int(word[0]) for word in self._compiled[static](*lanes)]
+            four = self._run(generated, "jit")(*map(np.uint32, (*counter, *key)))
+            return [int(word) for word in four]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold an array in, in the mode's world."""
         with _x64(mode):
-            fold = partial(self._folded, seed)
-            run = jax.jit(fold) if mode in _TRANSFORMED else fold
-            lo, hi = run(jnp.asarray(step, jnp.int32))
+            lo, hi = self._run(folded, mode)(Key(seed), jax.device_put(np.int32(step)))
             return int(hi) << 32 | int(lo)
+
+    def _run(self, function: Function, mode: str) -> Function:
+        """Return a function of words as the mode runs it."""
+        if mode not in _TRANSFORMED:
+            return function
+        return self._compiled.setdefault(function, jax.jit(function))
+
+
+def folded(key: Key, step: Any) -> tuple[Any, Any]:
+    """Return the words of a key with a step folded in."""
+    return key.fold_in(step).words
 
 
 def call(x: Any, p: Any, key: Key, options: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 A process has one set of devices, so these live in one of their own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,18 +14,15 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from unidrop.adapters.backends.jax import call, step_of
+from unidrop import Key
+from unidrop.adapters.backends.jax import call, folded, step_of
+from unidrop.adapters.libraries.jax import generated
 from unidrop.conformance import CoreBackend, RemoteBackend
 
 __all__ = ["JaxOnTwoDevices"]
 
 _DEVICES = 2
 _AXIS = "devices"
-
-_IN_JIT = dict.fromkeys(
-    ("mask", "threshold", "broadcast-axes", "windows", "large-mask", "rate", "independence"),
-    "XLA compiles each shape and rate anew: all of them are checked under jit",
-)
 
 
 class JaxOnTwoDevices(RemoteBackend):
@@ -47,14 +44,9 @@ class _TwoDevices(CoreBackend):
     name = "jax-2-devices"
     xp = jnp
     modes = compiled_modes = ("jit", "shard_map", "pmap")
-    mode_limits: Mapping[str, Mapping[str, str]] = dict.fromkeys(modes, _IN_JIT)
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
         **dict.fromkeys(("gradient", "traces")),
-        "mask": "devices would return the mask once each",
-        **dict.fromkeys(
-            ("words", "key", "traced_key"), "the same as on one device, where it is checked"
-        ),
         "layer": "JAX has no layers of its own: Flax' are in the matrix",
         "layer_gradient": "JAX has no layers of its own: Flax' are in the matrix",
         "layouts": "JAX arrays have no strides",
@@ -66,14 +58,13 @@ class _TwoDevices(CoreBackend):
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return the dtypes of most models; all are compiled on one device."""
-        return ("bfloat16", "float32")
+        """Return the dtypes that JAX has without 64-bit numbers."""
+        return ("float16", "bfloat16", "float32", "complex64")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return an array of which each device has its half."""
-        return self._placed(jnp.asarray(x, dtype=jax.dtypes.canonicalize_dtype(x.dtype)))
-
-    def _placed(self, x: Any) -> Any:
+        # Cast by NumPy: JAX would compile it for each shape.
+        x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
         return jax.device_put(x, NamedSharding(self._mesh, _spec(x.shape)))
 
     def device_of(self, y: Any) -> str:
@@ -90,12 +81,25 @@ class _TwoDevices(CoreBackend):
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Pull the upstream gradient back on each device."""
-        f = self._on_one(mode, p, {}, x.shape)
+        static = ("gradient", mode, p, x.shape)
+        if static not in self._compiled:
+            f = self._on_one(mode, p, {}, x.shape)
 
-        def pulled(x: Any, upstream: Any, *key: Any) -> Any:
-            return jax.vjp(lambda v: f(v, *key), x)[1](upstream)[0]
+            def pulled(x: Any, upstream: Any, *key: Any) -> Any:
+                return jax.vjp(lambda v: f(v, *key), x)[1](upstream)[0]
 
-        return self._on_all(pulled, mode, x.shape, arrays=2)(x, upstream, *step_of(seed, step))
+            self._compiled[static] = self._on_all(pulled, mode, x.shape, arrays=2)
+        return self._compiled[static](x, upstream, *step_of(seed, step))
+
+    def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
+        """Run the generator on each device."""
+        four = self._on_each(generated, mode)(*map(np.uint32, (*counter, *key)))
+        return [int(word) for word in four]
+
+    def traced_key(self, seed: int, step: int, *, mode: str) -> int:
+        """Fold an array in, on each device."""
+        lo, hi = self._on_each(folded, mode)(Key(seed), np.int32(step))
+        return int(hi) << 32 | int(lo)
 
     def traces(self, mode: str) -> int:
         """Return how often a function was traced, all devices together being one."""
@@ -128,6 +132,25 @@ class _TwoDevices(CoreBackend):
         compiled: Callable[..., Any] = jax.jit(f)
         return compiled
 
+    def _on_each(self, f: Callable[..., Any], mode: str) -> Callable[..., list[int]]:
+        """Return a function of words as every device computes it from the same."""
+        static = (mode, f)
+        if static not in self._compiled:
+            self._compiled[static] = self._compiled_on_each(f, mode)
+        return lambda *args: list(map(_agreed, self._compiled[static](*args)))
+
+    def _compiled_on_each(self, f: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        if mode == "pmap":
+            mapped = jax.pmap(f, _AXIS)
+            return lambda *args: mapped(*jax.tree.map(lambda v: np.stack([v] * _DEVICES), args))
+        everywhere = PartitionSpec()
+        if mode == "shard_map":
+            f = jax.shard_map(f, mesh=self._mesh, in_specs=everywhere, out_specs=everywhere)
+        compiled: Callable[..., Any] = jax.jit(
+            f, in_shardings=NamedSharding(self._mesh, everywhere)
+        )
+        return compiled
+
 
 def _by_pmap(f: Callable[..., Any], axis: int | None, arrays: int) -> Callable[..., Any]:
     """Return the function that gives each device its half of the arrays, or all of them."""
@@ -138,12 +161,20 @@ def _by_pmap(f: Callable[..., Any], axis: int | None, arrays: int) -> Callable[.
         return np.stack([whole] * _DEVICES if axis is None else np.split(whole, _DEVICES, axis))
 
     def run(*args: Any) -> Any:
-        y = mapped(*map(parts, args[:arrays]), *args[arrays:])
+        return jax.tree.map(whole, mapped(*map(parts, args[:arrays]), *args[arrays:]))
+
+    def whole(y: Any) -> Any:
         # From each device: JAX would join them by a sum, in which -0 becomes +0.
         halves = [np.asarray(s.data).reshape(y.shape[1:]) for s in y.addressable_shards]
         return jnp.asarray(halves[0] if axis is None else np.concatenate(halves, axis))
 
     return run
+
+
+def _agreed(word: Any) -> int:
+    """Return the word that all devices have."""
+    (number,) = {int(np.asarray(shard.data).item()) for shard in word.addressable_shards}
+    return number
 
 
 def _even_axis(shape: tuple[int, ...]) -> int | None:

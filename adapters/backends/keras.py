@@ -5,6 +5,7 @@ Keras has one backend a process, so the others' columns run elsewhere, each a `R
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import get_ident
 from typing import Any, ClassVar
@@ -20,8 +21,10 @@ from unidrop.adapters.backends.keras_modes import (
     REMATERIALISED,
     UNFIT,
     compiled_modes,
+    graphs,
     made_in_mode,
     scope_of,
+    tensor_of,
 )
 from unidrop.adapters.keras import Dropout
 from unidrop.conformance import RemoteBackend, eager_modes, on_path_of
@@ -53,7 +56,7 @@ class Keras:
         fits = () if self._backend == "numpy" else FITS[self._backend]
         eager = eager_modes(keras.ops.ones(1))
         self.modes = tuple(dict.fromkeys((*eager, *self.compiled_modes, *fits)))
-        self.mode_limits = {**LIMITS.get(self._backend, {}), **dict.fromkeys(fits, UNFIT)}
+        self.mode_limits = {**dict.fromkeys(fits, UNFIT), **LIMITS.get(self._backend, {})}
         self.missing_modes = MISSING[self._backend]
         if self._backend == "numpy":
             lacking = dict.fromkeys(("gradient", "layer_gradient"), _NO_GRADIENT)
@@ -67,17 +70,13 @@ class Keras:
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return the dtypes of Keras' policies."""
-        if mode.startswith("fit"):
-            return ("float32",)
         narrow = ("float16", "bfloat16", "float32")
         # JAX has float64 only where it is told to.
         return narrow if self._backend == "jax" else (*narrow, "float64")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return a tensor."""
-        if self._backend == "torch" and x.dtype.name == "bfloat16":
-            return _torch_bfloat16(x)
-        return keras.ops.convert_to_tensor(x, dtype=x.dtype.name)
+        return tensor_of(x)
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
         """Return a NumPy array."""
@@ -107,8 +106,13 @@ class Keras:
         noise_shape = tuple(1 if axis in shared else None for axis in range(rank))
         layer = self._layer(p, seed, noise_shape if shared else None, x, mode)
         layer.calls = step
-        with on_path_of(mode):
-            return layer(x, training=training)
+        try:
+            with on_path_of(mode):
+                return layer(x, training=training)
+        except BaseException:
+            # Keras on JAX may have left it without its state.
+            self._layers.clear()
+            raise
 
     def _layer(self, p: Any, seed: int, noise_shape: Any, x: Any, mode: str) -> Any:
         # A layer's call number is its state, so each thread has layers of its own.
@@ -116,17 +120,26 @@ class Keras:
         key = (p, type(p), seed, noise_shape, dtype, mode, get_ident())
         if key not in self._layers:
             policy = dtype if dtype in self.dtypes("eager") else "float32"
-            with scope_of(mode):
+            with self.scope(mode):
                 layer = Dropout(p, noise_shape, seed=seed, dtype=policy, autocast=False)
-            self._layers[key] = made_in_mode(layer, mode, self._count)
+            self._layers[key] = self.made(layer, mode)
         return self._layers[key]
 
-    def _count(self) -> None:
+    def scope(self, mode: str) -> AbstractContextManager[Any]:
+        """Return the context in which a mode's layers are made."""
+        return scope_of(mode)
+
+    def made(self, layer: Dropout, mode: str) -> Any:
+        """Return what runs a layer in a mode."""
+        return made_in_mode(layer, mode, self.count)
+
+    def count(self) -> None:
+        """Count a trace."""
         self._traces += 1
 
     def traces(self, mode: str) -> int:
         """Return how often a function around a layer was traced."""
-        return self._traces
+        return graphs() if self._backend == "torch" else self._traces
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Differentiate a call of the layer."""
@@ -138,15 +151,15 @@ class Keras:
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Model":
         """Return a layer, in a model that saves its weights."""
-        with scope_of(mode):
+        with self.scope(mode):
             layer = Dropout(p, seed=seed, dtype=dtype, autocast=False)
-        return _Model(layer, mode, self._count)
+        return _Model(layer, self.made(layer, mode), mode)
 
 
 class _Model:
-    def __init__(self, layer: Dropout, mode: str, count: Callable[[], None]) -> None:
+    def __init__(self, layer: Dropout, run: Any, mode: str) -> None:
         self._model = keras.Sequential([keras.Input((None,)), layer])
-        self._run = made_in_mode(layer, mode, count)
+        self._run = run
         self._mode = mode
 
     @property
@@ -182,13 +195,6 @@ class _Model:
             path = Path(folder, "model.weights.h5")
             path.write_bytes(state)
             self._model.load_weights(path)
-
-
-def _torch_bfloat16(x: NDArray[Any]) -> Any:
-    """Return a tensor of the same bits: Keras goes by float32, which changes those of NaN."""
-    import torch
-
-    return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
 
 
 def _numpy_dtype(name: str) -> Any:

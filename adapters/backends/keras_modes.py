@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 from unidrop.adapters.keras import Dropout
 
@@ -15,9 +17,12 @@ __all__ = [
     "MISSING",
     "REMATERIALISED",
     "UNFIT",
+    "AtOnce",
     "compiled_modes",
+    "graphs",
     "made_in_mode",
     "scope_of",
+    "tensor_of",
 ]
 
 #: The modes that train a model, by the backend.
@@ -31,15 +36,16 @@ FITS: Mapping[str, tuple[str, ...]] = {
 REMATERIALISED = "RematScope"
 
 _OWN = "fit takes the gradients itself, and gives none away"
-_DATASETS = "fit makes a dataset for each of its calls, 100 of which take half a minute here"
-_CASTS = "a model casts integers to its own dtype, before any layer sees them"
 
 #: What does not apply where a model is trained.
-UNFIT: Mapping[str, str] = {
-    **dict.fromkeys(("gradient", "layer_gradient"), _OWN),
-    "traces": _DATASETS,
-    **dict.fromkeys(("bad-dtype", "layer-error"), _CASTS),
-}
+UNFIT: Mapping[str, str] = dict.fromkeys(("gradient", "layer_gradient"), _OWN)
+
+_WRAPPED = (
+    "torch can't record how Keras rewords an error of its layers, and raises one of its own kind"
+)
+_EMPTIED = (
+    "Keras on JAX takes a model's state away while it fits, and an error leaves it without any"
+)
 
 _OUTER = "RematScope around a layer of layers"
 _CALLED_AGAIN = (
@@ -61,7 +67,11 @@ MISSING: Mapping[str, Mapping[str, str]] = {
 
 #: What does not apply in other modes, by the backend.
 LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
-    "jax": {"eager": {"traces": "JAX compiles single operations where it runs eagerly"}}
+    "jax": {
+        "eager": {"traces": "JAX compiles single operations where it runs eagerly"},
+        "fit": {**UNFIT, "layer-error": _EMPTIED},
+    },
+    "torch": {"torch.compile": dict.fromkeys(("bad-dtype", "layer-error"), _WRAPPED)},
 }
 
 
@@ -83,12 +93,28 @@ def made_in_mode(layer: Dropout, mode: str, count: Callable[[], None]) -> Any:
     """Return what runs a layer in a mode, and counts how often that is traced."""
     backend = keras.backend.backend()
     if mode in FITS.get(backend, ()):
-        return _Fitted(layer, jit_compile=mode == "fit XLA" or "auto")
-    make = _COMPILED.get(backend, {}).get(mode, _EAGER.get(backend, _AtOnce))
+        return _Fitted(layer, count, jit_compile=mode == "fit XLA" or "auto")
+    make = _COMPILED.get(backend, {}).get(mode, _EAGER.get(backend, AtOnce))
     return make(layer, count)
 
 
-class _AtOnce:
+def graphs() -> int:
+    """Return how many graphs torch.compile has made, by torch's own count."""
+    import torch._dynamo.utils
+
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def tensor_of(x: NDArray[Any]) -> Any:
+    """Return a tensor of an array's bits: Keras on torch goes by float32, which changes NaN's."""
+    if keras.backend.backend() != "torch" or x.dtype.name != "bfloat16":
+        return keras.ops.convert_to_tensor(x, dtype=x.dtype.name)
+    import torch
+
+    return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
+
+
+class AtOnce:
     """Calls a layer, on any backend."""
 
     def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
@@ -97,6 +123,7 @@ class _AtOnce:
 
     @property
     def calls(self) -> int:
+        """The layer's call number, which may be set."""
         return self._layer.calls
 
     @calls.setter
@@ -104,10 +131,11 @@ class _AtOnce:
         self._layer.calls = value
 
     def __call__(self, x: Any, *, training: bool) -> Any:
+        """Call the layer."""
         return self._layer(x, training=training)
 
 
-class _TensorFlow(_AtOnce):
+class _TensorFlow(AtOnce):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         import tensorflow as tf
 
@@ -138,7 +166,7 @@ class _Xla(_Function):
     jit_compile = True
 
 
-class _Torch(_AtOnce):
+class _Torch(AtOnce):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         import torch
 
@@ -147,7 +175,30 @@ class _Torch(_AtOnce):
         return y.detach(), lambda upstream: torch.autograd.grad(y, x, upstream)[0]
 
 
-class _Jax(_AtOnce):
+class _Compiled(_Torch):
+    """A layer under `torch.compile`, all of it in one graph."""
+
+    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+        import torch
+
+        super().__init__(layer, count)
+        # What Keras notes of a layer's first call would have it traced again at the second.
+        layer(keras.Input((None,)))
+        # Where the matrix has a hundred layers, torch would give up after the eighth.
+        torch._dynamo.config.recompile_limit = 1 << 20
+
+        def run(x: Any, training: bool) -> Any:
+            return layer(x, training=training)
+
+        # Of code of its own, so that its graphs are not sought among those of other layers.
+        own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+        self._run = torch.compile(own, fullgraph=True)
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        return self._run(x, training)
+
+
+class _Jax(AtOnce):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         import jax
 
@@ -187,21 +238,27 @@ class _Jit(_Jax):
         return y
 
 
-_EAGER: Mapping[str, type[_AtOnce]] = {"tensorflow": _TensorFlow, "jax": _Jax, "torch": _Torch}
-_COMPILED: Mapping[str, Mapping[str, type[_AtOnce]]] = {
+_EAGER: Mapping[str, type[AtOnce]] = {"tensorflow": _TensorFlow, "jax": _Jax, "torch": _Torch}
+_COMPILED: Mapping[str, Mapping[str, type[AtOnce]]] = {
     "tensorflow": {"tf.function": _Function, "XLA": _Xla},
     "jax": {"jit": _Jit},
+    "torch": {"torch.compile": _Compiled},
 }
 
 
 class _Record(keras.layers.Layer):
-    """Keeps what came by in training."""
+    """Keeps what came by in training, and counts how often that is traced."""
+
+    def __init__(self, count: Callable[[], None], **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self._count = count
 
     def build(self, input_shape: tuple[int, ...]) -> None:
         self.seen = self.add_weight(shape=(1, *input_shape[1:]), trainable=False, name="seen")
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         if training:
+            self._count()
             self.seen.assign(inputs)
         return inputs
 
@@ -216,26 +273,59 @@ class _Scale(keras.layers.Layer):
         return inputs * self.scale
 
 
-class _Fitted(_AtOnce):
+class _Feed(keras.utils.PyDataset):
+    """A dataset of one batch, which may be put in another's place."""
+
+    batch: Any
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.batch, keras.ops.zeros_like(self.batch)
+
+    def dataset(self) -> Any:
+        """Return what `fit` takes: of TensorFlow's own where Keras would make one at each call."""
+        if keras.backend.backend() != "tensorflow":
+            return self
+        import tensorflow as tf
+
+        spec = tf.TensorSpec(self.batch.shape, self.batch.dtype)
+        made = tf.data.Dataset.from_generator(lambda: iter([self[0]]), output_signature=(spec,) * 2)
+        return made.apply(tf.data.experimental.assert_cardinality(1))
+
+
+class _Fitted(AtOnce):
     """Trains a model for a step whose batch is x as its only example, and returns what was seen."""
 
-    def __init__(self, layer: Dropout, jit_compile: bool | str) -> None:
-        super().__init__(layer, lambda: None)
+    def __init__(self, layer: Dropout, count: Callable[[], None], jit_compile: bool | str) -> None:
+        super().__init__(layer, count)
         self._jit_compile = jit_compile
-        self._models: dict[tuple[int, ...], tuple[Any, _Record]] = {}
+        self._models: dict[Any, tuple[Any, Any, _Feed, Any]] = {}
 
     def __call__(self, x: Any, *, training: bool) -> Any:
-        batch = keras.ops.convert_to_numpy(x)[None]
-        if batch.shape not in self._models:
-            self._models[batch.shape] = self._model(batch.shape)
-        model, record = self._models[batch.shape]
-        if not training:
-            return keras.ops.convert_to_tensor(model.predict(batch, verbose=0)[0])
-        model.fit(batch, np.zeros_like(batch), batch_size=1, verbose=0)
-        return keras.ops.convert_to_tensor(keras.ops.convert_to_numpy(record.seen)[0])
+        batch = x[None]
+        form = (tuple(batch.shape), batch.dtype)
+        if form not in self._models:
+            self._models[form] = self._model(batch)
+        model, record, feed, dataset = self._models[form]
+        feed.batch = batch
+        if not training and keras.backend.backend() == "torch":
+            # Its predictions come by float32, which changes the bits of NaN.
+            came = model(batch, training=False)
+        elif not training:
+            came = tensor_of(model.predict(dataset, verbose=0))
+        else:
+            model.fit(dataset, shuffle=False, verbose=0)
+            came = keras.ops.copy(record.seen.value)
+        return came[0]
 
-    def _model(self, shape: tuple[int, ...]) -> tuple[Any, _Record]:
-        record = _Record()
-        model = keras.Sequential([keras.Input(shape[1:]), self._layer, record, _Scale()])
+    def _model(self, batch: Any) -> tuple[Any, Any, _Feed, Any]:
+        dtype = keras.backend.standardize_dtype(batch.dtype)
+        policy = dtype if "float" in dtype else None
+        record, feed = _Record(self._count, dtype=policy), _Feed()
+        feed.batch = batch
+        example = keras.Input(batch.shape[1:], dtype=dtype)
+        model = keras.Sequential([example, self._layer, record, _Scale(dtype=policy)])
         model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=self._jit_compile)
-        return model, record
+        return model, record, feed, feed.dataset()

@@ -37,13 +37,10 @@ class TensorFlow(CoreBackend):
 
     mode_limits: Mapping[str, Mapping[str, str]] = {
         _SAVED: {
-            "gradient": "a SavedModel holds no custom gradient unless it is asked to",
-            "windows": "a window is of the graph that tf.function makes, with nothing more to save",
             "words": "a SavedModel holds whole functions, and not what they are made of",
             "traced_key": "a SavedModel holds whole functions, and not what they are made of",
         },
         _RECOMPUTED: {
-            "windows": "what is recomputed is the gradient, and a window has the one of the whole",
             "words": "there is no gradient to compute again",
             "traced_key": "there is no gradient to compute again",
         },
@@ -127,7 +124,12 @@ class TensorFlow(CoreBackend):
         return self._traces
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Differentiate through a tape, inside the function in its mode."""
+        """Differentiate through a tape, inside the function in its mode if that is not saved."""
+        if mode == _SAVED:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = self.dropout(x, p, seed, step, mode=mode)
+            return tape.gradient(y, x, upstream)
 
         def run(x: Any, upstream: Any, seed: Any, step: Any) -> Any:
             def forward(x: Any) -> Any:
@@ -159,7 +161,8 @@ def _reloaded(function: Callable[..., Any]) -> Callable[..., Any]:
     module = tf.Module()
     module.run = function
     with tempfile.TemporaryDirectory() as folder:
-        tf.saved_model.save(module, folder)
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
+        tf.saved_model.save(module, folder, options=options)
         loaded = tf.saved_model.load(folder)
     run: Callable[..., Any] = loaded.run
     return run

@@ -4,7 +4,6 @@ Each is run in all the ways in which PyTorch runs a model.
 """
 
 import io
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,7 +76,7 @@ class Torch(CoreBackend):
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the functional form; what it does not take is the core's."""
         if mode in MODES:
-            return call(self._call(p, seed, step, mode, options), x, mode)
+            return call(self._call(p, mode, options), x, mode, *_numbers(seed, step))
         if set(options) <= {"training"}:
             with on_path_of(mode):
                 return dropout(x, p, key=Key(seed).fold_in(step), **options)
@@ -86,7 +85,8 @@ class Torch(CoreBackend):
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Differentiate through autograd, or what the mode has in its place."""
         if mode in MODES:
-            return pulled(self._call(p, seed, step, mode, {}), x, mode)[1](upstream)
+            numbers = _numbers(seed, step)
+            return pulled(self._call(p, mode, {}), x, mode, *numbers)[1](upstream)
         x = x.requires_grad_()
         with on_path_of(mode):
             y = dropout(x, p, key=Key(seed).fold_in(step))
@@ -96,15 +96,10 @@ class Torch(CoreBackend):
         """Return how many graphs have been traced."""
         return graphs(mode)
 
-    def _call(self, p: Any, seed: int, step: int, mode: str, options: Mapping[str, Any]) -> "_Call":
-        """Return a module that drops so; the same one at each seed and step, as a thread has it."""
-        which = repr((threading.get_ident(), p, mode, sorted(options.items())))
-        module = self._calls.get(which)
-        if module is None:
-            module = self._calls[which] = _Call(p, options)
-        module.words.copy_(torch.tensor(Key(seed).words))
-        module.step.copy_(torch.tensor(step, dtype=torch.uint64))
-        return module
+    def _call(self, p: Any, mode: str, options: Mapping[str, Any]) -> "_Call":
+        """Return a module that drops so; the same one at each key and step."""
+        which = repr((p, mode, sorted(options.items())))
+        return self._calls.setdefault(which, _Call(p, options))
 
     def layouts(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Return the layouts that PyTorch's users meet."""
@@ -119,22 +114,22 @@ class Torch(CoreBackend):
         return _Layer(Dropout(p, seed=seed).to(device), mode)
 
 
+def _numbers(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a `_Call` is given beside x: a key's words, and a step of any size."""
+    return torch.tensor(Key(seed).words), torch.tensor(step, dtype=torch.uint64)
+
+
 class _Call(torch.nn.Module):
     """A call of the functional form, whose key and step are arguments of what is compiled."""
-
-    words: torch.Tensor
-    step: torch.Tensor
 
     def __init__(self, p: Any, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.p = p
         self.options = dict(options)
-        self.register_buffer("words", torch.zeros(2, dtype=torch.int64))
-        self.register_buffer("step", torch.zeros((), dtype=torch.uint64))
 
-    def forward(self, x: torch.Tensor) -> Any:
-        lo, hi = self.words.unbind()
-        key = Key.from_words(lo, hi).fold_in(self.step)
+    def forward(self, x: torch.Tensor, words: torch.Tensor, step: torch.Tensor) -> Any:
+        lo, hi = words.unbind()
+        key = Key.from_words(lo, hi).fold_in(step)
         if set(self.options) <= {"training"}:
             return dropout(x, self.p, key=key, **self.options)
         return unidrop.dropout(x, self.p, key, **self.options)

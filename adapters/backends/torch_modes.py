@@ -1,9 +1,11 @@
 """The ways in which PyTorch runs a model, as the matrix has them.
 
 A way is a function of a module and an input that gives the output, and one that gives the output
-and its pullback. The module is dropout alone, or whatever else has one input.
+and its pullback. The module is dropout alone, or whatever else has one input, and maybe others
+which it is not differentiated by.
 """
 
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +24,8 @@ __all__ = ["COMPILED", "MODES", "Pulled", "call", "graphs", "pulled"]
 # The exported programs of each module, by what they were exported for. Not the module's attribute,
 # which torch.export would put back as it was.
 _programs: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+
+_compiling = threading.RLock()
 
 # What has been exported for, in its order.
 _exports: list[Any] = []
@@ -57,23 +61,23 @@ def graphs(mode: str) -> int:
     return int(_dynamo().utils.counters["stats"]["unique_graphs"])
 
 
-def call(module: nn.Module, x: Tensor, mode: str) -> Tensor:
+def call(module: nn.Module, x: Tensor, mode: str, *others: Tensor) -> Tensor:
     """Return a module's output for an input, in a mode."""
     with _context(mode):
-        return _function(module, mode)(x)
+        return _function(module, mode)(x, *others)
 
 
-def pulled(module: nn.Module, x: Tensor, mode: str) -> Pulled:
+def pulled(module: nn.Module, x: Tensor, mode: str, *others: Tensor) -> Pulled:
     """Return a module's output for an input, and the function that differentiates it."""
     if mode == "func.vjp":
-        return _pulled_by_func(module, x)
+        return _pulled_by_func(module, x, *others)
     if mode == "func.vmap":
-        return _pulled_by_vmap(module, x)
+        return _pulled_by_vmap(module, x, *others)
     if mode == "forward-mode":
-        return _pulled_forwards(module, x)
+        return _pulled_forwards(module, x, *others)
     leaf = x.detach().requires_grad_()
     with _context(mode):
-        y = _function(module, mode)(leaf)
+        y = _function(module, mode)(leaf, *others)
 
     def pullback(upstream: Tensor) -> Tensor:
         leaf.grad = None
@@ -87,32 +91,32 @@ def pulled(module: nn.Module, x: Tensor, mode: str) -> Pulled:
     return y, pullback
 
 
-def _pulled_by_func(function: Callable[[Tensor], Tensor], x: Tensor) -> Pulled:
-    both: tuple[Any, ...] = torch.func.vjp(function, x)
+def _pulled_by_func(module: nn.Module, x: Tensor, *others: Tensor) -> Pulled:
+    both: tuple[Any, ...] = torch.func.vjp(lambda v: module(v, *others), x)
     y, pullback = both
     return y, lambda upstream: pullback(upstream)[0]
 
 
-def _pulled_by_vmap(module: nn.Module, x: Tensor) -> Pulled:
-    both: tuple[Any, ...] = torch.func.vjp(_batched(module), torch.stack([x, x]))
+def _pulled_by_vmap(module: nn.Module, x: Tensor, *others: Tensor) -> Pulled:
+    both: tuple[Any, ...] = torch.func.vjp(_batched(module, *others), torch.stack([x, x]))
     y, pullback = both
     return y[1], lambda upstream: pullback(torch.stack([upstream, upstream]))[0][1]
 
 
-def _pulled_forwards(module: nn.Module, x: Tensor) -> Pulled:
+def _pulled_forwards(module: nn.Module, x: Tensor, *others: Tensor) -> Pulled:
     """Return the pullback by tangents: what is diagonal is its own transpose.
 
     Tangents run along with the call, so the call is made again for an upstream gradient, from the
     state of before; its output has to be the same.
     """
     state = {name: value.clone() for name, value in module.state_dict().items()}
-    y = call(module, x, "forward-mode")
+    y = call(module, x, "forward-mode", *others)
 
     def pullback(upstream: Tensor) -> Tensor:
         after = {name: value.clone() for name, value in module.state_dict().items()}
         module.load_state_dict(state)
         with torch.autograd.forward_ad.dual_level():
-            dual = module(torch.autograd.forward_ad.make_dual(x, upstream))
+            dual = module(torch.autograd.forward_ad.make_dual(x, upstream), *others)
             tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
         module.load_state_dict(after)
         # None is what PyTorch has for a tangent of zeros.
@@ -121,61 +125,82 @@ def _pulled_forwards(module: nn.Module, x: Tensor) -> Pulled:
     return y, pullback
 
 
-def _function(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+def _function(module: nn.Module, mode: str) -> Callable[..., Tensor]:
     if mode in COMPILED:
         return _compiled(module, mode)
     if mode == "export":
-        return lambda x: _exported(module, x)(x)
+        return lambda *inputs: _exported(module, *inputs)(*inputs)
     return _FUNCTIONS[mode](module)
 
 
-def _compiled(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+def _compiled(module: nn.Module, mode: str) -> Callable[..., Tensor]:
     """Return a module compiled from code of its own, so that its graphs are its own too.
 
     Modules of one class share their graphs as far as these fit; but where the matrix has a hundred
     of them, the search for one that fits takes longer than another graph.
     """
     _dynamo()
-    cached: Callable[[Tensor], Tensor] | None = module.__dict__.get("_compiled")
+    cached: Callable[..., Tensor] | None = module.__dict__.get("_compiled")
     if cached is not None:
         return cached
     function = _checkpointed(module, False) if mode == "compile-checkpoint" else module
 
-    def run(x: Tensor) -> Any:
-        return function(x)
+    def run(*inputs: Tensor) -> Any:
+        return function(*inputs)
 
     own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-    compiled: Callable[[Tensor], Tensor] = torch.compile(own, fullgraph=True, **COMPILED[mode])
+    compiled = _one_at_first(torch.compile(own, fullgraph=True, **COMPILED[mode]))
     module.__dict__["_compiled"] = compiled
     return compiled
 
 
-def _exported(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+def _one_at_first(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function whose first call of a form is one thread's alone.
+
+    Threads that call together what is not compiled yet would compile it each.
+    """
+    seen: set[Any] = set()
+
+    def run(x: Tensor, *others: Tensor) -> Tensor:
+        form = x.shape, x.dtype, x.requires_grad
+        if form in seen:
+            return compiled(x, *others)
+        with _compiling:
+            y = compiled(x, *others)
+        seen.add(form)
+        return y
+
+    return run
+
+
+def _exported(module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
     """Return a module's exported program, run from the module's state and leaving it there."""
+    x = inputs[0]
     form = x.shape, x.dtype, x.stride(), module.training
     programs = _programs.setdefault(module, {})
     if form not in programs:
-        programs[form] = torch.export.export(module, (x.detach(),)).module()
+        given = tuple(value.detach() for value in inputs)
+        programs[form] = torch.export.export(module, given).module()
         _exports.append(form)
     program = programs[form]
 
-    def run(x: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Tensor:
         program.load_state_dict(module.state_dict())
-        y: Tensor = program(x)
+        y: Tensor = program(*inputs)
         module.load_state_dict(program.state_dict())
         return y
 
     return run
 
 
-def _checkpointed(module: nn.Module, reentrant: bool) -> Callable[[Tensor], Tensor]:
+def _checkpointed(module: nn.Module, reentrant: bool) -> Callable[..., Tensor]:
     """Return a module in a region, of whose output the gradient needs the recomputed one."""
 
-    def region(x: Tensor) -> Any:
-        y = module(x)
+    def region(*inputs: Tensor) -> Any:
+        y = module(*inputs)
         return (_Kept.apply(y[0]), y[1]) if isinstance(y, tuple) else _Kept.apply(y)
 
-    return lambda x: checkpoint(region, x, use_reentrant=reentrant)
+    return lambda *inputs: checkpoint(region, *inputs, use_reentrant=reentrant)
 
 
 class _Kept(torch.autograd.Function):
@@ -192,39 +217,42 @@ class _Kept(torch.autograd.Function):
         return torch.where(y != 0, upstream[0], torch.zeros_like(upstream[0]))
 
 
-def _batched(module: nn.Module) -> Callable[[Tensor], Any]:
+def _batched(module: nn.Module, *others: Tensor) -> Callable[[Tensor], Any]:
     """Return a module of batches of examples that share their mask."""
-    return torch.vmap(lambda x: module(x), randomness="same")
+    return torch.vmap(lambda x: module(x, *others), randomness="same")
 
 
-def _vmapped(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: tree_map(lambda batch: batch[1], _batched(module)(torch.stack([x, x])))
+def _vmapped(module: nn.Module) -> Callable[..., Tensor]:
+    def function(x: Tensor, *others: Tensor) -> Any:
+        return tree_map(lambda batch: batch[1], _batched(module, *others)(torch.stack([x, x])))
+
+    return function
 
 
-def _by_functional_call(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _by_functional_call(module: nn.Module) -> Callable[..., Tensor]:
     buffers = dict(module.named_buffers())
-    return lambda x: torch.func.functional_call(module, buffers, (x,))
+    return lambda *inputs: torch.func.functional_call(module, buffers, inputs)
 
 
-def _by_duals(module: nn.Module) -> Callable[[Tensor], Any]:
-    def function(x: Tensor) -> Any:
+def _by_duals(module: nn.Module) -> Callable[..., Any]:
+    def function(x: Tensor, *others: Tensor) -> Any:
         if not (x.is_floating_point() or x.is_complex()):
-            return module(x)  # which raises
+            return module(x, *others)  # which raises
         with torch.autograd.forward_ad.dual_level():
-            dual = module(torch.autograd.forward_ad.make_dual(x, x))
+            dual = module(torch.autograd.forward_ad.make_dual(x, x), *others)
             return tree_map(lambda part: torch.autograd.forward_ad.unpack_dual(part).primal, dual)
 
     return function
 
 
-def _by_vjp(module: nn.Module) -> Callable[[Tensor], Any]:
-    def value(x: Tensor) -> tuple[Tensor, Any]:
-        y = module(x)
-        return (y[0], y[1]) if isinstance(y, tuple) else (y, ())
+def _by_vjp(module: nn.Module) -> Callable[..., Any]:
+    def function(x: Tensor, *others: Tensor) -> Any:
+        def value(x: Tensor) -> tuple[Tensor, Any]:
+            y = module(x, *others)
+            return (y[0], y[1]) if isinstance(y, tuple) else (y, ())
 
-    def function(x: Tensor) -> Any:
         if not (x.is_floating_point() or x.is_complex()):
-            return module(x)  # which raises
+            return module(x, *others)  # which raises
         with_mask: tuple[Any, ...] = torch.func.vjp(value, x, has_aux=True)
         y, _, mask = with_mask
         return y if isinstance(mask, tuple) else (y, mask)
@@ -232,7 +260,7 @@ def _by_vjp(module: nn.Module) -> Callable[[Tensor], Any]:
     return function
 
 
-_FUNCTIONS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+_FUNCTIONS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
     "checkpoint": lambda module: _checkpointed(module, False),
     "checkpoint-reentrant": lambda module: _checkpointed(module, True),
     "func.vjp": _by_vjp,

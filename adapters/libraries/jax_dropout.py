@@ -85,6 +85,10 @@ def _rule(
         return rule(*operands)
 
 
+# Of a model's many layers of one shape, and their gradients, one is traced and lowered for all.
+_rule_of_all = jax.jit(_rule, static_argnames=("rate", *_STATIC))
+
+
 def _rule_of_one(
     x: Any, lo: Any, hi: Any, *words: Any, window: Window, rate: Rate, strides: tuple[int, ...]
 ) -> Any:
@@ -136,7 +140,7 @@ def _at_once(x: Any, lo: Any, hi: Any, *words: Any, rate: Rate, **settings: Any)
 
 
 _drop_p.def_impl(_at_once)
-mlir.register_lowering(_drop_p, mlir.lower_fun(_rule, multiple_results=False))
+mlir.register_lowering(_drop_p, mlir.lower_fun(_rule_of_all, multiple_results=False))
 
 
 def _abstract(x: Any, *others: Any, **settings: Any) -> Any:

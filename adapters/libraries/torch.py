@@ -9,11 +9,18 @@ import torch
 
 from unidrop.adapters.libraries.torch_func import randomness
 from unidrop.adapters.libraries.torch_operators import constant, packed, stacked
-from unidrop.key import Key
+from unidrop.key import Key, string_data
 from unidrop.library import Library, Memory
 from unidrop.window import Window
+from unidrop.words import MASK32, Pair, Wide
 
 __all__ = ["Torch", "is_recorded", "record"]
+
+# Of words in int64, which PyTorch has on every device.
+_WORDS = Wide(array_api_compat.torch)
+
+# What `torch.compiler.assume_constant_result` does; but that takes the compiler's import.
+string_data._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -31,6 +38,23 @@ class Torch(Library):
     def device(self, x: torch.Tensor) -> torch.device:
         """Return the tensor's device."""
         return x.device
+
+    def arithmetic(self, xp: Any, device: Any) -> Wide:
+        """Return arithmetic on ``int64``, and don't look for what else there is."""
+        return _WORDS
+
+    def split(self, value: torch.Tensor, name: str) -> Pair:
+        """Return an integer as words, by few operations, since each of them may be compiled."""
+        bits = self.width(value, name)
+        value = value.to(torch.int64)
+        if bits == 64:
+            return value >> 32 & MASK32, value & MASK32
+        return torch.zeros_like(value), value & ((1 << bits) - 1)
+
+    def word(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the low word of an integer, by as few operations."""
+        bits = self.width(value, name)
+        return value.to(torch.int64) & ((1 << min(bits, 32)) - 1)
 
     def is_traced(self, x: torch.Tensor) -> bool:
         """Tell whether something records or transforms what is done with tensors."""
@@ -56,18 +80,14 @@ class Torch(Library):
         """Return the output of one operator, which keeps no mask."""
         return record(x, packed(key), p, window)
 
-    def recorded_mask(
-        self, like: torch.Tensor, p: float, key: Key, window: Window
-    ) -> torch.Tensor | None:
-        """Return the mask as one operator's output, where a compiler records it."""
+    def recorded_mask(self, like: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor:
+        """Return the mask as one operator's output."""
         if torch._C._are_functorch_transforms_active():
             # What vmap makes of a mask, it makes of what is dropped from ones of its shape.
             whole = Window.of(
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
             return record(torch.ones(window.shape, device=like.device), packed(key), p, whole) != 0
-        if not torch.compiler.is_dynamo_compiling():
-            return None
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
             packed(key),
             constant(p),
@@ -79,13 +99,14 @@ class Torch(Library):
         return mask
 
     def folded(self, key: tuple[Any, Any], data: torch.Tensor) -> tuple[Any, Any] | None:
-        """Return the words of a key and a step as one operator's, where a compiler records them.
+        """Return the words of a key and a step as one operator's, where something records them.
 
         It takes Python's integers some microseconds, and a compiler some seconds. On another device
         it is compiled, since the operator would have to wait for the step.
         """
-        if data.device.type != "cpu" or not torch.compiler.is_dynamo_compiling():
+        if data.device.type != "cpu" or not is_recorded():
             return None
+        self.width(data, "data")
         lo, hi = torch.ops.unidrop.fold_in(stacked(key), data).unbind()
         return lo, hi
 

@@ -138,6 +138,8 @@ def _threads(cell: Cell) -> None:
     def keeps(step: int) -> NDArray[np.bool]:
         return cell.keeps((65, 33), 0.2, step)
 
+    if cell.is_compiled:
+        keeps(0)  # compiled here, and not by each of the threads at once
     with ThreadPoolExecutor(8) as pool:
         for step, keep in enumerate(pool.map(keeps, range(16))):
             expected = by_core(unidrop.keep_mask, (65, 33), 0.2, cell.key(step))
