@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ __all__ = [
     "ABILITIES",
     "AbleBackend",
     "Backend",
+    "BaseBackend",
     "Layer",
     "UnavailableBackend",
     "backend_names",
@@ -126,6 +128,48 @@ class Backend(Protocol):
         ``global_shape=`` with ``start=``, and ``return_mask=``, as `unidrop.dropout` has them. In
         compiled modes the step has to be an argument of what is compiled, not a constant.
         """
+
+
+class BaseBackend:
+    """What most backends have in common: they run eagerly, on the CPU, on float32.
+
+    A subclass has to define ``name``, ``from_numpy``, ``to_numpy`` and ``dropout``, and overrides
+    what it has more of.
+
+    Examples
+    --------
+    >>> import unidrop
+    >>> class Plain(BaseBackend):
+    ...     name = "plain"
+    ...
+    ...     def from_numpy(self, x, device, mode):
+    ...         return x
+    ...
+    ...     def to_numpy(self, y):
+    ...         return y
+    ...
+    ...     def dropout(self, x, p, seed, step, *, mode, **options):
+    ...         return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+    >>> isinstance(Plain(), Backend)
+    True
+    """
+
+    name: str
+    modes: Sequence[str] = ("eager",)
+    compiled_modes: Sequence[str] = ()
+    missing_modes: Mapping[str, str] = MappingProxyType({})
+    devices: Sequence[str] = ("cpu",)
+    abilities: Mapping[str, str | None] = MappingProxyType({})
+    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    step_limit = 1 << 64
+
+    def dtypes(self, mode: str) -> Sequence[str]:
+        """Return float32."""
+        return ("float32",)
+
+    def device_of(self, y: Any) -> str:
+        """Return the only device."""
+        return self.devices[0]
 
 
 class AbleBackend(Backend, Protocol):

@@ -1,14 +1,14 @@
 """A backend whose arrays go through the core: what those of array-API libraries share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 import unidrop
+from unidrop.conformance.backend import BaseBackend
 from unidrop.library import library_of_namespace
 from unidrop.philox import philox
 
@@ -28,22 +28,14 @@ def on_path_of(mode: str) -> AbstractContextManager[None]:
     return unidrop.only("portable") if mode.startswith("eager") else nullcontext()
 
 
-class CoreBackend:
+class CoreBackend(BaseBackend):
     """Calls `unidrop.dropout` eagerly; a subclass says how to reach its arrays.
 
     It has to define ``name``, ``xp`` (the namespace as users name it), ``dtypes`` and ``abilities``
     (`core_abilities` and what it adds), and may override the rest.
     """
 
-    name: str
     xp: Any
-    modes: Sequence[str] = ("eager",)
-    compiled_modes: Sequence[str] = ()
-    missing_modes: Mapping[str, str] = MappingProxyType({})
-    devices: Sequence[str] = ("cpu",)
-    step_limit = 1 << 64
-    abilities: Mapping[str, str | None]
-    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
     core_abilities: ClassVar[dict[str, str | None]] = {
         **dict.fromkeys(("broadcast_axes", "windows", "mask", "words", "key", "traced_key")),
