@@ -384,3 +384,20 @@ def test_the_state_of_a_module_is_its_call_number_alone():
     twin = copy.deepcopy(module).to_empty(device="cpu")
     twin.calls = 1
     assert torch.equal(compiled(twin, "eager")(torch.ones(37)), mask(1, (37,)))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(-1, "int8"), (-1, "int32"), (-1, "int64"), (255, "uint8"), (2**63 + 5, "uint64")],
+)
+def test_a_step_of_any_integer_dtype_folds_as_eagerly(value, dtype):
+    step = torch.tensor(value, dtype=getattr(torch, dtype))
+    x = torch.ones(64)
+
+    def drop(x, step):
+        return dropout(x, 0.5, key=Key(42).fold_in(step))
+
+    compiled = torch.compile(drop, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, step), drop(x, step))
+    in_vmap = torch.vmap(drop, in_dims=(0, None), randomness="same")
+    assert torch.equal(in_vmap(x[None], step)[0], drop(x, step))

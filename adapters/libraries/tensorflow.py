@@ -155,7 +155,7 @@ class TensorFlow(Library):
         mine = tf.one_hot(rank, context.num_replicas_in_sync, dtype=tf.int64)
         lengths = context.all_reduce(tf.distribute.ReduceOp.SUM, mine * tf.cast(length, tf.int64))
         start = tf.cumsum(lengths, exclusive=True)[rank]
-        longest = (1 << 64) // max(1, math.prod(inner))
+        longest = (1 << 64) // math.prod(max(1, n) for n in inner)
         return Replica(rank, ((longest, *inner), (start, *(0 for _ in inner))))
 
     def memory(self, x: Any) -> Memory | str:

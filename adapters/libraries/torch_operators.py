@@ -24,6 +24,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from unidrop.adapters.libraries.torch_checkpoint import Draws, draws_here
 from unidrop.dropout import Call
+from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
 from unidrop.rate import Rate
@@ -245,7 +246,10 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 
 @_disable_dynamo
 def _fold_in(key: Tensor, data: Tensor) -> Tensor:
-    return packed(key_of(key).fold_in(int(data)))
+    bits = integer_bits(data.dtype)
+    assert bits is not None  # as `Library.width` has seen to
+    # Extended by zeros from its width, as words are: also a negative one, and one of uint64.
+    return packed(key_of(key).fold_in(data.item() & ((1 << bits) - 1)))
 
 
 @_disable_dynamo
