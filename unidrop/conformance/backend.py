@@ -112,7 +112,8 @@ class Backend(Protocol):
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
         """Return an array of the backend with the values and dtype of a NumPy one.
 
-        bfloat16 comes as ``ml_dtypes.bfloat16``; integers and bools must be taken too.
+        bfloat16 comes as ``ml_dtypes.bfloat16``. Integers and bools come too, to see that dropout
+        refuses them; where there are no such arrays, it is refused here.
         """
 
     def to_numpy(self, y: Any) -> NDArray[Any]:

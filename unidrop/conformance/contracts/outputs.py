@@ -103,8 +103,15 @@ def _bad_rate(cell: Cell) -> None:
 def _bad_dtype(cell: Cell) -> None:
     for dtype in ("int32", "int64", "uint8", "bool"):
         x = np.ones(4, dtype=dtype)
-        mention = str(cell.backend.to_numpy(cell.array(x)).dtype)
-        _check_raises(cell, (TypeError, ValueError), x, 0.5, mention)
+        _check_raises(cell, (TypeError, ValueError), x, 0.5, _dtype_there(cell, x))
+
+
+def _dtype_there(cell: Cell, x: NDArray[Any]) -> str:
+    """Return the name of x's dtype as the backend's array, if it has such arrays."""
+    try:
+        return str(cell.backend.to_numpy(cell.array(x)).dtype)
+    except (TypeError, ValueError):
+        return str(x.dtype)
 
 
 def _golden_outputs(cell: Cell) -> list[GoldenOutput]:
