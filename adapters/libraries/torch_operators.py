@@ -249,7 +249,7 @@ def _fold_in(key: Tensor, data: Tensor) -> Tensor:
     bits = integer_bits(data.dtype)
     assert bits is not None  # as `Library.width` has seen to
     # Extended by zeros from its width, as words are: also a negative one, and one of uint64.
-    return packed(key_of(key).fold_in(data.item() & ((1 << bits) - 1)))
+    return packed(key_of(key).fold_in(int(data.item()) & ((1 << bits) - 1)))
 
 
 @_disable_dynamo
