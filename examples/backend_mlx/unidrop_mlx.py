@@ -1,0 +1,165 @@
+"""MLX in unidrop: what the core must know of its arrays, and how the matrix reaches them.
+
+A worked example of docs/extending.md, in a package of its own.
+"""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+
+from unidrop import Key, dropout
+from unidrop.conformance import CoreBackend
+from unidrop.library import Library
+
+__all__ = ["Mlx", "MlxBackend"]
+
+
+def _anywhere(make):
+    """Give a function the standard's ``device=``: MLX's arrays lie in memory that all share."""
+    return lambda *args, device=None, **kwargs: make(*args, **kwargs)
+
+
+class _Namespace(SimpleNamespace):
+    """MLX's functions by the standard's names, those that differ given here."""
+
+    def __getattr__(self, name):
+        return getattr(mx, name)
+
+
+_NAMESPACE = _Namespace(
+    __name__="mlx",
+    __array_namespace_info__=lambda: SimpleNamespace(
+        dtypes=lambda **_: {"int64": mx.int64, "uint32": mx.uint32}
+    ),
+    bool=mx.bool_,
+    arange=_anywhere(lambda stop, *, dtype: mx.arange(stop, dtype=dtype)),
+    asarray=_anywhere(mx.array),
+    zeros=_anywhere(mx.zeros),
+    ones=_anywhere(mx.ones),
+    empty=_anywhere(mx.zeros),
+    astype=lambda x, dtype, *, copy=True: x.astype(dtype),
+    bitwise_left_shift=mx.left_shift,
+    bitwise_right_shift=mx.right_shift,
+    concat=lambda arrays, *, axis=0: mx.concatenate(arrays, axis=axis),
+)
+
+
+class Mlx(Library):
+    """MLX's arrays, which are computed when they are looked at."""
+
+    def namespace(self, x):
+        """Return the functions of the standard."""
+        return _NAMESPACE
+
+    def device(self, x):
+        """Return None: arrays have no device, operations have."""
+
+    def is_traced(self, x):
+        """Return True: what is recorded is fused, and needs no pieces."""
+        return True
+
+    def is_mutable(self, x):
+        """Return False: what is assigned to is copied."""
+        return False
+
+    def complex(self, xp, real, imag):
+        """Return complex numbers of the same bits; a sum with 1j times would make more NaN."""
+        return mx.stack([real, imag], axis=-1).view(mx.complex64).reshape(real.shape)
+
+    def linear(self, x, forward, transpose):
+        """Return ``forward(x)``, whose gradient is ``transpose`` and keeps nothing of it."""
+        function = mx.custom_function(forward)
+        function.vjp(lambda primal, cotangent, output: transpose(cotangent))
+        return function(x)
+
+
+class MlxBackend(CoreBackend):
+    """MLX, run at once and compiled."""
+
+    name = "mlx"
+    xp = mx
+    modes = ("eager", "compile")
+    compiled_modes = ("compile",)
+    abilities: Mapping[str, str | None] = {
+        **CoreBackend.core_abilities,
+        **dict.fromkeys(("gradient", "layouts", "traces")),
+        "layer": "this example has no module for mlx.nn",
+        "layer_gradient": "this example has no module for mlx.nn",
+    }
+    mode_limits: Mapping[str, Mapping[str, str]] = {"eager": {"traces": "nothing is traced"}}
+
+    def __init__(self):
+        self._compiled = {}
+        self._traces = 0
+
+    def dtypes(self, mode):
+        """Return MLX's floating-point dtypes; it has no 128-bit complex numbers."""
+        return ("float16", "bfloat16", "float32", "float64", "complex64")
+
+    def from_numpy(self, x, device, mode):
+        """Return an array of the same bits."""
+        if x.dtype == ml_dtypes.bfloat16:
+            return mx.array(x.view(np.uint16)).view(mx.bfloat16)
+        return mx.array(x, dtype=getattr(mx, "bool_" if x.dtype == bool else x.dtype.name))
+
+    def to_numpy(self, y):
+        """Return a NumPy array of the same bits."""
+        if y.dtype == mx.bfloat16:
+            return np.array(y.view(mx.uint16)).view(ml_dtypes.bfloat16)
+        return np.array(y)
+
+    def device_of(self, y):
+        """Return what operations run on."""
+        return mx.default_device().type.name
+
+    def dropout(self, x, p, seed, step, *, mode, **options):
+        """Call the core, in a compiled function whose step is an argument."""
+        if mode == "eager":
+            return super().dropout(x, p, seed, step, mode=mode, **options)
+        return self._run("dropout", p, options, x, *_step(seed, step))
+
+    def gradient(self, x, upstream, p, seed, step, *, mode):
+        """Pull the upstream gradient back."""
+        if mode == "eager":
+            key = Key(seed).fold_in(step)
+            return mx.vjp(lambda x: dropout(x, p, key), [x], [upstream])[1][0]
+        return self._run("gradient", p, {}, x, upstream, *_step(seed, step))
+
+    def _run(self, what, p, options, *arrays):
+        form = (what, p, type(p), tuple(options.items()))
+        if form not in self._compiled:
+
+            def traced(x, *rest):
+                self._traces += 1
+                *upstream, lo, hi, step = rest
+                key = Key.from_words(lo, hi).fold_in(step)
+
+                def drop(x):
+                    return dropout(x, p, key, **options)
+
+                return mx.vjp(drop, [x], upstream)[1][0] if upstream else drop(x)
+
+            self._compiled[form] = mx.compile(traced)
+        return self._compiled[form](*arrays)
+
+    def layouts(self, x):
+        """Return views of which the elements lie in another order, or apart."""
+        axes = tuple(reversed(range(x.ndim)))
+        doubled = mx.concatenate([x, x], axis=-1)
+        return {
+            "transposed": mx.contiguous(x.transpose(axes)).transpose(axes),
+            "strided": mx.contiguous(doubled)[..., : x.shape[-1]],
+        }
+
+    def traces(self, mode):
+        """Return how often a compiled function was traced."""
+        return self._traces
+
+
+def _step(seed, step):
+    """Return a key's words and a step as arrays, which may change without compiling again."""
+    lo, hi = Key(seed).words
+    return mx.array(lo, mx.uint32), mx.array(hi, mx.uint32), mx.array(step, mx.uint64)
