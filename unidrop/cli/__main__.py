@@ -2,4 +2,7 @@
 
 from unidrop.cli import main
 
-main(prog_name="unidrop")
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    main(prog_name="unidrop")
