@@ -1,10 +1,9 @@
 """JAX on two devices in the matrix: cut by the compiler, by `jax.shard_map` and by `jax.pmap`.
 
-A process has one set of devices, so these live in one of their own.
+A process has one set of devices, so these live `elsewhere`, in one of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from unidrop import Key
 from unidrop.adapters.backends.jax import call, folded, step_of
 from unidrop.adapters.libraries.jax import generated
-from unidrop.conformance import CoreBackend, RemoteBackend
+from unidrop.conformance import CoreBackend
 
 __all__ = ["JaxOnTwoDevices"]
 
@@ -25,20 +24,7 @@ _DEVICES = 2
 _AXIS = "devices"
 
 
-class JaxOnTwoDevices(RemoteBackend):
-    """The backend, in a process whose CPU is two devices to JAX."""
-
-    name = "jax-2-devices"
-    target = "unidrop.adapters.backends.jax_devices:_TwoDevices"
-    environment = MappingProxyType(
-        {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={_DEVICES}",
-            "JAX_PLATFORMS": "cpu",
-        }
-    )
-
-
-class _TwoDevices(CoreBackend):
+class JaxOnTwoDevices(CoreBackend):
     """Each device has its half of x, along the first axis of even length, if there is one."""
 
     name = "jax-2-devices"

@@ -1,6 +1,6 @@
 """Keras in the matrix: the layer, in each way that the backend of this process runs one.
 
-Keras has one backend a process, so the others' columns run elsewhere, each a `RemoteBackend`.
+Keras has one backend a process, so the others' columns run `elsewhere`.
 """
 
 import tempfile
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import get_ident
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,9 +27,9 @@ from unidrop.adapters.backends.keras_modes import (
     tensor_of,
 )
 from unidrop.adapters.keras import Dropout
-from unidrop.conformance import RemoteBackend, eager_modes, on_path_of
+from unidrop.conformance import eager_modes, on_path_of
 
-__all__ = ["Keras", "KerasJax", "KerasNumpy", "KerasTorch"]
+__all__ = ["Keras"]
 
 _NO_GRADIENT = "Keras' NumPy backend has no gradient"
 
@@ -203,28 +203,3 @@ def _numpy_dtype(name: str) -> Any:
     import ml_dtypes
 
     return ml_dtypes.bfloat16
-
-
-class _Elsewhere(RemoteBackend):
-    target = "unidrop.adapters.backends.keras:Keras"
-
-
-class KerasJax(_Elsewhere):
-    """Keras on JAX."""
-
-    name = "keras-jax"
-    environment: ClassVar[Mapping[str, str]] = {"KERAS_BACKEND": "jax"}
-
-
-class KerasTorch(_Elsewhere):
-    """Keras on PyTorch."""
-
-    name = "keras-torch"
-    environment: ClassVar[Mapping[str, str]] = {"KERAS_BACKEND": "torch"}
-
-
-class KerasNumpy(_Elsewhere):
-    """Keras on NumPy, which has no training but does drop."""
-
-    name = "keras-numpy"
-    environment: ClassVar[Mapping[str, str]] = {"KERAS_BACKEND": "numpy"}

@@ -1,11 +1,10 @@
 """Keras on two devices in the matrix: the replicas of `tf.distribute.MirroredStrategy`.
 
-TensorFlow's devices are chosen before it starts, so these live in a process of their own.
+TensorFlow's devices are chosen before it starts, so these live `elsewhere`, in their own process.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import MappingProxyType
 from typing import Any
 
 import tensorflow as tf
@@ -13,7 +12,7 @@ import tensorflow as tf
 from unidrop.adapters.backends.keras import Keras
 from unidrop.adapters.backends.keras_modes import AtOnce
 from unidrop.adapters.keras import Dropout
-from unidrop.conformance import RemoteBackend, on_path_of
+from unidrop.conformance import on_path_of
 
 __all__ = ["KerasOnTwoDevices"]
 
@@ -21,15 +20,7 @@ _DEVICES = ("CPU:0", "CPU:1")
 _GRAPH = "tf.function"
 
 
-class KerasOnTwoDevices(RemoteBackend):
-    """The backend, in a process whose CPU is two devices to TensorFlow."""
-
-    name = "keras-2-devices"
-    target = "unidrop.adapters.backends.keras_devices:_TwoDevices"
-    environment = MappingProxyType({"KERAS_BACKEND": "tensorflow"})
-
-
-class _TwoDevices(Keras):
+class KerasOnTwoDevices(Keras):
     """Each replica has its part of x, cut along the first axis as a batch is.
 
     A batch of one example leaves the second replica an empty part. What has no first axis is the
