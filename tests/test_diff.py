@@ -182,6 +182,15 @@ def test_mistakes_in_windows_and_broadcast_axes_are_found(mask, options, what):
     assert [cause[: len(what)] for cause in diagnosis.causes] == [what] * bool(what)
 
 
+def test_a_generator_that_also_folds_keys_with_other_rounds_is_found(monkeypatch):
+    monkeypatch.setattr(reference, "philox", lambda counter, key: philox(counter, key, rounds=7))
+    key = reference.fold_in(reference.fold_in(42, "encoder/0"), 7)
+    mask = np.array(reference.keep_mask(SHAPE, P, key), dtype=bool).reshape(SHAPE)
+    assert diagnose(RECIPE, mask).causes == (
+        "the generator makes 7 rounds instead of 10, for keys too",
+    )
+
+
 def test_two_mistakes_together_are_found():
     mask = of_words(lambda block: philox((block, 0, 0, 0), (LO, HI), rounds=7)[::-1])
     (cause,) = diagnose(RECIPE, mask).causes
@@ -270,6 +279,20 @@ def test_where_the_input_is_0_nothing_is_said_of_the_mask(dump):
     assert run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS).exit_code == 0
 
 
+def test_an_output_without_its_input_is_compared_by_what_is_0_and_that_is_said(dump):
+    result = run(dump(KEPT * 0.37), *OPTIONS)
+    assert result.exit_code == 0
+    assert "values are not compared without --input" in result.output
+    x = ORDINARY.astype(np.float32) * (ORDINARY > 0)
+    y = unidrop.dropout(x, P, Key(42).fold_in("encoder/0").fold_in(7))
+    assert "give the input too, with --input" in run(dump(y), *OPTIONS).output
+
+
+def test_seeds_may_be_hexadecimal_as_the_matrix_writes_them(dump):
+    hexadecimal = ("--seed", "0x2a", *OPTIONS[2:])
+    assert run(dump(KEPT), *hexadecimal).exit_code == 0
+
+
 def test_two_dumps_are_compared_with_each_other(dump):
     one, other = KEPT.copy(), KEPT.copy()
     other[3, 4] ^= True
@@ -288,16 +311,26 @@ def test_two_dumps_are_compared_with_each_other(dump):
         (["{dump}"], "give --seed and --p"),
         (["no-such-file.npy"], "no-such-file.npy"),
         (["{text}", *OPTIONS], "is no .npy file"),
+        (["{empty}", *OPTIONS], "is no .npy file"),
+        (["{words}", *OPTIONS], "is no .npy file of numbers"),
+        (["{dump}", "{dump}", "--seed", "42"], "but got only --seed"),
+        (["{dump}", "--seed", "42", "--step", "-1", "--p", "0.3"], "'-1' is not in [0, 2^64)"),
         (["{dump}", *OPTIONS[:-1], "1.5"], "1.5"),
         (["{dump}", "--input", "{half}", *OPTIONS], "(3, 50)"),
         (["{dump}", *OPTIONS, "--start", "0x0"], "global_shape and start go together"),
         (["{dump}", *OPTIONS, "--broadcast-axes", "two"], "no list of axes"),
     ],
-    ids=["no key", "no file", "no npy", "rate", "input", "window", "axes"],
+    ids=[
+        *("no key", "no file", "no npy", "empty", "words", "half a key", "step", "rate", "input"),
+        *("window", "axes"),
+    ],
 )
 def test_bad_arguments_exit_with_2_and_are_named(dump, tmp_path, arguments, mention):
     (tmp_path / "text.npy").write_text("text")
-    paths = {"dump": dump(KEPT), "half": dump(KEPT[:3], "half.npy"), "text": tmp_path / "text.npy"}
+    (tmp_path / "empty.npy").touch()
+    paths = {name: tmp_path / f"{name}.npy" for name in ("text", "empty")}
+    paths |= {"dump": dump(KEPT), "half": dump(KEPT[:3], "half.npy")}
+    paths["words"] = dump(np.array(["a", "b"]), "words.npy")
     result = run(*(str(argument).format(**paths) for argument in arguments))
     assert result.exit_code == 2
     assert mention in result.output

@@ -103,6 +103,21 @@ def test_what_backends_print_does_not_stand_in_the_tables(install, capfd):
     assert "talkative" not in "".join(capfd.readouterr())
 
 
+def test_an_entry_point_of_a_module_that_is_not_there_is_broken(install, tmp_path):
+    install("planted", planted("make", "pass"))
+    (tmp_path / "planted.py").unlink()
+    result = run("--backend", "numpy", "--backend", "planted", "--contract", "mask")
+    assert result.exit_code == 1
+    assert "! planted is broken: ModuleNotFoundError: No module named 'planted'" in result.output
+
+
+def test_files_of_the_current_folder_are_not_taken_for_packages(tmp_path, monkeypatch):
+    (tmp_path / "click.py").write_text("raise RuntimeError('not this one')")
+    (tmp_path / "unidrop").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run("--backend", "numpy", "--contract", "mask").exit_code == 0
+
+
 def test_a_named_backend_whose_library_is_not_installed_is_a_failure(install):
     install("planted", "import no_such_library")
     result = run("--backend", "planted", "--backend", "numpy", "--contract", "mask")

@@ -220,6 +220,9 @@ def changed(**members):
         (changed(dtypes=lambda self, mode: ()), "a dtype"),
         (changed(dtypes=lambda self, mode: 1 / 0), "division by zero"),
         (changed(abilities=None), "abilities"),
+        (changed(abilities={"window": None}), "but got ['window']"),
+        (changed(abilities={"windows": ""}), "an empty reason"),
+        (changed(abilities={"layer": None}), "there is no method layer"),
         (changed(modes=("eager", "eager")), "each mode once"),
         (changed(compiled_modes=("compiled",)), "compiled_modes has to name modes"),
         (changed(mode_limits={"comp": {}}), "mode_limits has to name modes"),
@@ -227,7 +230,8 @@ def changed(**members):
     ],
     ids=[
         *("exits", "raises", "none", "name", "modes", "devices", "dtypes", "dtypes-raises"),
-        *("able", "modes twice", "compiled", "limits", "missing"),
+        *("able", "misspelt", "no reason", "no method", "modes twice", "compiled", "limits"),
+        "missing",
     ],
 )
 def test_a_broken_backend_says_what_is_wrong_and_the_others_still_load(make, mention, monkeypatch):
@@ -255,7 +259,9 @@ def test_two_backends_of_one_name_are_refused(monkeypatch):
 
 
 def test_a_backend_whose_library_is_not_installed_is_no_failure(monkeypatch):
-    points = [EntryPoint("absent", "no_such_library:Backend", "unidrop.backends")]
+    points = [EntryPoint("absent", "planted:Backend", "unidrop.backends")]
+    planted = SimpleNamespace(Backend=raising(ModuleNotFoundError("no", name="no_such_library")))
+    monkeypatch.setitem(sys.modules, "planted", planted)
     monkeypatch.setattr("unidrop.conformance.backend.entry_points", lambda group: points)
     (backend,) = load_backends()
     assert isinstance(backend, UnavailableBackend)

@@ -32,10 +32,25 @@ class _Shape(click.ParamType[tuple[int, ...]]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
         try:
-            shape = tuple(int(length) for length in str(value).split("x"))
+            shape = tuple(int(length) for length in str(value).split("x")) if value else ()
         except ValueError:
             self.fail(f"{value!r} is no shape such as 4x8", param, ctx)
         return shape
+
+
+class _Word(click.ParamType[int]):
+    name = "integer"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        try:
+            number = int(str(value), 0)
+        except ValueError:
+            self.fail(f"{value!r} is no integer such as 42 or 0x2a", param, ctx)
+        if not 0 <= number < 2**64:
+            self.fail(f"{value!r} is not in [0, 2^64)", param, ctx)
+        return number
 
 
 class _Axes(click.ParamType[tuple[int, ...]]):
@@ -56,9 +71,9 @@ _Command = Callable[..., None]
 def _key_options(required: bool) -> Callable[[_Command], _Command]:
     """Return what gives a command the options that say which mask is meant."""
     options = (
-        click.option("--seed", type=int, required=required, help="0 <= seed < 2^64."),
+        click.option("--seed", type=_Word(), required=required, help="0 <= seed < 2^64."),
         click.option("--site", default=None, help="A string to fold in, such as encoder/0."),
-        click.option("--step", type=int, help="An integer to fold in, after the site."),
+        click.option("--step", type=_Word(), help="An integer to fold in, after the site."),
         click.option(
             "--p", type=float, required=required, help="The probability of dropping, in [0, 1]."
         ),
@@ -87,6 +102,8 @@ def mask(shape: tuple[int, ...], p: float, as_json: bool, png: Path | None, **wh
 
     For anyone who checks a kernel of their own.
     """
+    if as_json and png is not None:
+        raise click.UsageError("--json prints a mask and --png draws one: give either")
     try:
         recipe = _recipe(shape=shape, p=p, **which)
         keep = unidrop.keep_mask(
@@ -97,7 +114,7 @@ def mask(shape: tuple[int, ...], p: float, as_json: bool, png: Path | None, **wh
             global_shape=which["global_shape"],
             start=which["start"],
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemoryError) as error:
         raise click.UsageError(str(error)) from None
     rows = keep.reshape(math.prod(keep.shape[:-1]), *keep.shape[-1:])
     if png is not None:
@@ -171,8 +188,15 @@ def diff(
     """
     arrays = [_read(path) for path in dumps]
     if seed is None or p is None:
-        if len(arrays) != 2:
-            raise click.UsageError("give --seed and --p, or two dumps to compare with each other")
+        others = {"--seed": seed, "--p": p, "--input": x_path}
+        others |= {f"--{name.replace('_', '-')}": value for name, value in which.items()}
+        given = [name for name, value in others.items() if value is not None]
+        if len(arrays) != 2 or given:
+            but = f", but got only {', '.join(given)}" if given else ""
+            raise click.UsageError(
+                "give --seed and --p of the mask that is meant, as --seed 42 --step 7 --p 0.3; or "
+                f"two dumps and no more, to compare them with each other{but}"
+            )
         sys.exit(_compare_two(*arrays))
     x = None if x_path is None else _read(x_path)
     differ = []
@@ -187,12 +211,17 @@ def diff(
 
 def _read(path: Path) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise click.BadParameter(f"{path} is no .npy file: {error}") from None
-    if array.dtype == np.dtype("V2"):
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        array = None
+    if isinstance(array, np.ndarray) and array.dtype == np.dtype("V2"):
         # NumPy forgets what it does not know.
         array = array.view(ml_dtypes.bfloat16)
+    is_bfloat16 = isinstance(array, np.ndarray) and array.dtype == ml_dtypes.bfloat16
+    if not isinstance(array, np.ndarray) or not (is_bfloat16 or array.dtype.kind in "biufc"):
+        raise click.BadParameter(
+            f"{path} is no .npy file of numbers or bools, such as numpy.save writes"
+        )
     return array
 
 
@@ -225,7 +254,13 @@ def _compare(path: Path, array: NDArray[Any], x: NDArray[Any] | None, recipe: Re
         )
     diagnosis = diagnose(recipe, array, x)
     if diagnosis is None:
-        click.echo(f"{path}: as the specification says, all {array.size} elements")
+        if x is None and array.dtype.kind not in "biu":
+            click.echo(
+                f"{path}: what is 0 and what is not is as the specification says, all {array.size} "
+                "elements; values are not compared without --input"
+            )
+        else:
+            click.echo(f"{path}: as the specification says, all {array.size} elements")
         return False
     click.echo(f"{path}: {diagnosis.what}")
     for cause in diagnosis.causes:
@@ -233,5 +268,5 @@ def _compare(path: Path, array: NDArray[Any], x: NDArray[Any] | None, recipe: Re
     if not diagnosis.causes:
         click.echo("no mistake that is known here, nor two together, explains it")
     elif len(diagnosis.causes) > 1:
-        click.echo("a longer dump would tell these apart")
+        click.echo("this dump does not tell these apart")
     return True

@@ -105,7 +105,10 @@ def conformance(
     print_report(report, console, tracebacks=tracebacks)
     for name, path in files.items():
         if path is not None:
-            path.write_text(_FORMATS[name](report).rstrip() + "\n", encoding="utf-8")
+            try:
+                path.write_text(_FORMATS[name](report).rstrip() + "\n", encoding="utf-8")
+            except OSError as error:
+                raise click.ClickException(f"--{name} could not be written: {error}") from None
     # A backend that was asked for is not just passed over.
     if not report.is_good or (backends and report.unavailable):
         sys.exit(1)

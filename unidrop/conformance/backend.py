@@ -230,10 +230,14 @@ class UnavailableBackend:
     is_missing: bool = False
 
     @classmethod
-    def of(cls, name: str, error: BaseException) -> Self:
-        """Return what stands for a backend, the loading of which raised an error."""
+    def of(cls, name: str, error: BaseException, own: str = "") -> Self:
+        """Return what stands for a backend, the loading of which raised an error.
+
+        A module that is not found is a library that is not installed, unless it is the backend's
+        own, of a package that names a wrong one.
+        """
         details = "".join(traceback.format_exception(error))
-        is_missing = isinstance(error, ModuleNotFoundError)
+        is_missing = isinstance(error, ModuleNotFoundError) and (error.name or "") != own
         return cls(name, f"{type(error).__name__}: {error}", details, is_missing)
 
 
@@ -252,12 +256,13 @@ def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBa
         If a name is not registered; says which are.
     """
     for name in backend_names(names):
+        points = [point for point in _entry_points() if point.name == name]
         try:
-            yield _loaded([point for point in _entry_points() if point.name == name])
+            yield _loaded(points)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # even one that exits must not take the others with it
-            yield UnavailableBackend.of(name, error)
+            yield UnavailableBackend.of(name, error, own=points[0].module)
 
 
 def backend_names(names: Sequence[str] = ()) -> list[str]:
@@ -299,7 +304,21 @@ def _loaded(points: Sequence[EntryPoint]) -> Backend:
         if not isinstance(getattr(backend, name), Mapping):
             raise TypeError(f"{name} has to be a mapping, but got {getattr(backend, name)!r}")
     _check_modes(backend)
+    _check_abilities(backend)
     return backend
+
+
+def _check_abilities(backend: Backend) -> None:
+    """Raise ValueError for an ability that there is not, or that lacks its method."""
+    unknown = [name for name in backend.abilities if name not in ABILITIES]
+    if unknown:
+        raise ValueError(f"abilities has to name {', '.join(ABILITIES)}, but got {unknown}")
+    for name, reason in backend.abilities.items():
+        if reason == "":
+            raise ValueError(f"abilities has to say why {name} is lacking, but got an empty reason")
+        method = ABILITIES[name].partition("(")[0]
+        if reason is None and method == name and not hasattr(backend, name):
+            raise ValueError(f"abilities declares {name}, but there is no method {name}")
 
 
 def _check_modes(backend: Backend) -> None:

@@ -111,16 +111,24 @@ def diagnose(
     difference = first_difference(recipe, kept)
     if difference is not None:
         causes = causes_of_mask(recipe, kept)
-        return Diagnosis(f"{difference}{_resemblance(recipe.p, difference, causes)}", tuple(causes))
+        hint = _resemblance(recipe.p, difference, causes)
+        if x is None and array.dtype.kind in "fcV" and not causes and not np.any(kept & ~expected):
+            hint += _ZEROS
+        return Diagnosis(f"{difference}{hint}", tuple(causes))
     if x is None or recipe.p == 0:
         return None
     with np.errstate(all="ignore"):
         y = _output(x, recipe.p, expected)
     try:
-        check_output(array, y, x, "the mask is right, but the output is not")
+        check_output(array, y, x, "output")
     except ContractError as error:
-        return Diagnosis(str(error), tuple(causes_of_output(x, recipe.p, expected, array)))
+        what = f"expected {error.expected}, came {error.came}"
+        what = f"the mask is right, but the output is not: {what}"
+        return Diagnosis(what, tuple(causes_of_output(x, recipe.p, expected, array)))
     return None
+
+
+_ZEROS = "\nwhere the input is 0 the output does not tell: give the input too, with --input"
 
 
 def _resemblance(p: float, difference: Difference, causes: Sequence[str]) -> str:
@@ -192,15 +200,15 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
         return all(np.array_equal(changed.keep(p), flat[p]) for p in _chunks(flat.size))
 
     singles = list(_mistakes(recipe))
-    found = [what for what, changed in singles if explains(changed)]
+    found = [what for what, changed, _ in singles if explains(changed)]
     if found:
         return found
     return [
         f"{first}, and {second}"
-        for first, changed in singles
-        for second, both in _mistakes(changed)
-        # Each pair once, whichever comes first.
-        if first < second and explains(both)
+        for first, changed, fields in singles
+        for second, both, others in _mistakes(changed)
+        # Each pair once, whichever comes first, and of different things.
+        if first < second and fields.isdisjoint(others) and explains(both)
     ]
 
 
@@ -217,11 +225,11 @@ def _sampled(size: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate([np.arange(_SAMPLE // 2), anywhere]))
 
 
-def _mistakes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Yield what people get wrong, and the recipe with it."""
+def _mistakes(recipe: Recipe) -> Iterator[tuple[str, Recipe, frozenset[str]]]:
+    """Yield what people get wrong, the recipe with it, and which of its fields that changes."""
     for family in (_of_generator, _of_words, _of_comparison, _of_key, _of_numbering):
         for what, changes in family(recipe):
-            yield what, replace(recipe, **changes)
+            yield what, replace(recipe, **changes), frozenset(changes)
 
 
 Changes = Iterator[tuple[str, dict[str, Any]]]
@@ -230,7 +238,10 @@ Changes = Iterator[tuple[str, dict[str, Any]]]
 def _of_generator(recipe: Recipe) -> Changes:
     for rounds in range(1, 17):
         if rounds != recipe.rounds:
-            yield f"the generator makes {rounds} rounds instead of 10", {"rounds": rounds}
+            what = f"the generator makes {rounds} rounds instead of 10"
+            yield what, {"rounds": rounds}
+            yield f"{what}, for keys too", {"rounds": rounds, "key_rounds": rounds}
+            yield f"{what}, for keys alone", {"key_rounds": rounds}
     yield "the key's words are swapped", {"key_words": (1, 0)}
     yield "the block number's words are swapped", {"counter_words": (1, 0, 2, 3)}
     yield "the block number's upper word is lost", {"counter_words": (0, 2, 2, 3)}
@@ -283,7 +294,7 @@ def _of_key(recipe: Recipe) -> Changes:
         if isinstance(data, str):
             continue
         yield f"{what} is folded in as a string", {"folded": (*rest[0], str(data), *rest[1])}
-        for other in (data - 1, data + 1):
+        for other in (data - 2, data - 1, data + 1, data + 2):
             if 0 <= other < 2**64:
                 yield (
                     f"the step is {other}, and not {data}",

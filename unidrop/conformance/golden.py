@@ -59,6 +59,21 @@ class GoldenMask:
             options["start"] = self.start
         return options
 
+    @property
+    def command(self) -> str:
+        """The command that prints the mask."""
+        words = ["unidrop mask", f"--seed {self.seed:#x} --step {self.step} --p {self.p!r}"]
+        words.append(f"--shape {_by_x(self.shape)}")
+        if self.broadcast_axes:
+            words.append(f"--broadcast-axes {','.join(map(str, self.broadcast_axes))}")
+        if self.global_shape is not None and self.start is not None:
+            words.append(f"--global-shape {_by_x(self.global_shape)} --start {_by_x(self.start)}")
+        return " ".join(words)
+
+
+def _by_x(lengths: tuple[int, ...]) -> str:
+    return "x".join(map(str, lengths)) or "''"
+
 
 @dataclass(frozen=True, slots=True)
 class GoldenOutput:

@@ -95,8 +95,9 @@ class Process:
         What it prints goes to a file, or if there is none where this process's errors go.
         """
         self._name = name
+        # Without the current folder, whose files may have the names of packages.
         self._popen = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({target!r})"],
+            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({target!r})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=printed,

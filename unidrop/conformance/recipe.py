@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.key import Key
+from unidrop.key import Key, string_data
+from unidrop.philox import philox
 
 __all__ = ["Recipe"]
 
@@ -38,8 +39,8 @@ class Recipe:
         Section 11; not negative.
     global_shape, start : tuple of int, or None
         Section 12.
-    rounds : int
-        Of the generator (section 2).
+    rounds, key_rounds : int
+        Of the generator (section 2), where it makes masks and where it folds keys.
     key_words, counter_words : tuple of int
         Which word of the key, and of (lo(block), hi(block), 0, 0), stands where.
     words : tuple of int
@@ -70,6 +71,7 @@ class Recipe:
     global_shape: tuple[int, ...] | None = None
     start: tuple[int, ...] | None = None
     rounds: int = 10
+    key_rounds: int = 10
     key_words: tuple[int, int] = (0, 1)
     counter_words: tuple[int, int, int, int] = (0, 1, 2, 3)
     words: tuple[int, int, int, int] = (0, 1, 2, 3)
@@ -90,8 +92,14 @@ class Recipe:
         """The key of the mask."""
         key = Key(self.seed)
         for data in self.folded:
-            key = key.fold_in(data)
+            key = key.fold_in(data) if self.key_rounds == 10 else self._folded(key, data)
         return key
+
+    def _folded(self, key: Key, data: int | str) -> Key:
+        number, tag = (string_data(data), 2) if isinstance(data, str) else (data, 1)
+        counter = number % 2**32, number >> 32, 0, tag
+        lo, hi, _, _ = philox(counter, key.words, rounds=self.key_rounds)
+        return Key.from_words(lo, hi)
 
     @property
     def mask_shape(self) -> tuple[int, ...]:

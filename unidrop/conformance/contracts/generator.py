@@ -9,11 +9,12 @@ from unidrop.conformance.golden import read_golden
 @contract("generator", "The generator gives its known answers on the backend's arrays.", ("words",))
 def _generator(cell: Cell) -> None:
     for vector in read_golden()["generator"]:
-        counter, key, words = (
-            [int(word, 16) for word in vector[name]] for name in ("counter", "key", "words")
+        counter, key = ([int(word, 16) for word in vector[name]] for name in ("counter", "key"))
+        came = [f"{word:08x}" for word in cell.able.words(counter, key, mode=cell.mode)]
+        what = (
+            f"words of counter {' '.join(vector['counter'])} under key {' '.join(vector['key'])}:"
         )
-        came = cell.able.words(counter, key, mode=cell.mode)
-        check_equal(came, words, f"words of counter {vector['counter']}:")
+        check_equal(came, vector["words"], what)
 
 
 @contract("keys", "Integers and strings fold to the keys of the golden vectors.", ("key",))

@@ -80,7 +80,7 @@ def _windows_tile(cell: Cell) -> None:
             block = came[rows, :, columns]
             start = (rows.start, 0, columns.start)
             block[...] = cell.keeps(block.shape, 0.3, 5, global_shape=whole, start=start)
-    check_mask(came, expected, "the whole")
+    check_mask(came, expected, f"the whole of shape {whole} at p = 0.3, step 5 of seed {cell.seed}")
 
 
 @contract("large-mask", "A large mask, made in pieces or at once, is that of the specification.")
@@ -161,10 +161,7 @@ def _check_golden_masks(cell: Cell, where: Callable[[GoldenMask], bool]) -> None
     for golden in chosen:
         keep = cell.keeps(golden.shape, golden.p, golden.step, seed=golden.seed, **golden.options)
         expected = np.broadcast_to(golden.keep, golden.shape)
-        what = (
-            f"mask {golden.name!r} (p = {golden.p!r}, step {golden.step} of key {golden.seed:#x})"
-        )
-        check_mask(keep, expected, what)
+        check_mask(keep, expected, f"mask {golden.name!r} ({golden.command})")
 
 
 def _is_threshold_case(golden: GoldenMask) -> bool:
