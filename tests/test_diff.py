@@ -271,6 +271,35 @@ def test_mistakes_in_the_output_are_found(dump, dtype, wrong, what):
     assert what in cause
 
 
+def test_at_rate_0_the_output_is_the_input(dump):
+    x = ORDINARY.astype(np.float32)
+    at_0 = (*OPTIONS[:-1], "0")
+    assert run(dump(3 * x), "--input", dump(x, "x.npy"), *at_0).exit_code == 1
+    assert run(dump(x), "--input", dump(x, "x.npy"), *at_0).exit_code == 0
+
+
+def test_a_zero_for_a_subnormal_number_conforms(dump):
+    x = np.full(SHAPE, 1e-40, dtype=np.float32)
+    assert run(dump(x * 0), "--input", dump(x, "x.npy"), *OPTIONS).exit_code == 0
+
+
+def test_a_mask_that_is_multiplied_is_found_by_what_is_no_number(dump):
+    x = np.abs(ORDINARY).astype(np.float32)
+    x[:, ::7] = np.nan
+    with np.errstate(invalid="ignore"):
+        y = x * np.float32(1 / (1 - P)) * KEPT
+    result = run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS)
+    assert "the products are multiplied by the mask" in result.output
+
+
+def test_an_inverted_mask_with_another_mistake_is_found():
+    (cause,) = diagnose(
+        RECIPE, ~where(lambda i: (reference.u(KEY, i) ^ 2**31) >= (T ^ 2**31))
+    ).causes
+    assert "inverted" in cause
+    assert "signed" in cause
+
+
 def test_where_the_input_is_0_nothing_is_said_of_the_mask(dump):
     x = ORDINARY.astype(np.float32)
     x[2] = 0

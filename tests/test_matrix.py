@@ -13,6 +13,16 @@ BROKEN = {
     "raises": ("raise RuntimeError('boom')", "RuntimeError: boom"),
     "dies": ("os._exit(3)", "has ended, with exit status 3"),
     "is killed": ("os.kill(os.getpid(), signal.SIGSEGV)", "has ended, by signal SIGSEGV"),
+    "forks and dies": (
+        "os.fork() or (os.close(0), time.sleep(300)); os._exit(3)",
+        "has ended, with exit status 3",
+    ),
+    "is interrupted": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "has no text": (
+        "raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()",
+        "Mute: its text could not be made",
+    ),
+    "can not be encoded": (r"raise ValueError('\udcff')", r"ValueError: \udcff"),
     "hangs": ("time.sleep(600)", "gave no answer within 10 s"),
 }
 
@@ -63,8 +73,8 @@ def test_a_backend_that_can_not_be_loaded_is_one_red_line_and_the_others_still_r
 
 @pytest.mark.parametrize(
     ("statement", "mention"),
-    [BROKEN[how] for how in ("dies", "is killed", "hangs")],
-    ids=("dies", "is killed", "hangs"),
+    [BROKEN[how] for how in ("dies", "is killed", "forks and dies", "hangs")],
+    ids=("dies", "is killed", "forks and dies", "hangs"),
 )
 def test_a_backend_that_breaks_down_fails_the_contract_and_the_rest_is_said_not_to_be_run(
     install, statement, mention
@@ -79,6 +89,24 @@ def test_a_backend_that_breaks_down_fails_the_contract_and_the_rest_is_said_not_
     assert mention in failure.came
     assert isinstance(rest, UnavailableBackend)
     assert rest.error.endswith("3 more were not run")
+
+
+@pytest.mark.parametrize("how", ["is interrupted", "has no text", "can not be encoded"])
+def test_an_error_of_any_kind_is_a_failure_of_its_contract_in_every_report(install, tmp_path, how):
+    statement, mention = BROKEN[how]
+    install("planted", planted("dropout", statement))
+    names = {name: tmp_path / name for name in ("html", "json", "junit", "markdown")}
+    files = [str(part) for name, path in names.items() for part in (f"--{name}", path)]
+    result = run("--backend", "planted", "--contract", "mask", "--contract", "keys", *files)
+    assert result.exit_code == 1
+    assert "2 passed, 2 failed" in result.output
+    for path in names.values():
+        assert mention.partition(":")[0] in path.read_text(encoding="utf-8")
+
+
+def test_what_a_backend_starts_reads_nothing_of_what_is_asked(install):
+    install("planted", planted("dropout", "assert os.read(0, 1) == b''"))
+    assert run("--backend", "planted", "--contract", "mask").exit_code == 0
 
 
 def test_a_traceback_is_printed_on_request(install):

@@ -93,6 +93,20 @@ def test_backends_are_chosen_by_an_option_or_a_variable(suite, monkeypatch, how)
     assert "careless-cpu" not in result.stdout.str()
 
 
+@pytest.mark.parametrize("seed", ["-1", "abc"])
+def test_a_seed_that_is_none_is_an_error(suite, monkeypatch, seed):
+    monkeypatch.setenv("UNIDROP_SEED", seed)
+    result = suite("['careless']")
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*the seed has to be 0 <= seed < 2[*][*]64*"])
+
+
+def test_a_name_that_is_given_as_a_string_is_an_error(suite):
+    result = suite("'careless'")
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*backends and contracts have to be lists*careless*"])
+
+
 def test_a_choice_that_names_no_backend_is_an_error(suite):
     result = suite("['careless']", "--unidrop-backend", "carefull")
     assert result.ret != 0

@@ -54,6 +54,10 @@ def parametrize_with_contracts(
     ... def test_backend_conforms(cell):
     ...     cell.check()
     """
+    if isinstance(backends, str) or isinstance(contracts, str):
+        raise TypeError(
+            f"backends and contracts have to be lists, but got {backends or contracts!r}"
+        )
     given = None if backends is None else tuple(backends)
     mark: pytest.MarkDecorator = getattr(pytest.mark, _MARK)(
         given, tuple(contracts), where, dict(expected_failures or {})
@@ -102,11 +106,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _cells(
     config: pytest.Config, backends: "tuple[str | Backend, ...] | None", contracts: Sequence[str]
 ) -> "Iterator[Cell]":
+    from unidrop import Key
     from unidrop.conformance import SEED, Cell, cells
 
     seed = config.getoption("--unidrop-seed")
     if seed is None:
-        seed = int(os.environ.get("UNIDROP_SEED", SEED))
+        seed = os.environ.get("UNIDROP_SEED", SEED)
+    try:
+        Key(int(seed))
+    except ValueError:
+        raise pytest.UsageError(f"the seed has to be 0 <= seed < 2**64, but got {seed!r}") from None
+    seed = int(seed)
     for backend in _loaded(_chosen(config), backends):
         for cell in cells(backend, contracts, seed=seed):
             if isinstance(cell, Cell):
@@ -116,7 +126,8 @@ def _cells(
 def _chosen(config: pytest.Config) -> set[str]:
     """Return the names of the backends that this run is about, all if empty."""
     named: list[str] = config.getoption("--unidrop-backend")
-    return set(named or filter(None, os.environ.get("UNIDROP_BACKENDS", "").split(",")))
+    given = os.environ.get("UNIDROP_BACKENDS", "").split(",")
+    return set(named or filter(None, map(str.strip, given)))
 
 
 def _loaded(chosen: set[str], backends: "tuple[str | Backend, ...] | None") -> "Iterator[Backend]":

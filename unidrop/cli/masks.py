@@ -222,7 +222,7 @@ def _read(path: Path) -> NDArray[Any]:
         raise click.BadParameter(
             f"{path} is no .npy file of numbers or bools, such as numpy.save writes"
         )
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _compare_two(one: NDArray[Any], other: NDArray[Any]) -> bool:
@@ -232,7 +232,9 @@ def _compare_two(one: NDArray[Any], other: NDArray[Any]) -> bool:
         return True
     differing = np.flatnonzero((one != 0) != (other != 0))
     if not differing.size:
-        click.echo(f"the same: {one.size} elements")
+        is_mask = one.dtype.kind in "biu" and other.dtype.kind in "biu"
+        what = "the same" if is_mask else "alike in what is 0 and what is not"
+        click.echo(f"{what}: {one.size} elements")
         return False
     index = int(differing[0])
     position = tuple(int(i) for i in np.unravel_index(index, one.shape))
@@ -252,7 +254,10 @@ def _compare(path: Path, array: NDArray[Any], x: NDArray[Any] | None, recipe: Re
             f"{array.shape}",
             param_hint="--input",
         )
-    diagnosis = diagnose(recipe, array, x)
+    try:
+        diagnosis = diagnose(recipe, array, x)
+    except TypeError as error:
+        raise click.BadParameter(str(error), param_hint="--input") from None
     if diagnosis is None:
         if x is None and array.dtype.kind not in "biu":
             click.echo(

@@ -18,6 +18,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from numpy.typing import NDArray
 
+from unidrop.conformance.process import text_of, writable
+
 __all__ = [
     "ABILITIES",
     "AbleBackend",
@@ -236,9 +238,9 @@ class UnavailableBackend:
         A module that is not found is a library that is not installed, unless it is the backend's
         own, of a package that names a wrong one.
         """
-        details = "".join(traceback.format_exception(error))
+        details = writable("".join(traceback.format_exception(error)))
         is_missing = isinstance(error, ModuleNotFoundError) and (error.name or "") != own
-        return cls(name, f"{type(error).__name__}: {error}", details, is_missing)
+        return cls(name, text_of(error), details, is_missing)
 
 
 def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBackend]:

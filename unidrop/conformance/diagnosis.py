@@ -107,7 +107,7 @@ def diagnose(
     """
     expected = np.concatenate([recipe.keep(p) for p in _chunks(array.size)] or [np.zeros(0, bool)])
     expected = expected.reshape(array.shape)
-    kept = array != 0 if x is None else np.where(x != 0, array != 0, expected)
+    kept = array != 0 if x is None else np.where(_tells(x, array), array != 0, expected)
     difference = first_difference(recipe, kept)
     if difference is not None:
         causes = causes_of_mask(recipe, kept)
@@ -115,7 +115,7 @@ def diagnose(
         if x is None and array.dtype.kind in "fcV" and not causes and not np.any(kept & ~expected):
             hint += _ZEROS
         return Diagnosis(f"{difference}{hint}", tuple(causes))
-    if x is None or recipe.p == 0:
+    if x is None:
         return None
     with np.errstate(all="ignore"):
         y = _output(x, recipe.p, expected)
@@ -126,6 +126,21 @@ def diagnose(
         what = f"the mask is right, but the output is not: {what}"
         return Diagnosis(what, tuple(causes_of_output(x, recipe.p, expected, array)))
     return None
+
+
+def _tells(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool]:
+    """Return where an output says whether its element was kept.
+
+    It does not where x is 0, or so small that a zero conforms; nor where x is no number, nor the
+    output, which may be what a product with the mask gives.
+    """
+    compute = np.finfo(numpy_dtype(compute_dtype(x.dtype)))
+    parts = components(x).reshape(*x.shape, -1) if x.size else components(x).reshape(*x.shape, 1)
+    with np.errstate(invalid="ignore"):
+        is_small = (np.abs(parts.astype(np.float64)) < float(compute.tiny)).all(axis=-1)
+        is_lost = np.isnan(y) & ~np.isfinite(parts.astype(np.float64)).all(axis=-1)
+    tells: NDArray[np.bool] = ~is_small & ~is_lost
+    return tells
 
 
 _ZEROS = "\nwhere the input is 0 the output does not tell: give the input too, with --input"
@@ -192,12 +207,15 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
         The mask at hand, in the array's shape.
     """
     flat = kept.reshape(-1)
-    sample = _sampled(flat.size)
+    wrong = _some_wrong(recipe, flat)
+    # What is wrong tells most: few of it first, then a sample, then all.
+    stages = [wrong[:64], np.union1d(wrong, _sampled(flat.size))]
 
     def explains(changed: Recipe) -> bool:
-        if not np.array_equal(changed.keep(sample), flat[sample]):
-            return False
-        return all(np.array_equal(changed.keep(p), flat[p]) for p in _chunks(flat.size))
+        return all(
+            np.array_equal(changed.keep(positions), flat[positions])
+            for positions in itertools.chain(stages, _chunks(flat.size))
+        )
 
     singles = list(_mistakes(recipe))
     found = [what for what, changed, _ in singles if explains(changed)]
@@ -215,6 +233,16 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
 def _chunks(size: int) -> Iterator[NDArray[np.int64]]:
     for begin in range(0, size, _CHUNK):
         yield np.arange(begin, min(begin + _CHUNK, size))
+
+
+def _some_wrong(recipe: Recipe, flat: Kept) -> NDArray[np.int64]:
+    """Return the first positions at which a mask differs from a recipe's."""
+    found: list[NDArray[np.int64]] = []
+    for positions in _chunks(flat.size):
+        found.append(positions[recipe.keep(positions) != flat[positions]])
+        if sum(part.size for part in found) >= _SAMPLE:
+            break
+    return np.concatenate([*found, np.zeros(0, dtype=np.int64)])[:_SAMPLE]
 
 
 def _sampled(size: int) -> NDArray[np.int64]:
@@ -269,8 +297,7 @@ def _of_words(recipe: Recipe) -> Changes:
 
 
 def _of_comparison(recipe: Recipe) -> Changes:
-    decide = recipe.decide
-    yield "the mask is inverted: 1 where an element is dropped", {"decide": _not(decide)}
+    yield "the mask is inverted: 1 where an element is dropped", {"inverted": True}
     yield "the comparison is u > T, and not u >= T", {"decide": _greater}
     yield "what is kept is u < 2^32 - T, the small numbers", {"decide": _small}
     yield "u and T are compared as signed integers", {"decide": _signed}
@@ -324,10 +351,6 @@ def _of_numbering(recipe: Recipe) -> Changes:
     if recipe.global_shape is not None:
         yield "the window's start is ignored", {"start": (0,) * len(axes)}
         yield "the window is ignored", {"global_shape": None, "start": None}
-
-
-def _not(decide: Callable[..., Kept]) -> Callable[..., Kept]:
-    return lambda u, threshold: ~decide(u, threshold)
 
 
 def _greater(u: NDArray[np.uint64], threshold: int) -> Kept:
@@ -405,6 +428,8 @@ def _times(
 
 def _output(x: NDArray[Any], p: float, kept: Kept) -> NDArray[Any]:
     """Return the output of the specification (section 8)."""
+    if p == 0:
+        return x
     if p == 1:
         return np.zeros_like(x)
     return _selected(_times(x, numpy_dtype(compute_dtype(x.dtype)), 1 / (1 - p)), kept)

@@ -4,6 +4,7 @@ A backend that breaks down, hangs or exits takes nobody with it, frameworks that
 other's way never meet, and whoever has two cores waits half as long.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import IO, Any
 
 from unidrop.conformance.backend import UnavailableBackend, backend_names, load_backends
 from unidrop.conformance.contracts import SEED, Cell
-from unidrop.conformance.process import Process, ProcessEndedError
+from unidrop.conformance.process import Process, ProcessEndedError, text_of
 from unidrop.conformance.runner import Missing, Result, cells, check_names, run_cell
 
 __all__ = ["Outcome", "backend_of", "run_matrix"]
@@ -38,7 +39,7 @@ _ENVIRONMENT: Mapping[str, str] = {
 }
 
 # How much is shown of what a process printed that broke down: frameworks can be talkative.
-_LINES = 60
+_LINES, _BYTES = 60, 1 << 16
 
 
 def run_matrix(
@@ -111,6 +112,7 @@ class _Run:
         self._timeout = timeout
         self._begun = begun
         self._process: Process | None = None
+        self._is_stopped = False
 
     def to(self, outcomes: "SimpleQueue[Outcome | BaseException | None]") -> None:
         """Put each outcome into a queue, an error of our own too, and at last None."""
@@ -125,13 +127,16 @@ class _Run:
             outcomes.put(None)
 
     def stop(self) -> None:
-        """End the backend's process."""
+        """End the backend's process, or don't begin it."""
+        self._is_stopped = True
         if self._process is not None:
             self._process.kill()
 
     def _outcomes(self, printed: IO[bytes]) -> Iterator[Outcome]:
         target = f"{__name__}:{_Served.__name__}"
         self._process = Process(f"backend {self._name}", target, _ENVIRONMENT, printed)
+        if self._is_stopped:
+            return
         try:
             plan = self._call("plan", self._name, list(self._contracts), self._seed)
         except (ProcessEndedError, TimeoutError) as error:
@@ -163,7 +168,8 @@ class _Run:
 
 
 def _last_lines(printed: IO[bytes]) -> str:
-    printed.seek(0)
+    size = printed.seek(0, os.SEEK_END)
+    printed.seek(max(0, size - _BYTES))
     return "\n".join(printed.read().decode(errors="replace").splitlines()[-_LINES:])
 
 
@@ -181,19 +187,23 @@ class _Served:
         """Run what is planned at a number."""
         cell = self._planned[number]
         assert isinstance(cell, Cell)
-        return asdict(run_cell(cell))
+        try:
+            return asdict(run_cell(cell))
+        except KeyboardInterrupt as error:  # raised by the backend: nobody interrupts this process
+            what = {"expected": "no error", "came": text_of(error)}
+            return asdict(Result.of(cell, "failed", 0, **what))
 
 
 _Planned = Cell | Missing | UnavailableBackend
 
 
 def _planned(name: str, contracts: Sequence[str], seed: int) -> list[_Planned]:
-    (backend,) = load_backends([name])
-    if isinstance(backend, UnavailableBackend):
-        return [backend]
     try:
+        (backend,) = load_backends([name])
+        if isinstance(backend, UnavailableBackend):
+            return [backend]
         return list(cells(backend, contracts, seed=seed))
-    except BaseException as error:  # of what it says of itself, which may be anything
+    except BaseException as error:  # of what it says of itself, or an interrupt of its own
         return [UnavailableBackend.of(name, error)]
 
 

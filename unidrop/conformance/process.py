@@ -22,7 +22,15 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["Process", "ProcessEndedError", "RemoteObject", "forwarded", "serve"]
+__all__ = [
+    "Process",
+    "ProcessEndedError",
+    "RemoteObject",
+    "forwarded",
+    "serve",
+    "text_of",
+    "writable",
+]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.ndarray, np.generic)
 
@@ -35,6 +43,20 @@ def forwarded(name: str) -> Callable[..., Any]:
 
     method.__name__ = name
     return method
+
+
+def text_of(error: BaseException) -> str:
+    """Return an error's type and text, whatever they hold, as text that can be written anywhere."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:
+        text = f"{type(error).__name__}: its text could not be made"
+    return writable(text)
+
+
+def writable(text: str) -> str:
+    """Return text without what UTF-8 can't hold, such as undecodable parts of a file's name."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class ProcessEndedError(RuntimeError):
@@ -101,6 +123,8 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=printed,
+            # So that it can be ended with whatever it has forked, and the keyboard interrupts one.
+            start_new_session=True,
             env=os.environ | dict(environment),
         )
         self._sending = Lock()
@@ -143,12 +167,16 @@ class Process:
         with suppress(OSError):  # it has ended by itself, with something still to be sent to it
             self._stdin.close()
         self._popen.wait()
-        self._stdout.close()
+        self._end_group()
 
     def kill(self) -> None:
-        """End the other process at once, whatever it does."""
-        self._popen.kill()
+        """End the other process at once, whatever it does, and what it has forked."""
+        self._end_group()
         self.stop()
+
+    def _end_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
+            os.killpg(self._popen.pid, signal.SIGKILL)
 
     @property
     def _stdin(self) -> BinaryIO:
@@ -170,6 +198,7 @@ class Process:
                 call, error, value = pickle.load(self._stdout)
             except (EOFError, OSError, ValueError, pickle.UnpicklingError):
                 self._fail_all()
+                self._stdout.close()
                 return
             reply = self._waiting.pop(call)
             if error is not None:
@@ -268,12 +297,14 @@ class _Server:
 def _portable(error: BaseException) -> BaseException:
     """Return an error as one of Python's own types: the caller may lack the framework's."""
     kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
-    text = str(error) if kind is type(error) else f"{type(error).__name__}: {error}"
+    text = text_of(error)
+    if kind is type(error):
+        text = text.partition(": ")[2]
     try:
         portable: BaseException = kind(text)
         return portable
     except TypeError:  # one that is made of more than a text
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return RuntimeError(text_of(error))
 
 
 def _write(stream: BinaryIO, message: object) -> None:
@@ -283,9 +314,13 @@ def _write(stream: BinaryIO, message: object) -> None:
 
 def serve(target: str) -> None:
     """Answer the calls that come by standard input, and end with it."""
-    # An interrupt from the keyboard reaches both processes, and is the caller's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What a framework prints must not stand between replies.
+    # What a framework prints must not stand between replies, nor a child read what is asked.
+    requests = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    _Server(target, replies).serve(sys.stdin.buffer)
+    if hasattr(os, "register_at_fork"):
+        # Or the caller would not learn that this process has ended, before its children have.
+        os.register_at_fork(after_in_child=lambda: os.close(replies.fileno()))
+    _Server(target, replies).serve(requests)

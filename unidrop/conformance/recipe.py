@@ -57,6 +57,8 @@ class Recipe:
         The axes of the mask from the slowest to the fastest, C order if None (section 4).
     first_block : int
         The block of index 0.
+    inverted : bool
+        Whether 1 is where an element is dropped.
     threshold : callable
         From p to T (section 6).
     decide : callable
@@ -82,6 +84,7 @@ class Recipe:
     index_bits: int = 64
     order: tuple[int, ...] | None = None
     first_block: int = 0
+    inverted: bool = False
     threshold: Callable[[float], int] = lambda p: round(p * 2**32)
     decide: Callable[[Words, int], NDArray[np.bool]] = lambda u, threshold: (
         u >= np.uint64(min(threshold, 2**32))
@@ -108,7 +111,8 @@ class Recipe:
 
     def keep(self, positions: NDArray[np.int64]) -> NDArray[np.bool]:
         """Return what is kept at positions of the array, counted in C order."""
-        return self.decide(self.u(self.indices(positions)), self.threshold(self.p))
+        kept = self.decide(self.u(self.indices(positions)), self.threshold(self.p))
+        return kept ^ self.inverted
 
     def indices(self, positions: NDArray[np.int64]) -> Words:
         """Return the numbers, in the whole mask, of positions of the array."""

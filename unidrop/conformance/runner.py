@@ -15,6 +15,7 @@ from unidrop.conformance.backend import (
 )
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
+from unidrop.conformance.process import text_of, writable
 
 __all__ = ["Missing", "Result", "cells", "check", "check_names", "run_cell"]
 
@@ -57,11 +58,11 @@ class Result:
     def reproduce(self) -> str:
         """The one line that runs this cell again and raises what it raised."""
         seed = "" if self.seed == SEED else f", seed={self.seed}"
-        return (
-            'python -c "from unidrop.conformance import check; '
-            f"check('{self.contract}', '{self.backend}', device='{self.device}', "
-            f"dtype='{self.dtype}', mode='{self.mode}'{seed})\""
+        call = (
+            f"check({self.contract!r}, {self.backend!r}, device={self.device!r}, "
+            f"dtype={self.dtype!r}, mode={self.mode!r}{seed})"
         )
+        return f'python -c "from unidrop.conformance import check; {call}"'
 
 
 def cells(
@@ -135,9 +136,8 @@ def _ran(cell: Cell) -> tuple[str, dict[str, str]]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a backend may raise anything, or exit: that is a failure
-        came = f"{type(error).__name__}: {error}"
-        details = traceback.format_exc()
-        return "failed", {"expected": "no error", "came": came, "details": details}
+        details = writable(traceback.format_exc())
+        return "failed", {"expected": "no error", "came": text_of(error), "details": details}
     return "passed", {}
 
 

@@ -19,7 +19,8 @@ _OF_FAILURES = ("expected", "came", "details")
 
 # What XML can't hold: control characters, of which an error's message may have some.
 _NO_XML = dict.fromkeys(
-    set(range(32)) - {9, 10, 13} | {0xFFFE, 0xFFFF}, "\N{REPLACEMENT CHARACTER}"
+    set(range(32)) - {9, 10, 13} | {*range(0xD800, 0xE000), 0xFFFE, 0xFFFF},
+    "\N{REPLACEMENT CHARACTER}",
 )
 
 
