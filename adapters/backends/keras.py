@@ -70,6 +70,9 @@ class Keras:
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return the dtypes of Keras' policies."""
+        if self._backend == "torch" and mode == "fit":
+            # Keras' trainer there makes float32 of bfloat16 and back, which changes NaN's bits.
+            return ("float16", "float32", "float64")
         narrow = ("float16", "bfloat16", "float32")
         # JAX has float64 only where it is told to.
         return narrow if self._backend == "jax" else (*narrow, "float64")

@@ -310,10 +310,7 @@ class _Fitted(AtOnce):
             self._models[form] = self._model(batch)
         model, record, feed, dataset = self._models[form]
         feed.batch = batch
-        if not training and keras.backend.backend() == "torch":
-            # Its predictions come by float32, which changes the bits of NaN.
-            came = model(batch, training=False)
-        elif not training:
+        if not training:
             came = tensor_of(model.predict(dataset, verbose=0))
         else:
             model.fit(dataset, shuffle=False, verbose=0)
