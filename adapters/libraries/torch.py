@@ -20,7 +20,7 @@ __all__ = ["Torch", "is_recorded", "record"]
 _WORDS = Wide(array_api_compat.torch)
 
 # What `torch.compiler.assume_constant_result` does; but that takes the compiler's import.
-string_data._dynamo_marked_constant = True  # type: ignore[attr-defined]
+string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions take any
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

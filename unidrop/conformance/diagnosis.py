@@ -135,10 +135,11 @@ def _tells(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool]:
     output, which may be what a product with the mask gives.
     """
     compute = np.finfo(numpy_dtype(compute_dtype(x.dtype)))
-    parts = components(x).reshape(*x.shape, -1) if x.size else components(x).reshape(*x.shape, 1)
+    width = 2 if x.dtype.kind == "c" else 1
+    parts = components(x).reshape(*x.shape, width).astype(np.float64)
     with np.errstate(invalid="ignore"):
-        is_small = (np.abs(parts.astype(np.float64)) < float(compute.tiny)).all(axis=-1)
-        is_lost = np.isnan(y) & ~np.isfinite(parts.astype(np.float64)).all(axis=-1)
+        is_small = (np.abs(parts) < float(compute.tiny)).all(axis=-1)
+        is_lost = np.isnan(y) & ~np.isfinite(parts).all(axis=-1)
     tells: NDArray[np.bool] = ~is_small & ~is_lost
     return tells
 
