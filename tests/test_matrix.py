@@ -1,6 +1,7 @@
 """The matrix as a whole: backends side by side, whatever one of them does."""
 
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -178,13 +179,28 @@ def test_as_many_backends_as_jobs_run_at_a_time(install):
     assert {outcome.status for outcome in together} == {"passed"}
 
 
-def test_processes_end_with_a_run_that_is_given_up(install):
-    install("planted", planted("dropout", "time.sleep(600)"))
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this platform has no /proc")
+def test_processes_end_with_a_run_that_is_given_up_and_so_does_what_they_forked(install, tmp_path):
+    pids = tmp_path / "pids"
+    note = f"os.fork(); os.write(os.open({str(pids)!r}, 1090, 0o600), b'%d ' % os.getpid())"
+    install("planted", planted("make", f"{note}; os.getpid() == os.getsid(0) or time.sleep(600)"))
     outcomes = run_matrix(["planted"], ["keys", "mask"], jobs=1)
     next(outcomes)
-    begin = time.monotonic()
     outcomes.close()
-    assert time.monotonic() - begin < 300
+    both = [int(pid) for pid in pids.read_text().split()]
+    assert len(both) == 2
+    end = time.monotonic() + 60
+    while any(_is_running(pid) for pid in both):
+        assert time.monotonic() < end, "a process is left behind"
+        time.sleep(0.05)
+
+
+def _is_running(pid):
+    """Tell whether a process is there, and no zombie that nobody has asked for yet."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize(("backends", "contracts"), [(["numpi"], []), ([], ["masks"])])
