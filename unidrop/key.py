@@ -244,7 +244,7 @@ def string_data(data: str) -> int:
 def _word(value: Any, name: str) -> Any:
     if _is_index(value):
         return checked_integer(value, name, bits=32)
-    return _library_of_integer(value, name).word(value, name)
+    return _library_of_integer(value, name).split(value, name)[1]
 
 
 def _library_of_integer(value: Any, name: str) -> Library:

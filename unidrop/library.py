@@ -185,10 +185,6 @@ class Library:
             )
         return words.split(value, bits)
 
-    def word(self, value: Any, name: str) -> Any:
-        """Return the low word of what `split` takes."""
-        return self.split(value, name)[1]
-
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return the complex array of two real ones, each component kept to the bit.
 

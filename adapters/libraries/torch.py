@@ -12,7 +12,7 @@ from unidrop.adapters.libraries.torch_operators import constant, packed, stacked
 from unidrop.key import Key, string_data
 from unidrop.library import Library, Memory
 from unidrop.window import Window
-from unidrop.words import MASK32, Pair, Wide
+from unidrop.words import Wide
 
 __all__ = ["Torch", "is_recorded", "record"]
 
@@ -42,19 +42,6 @@ class Torch(Library):
     def arithmetic(self, xp: Any, device: Any) -> Wide:
         """Return arithmetic on ``int64``, and don't look for what else there is."""
         return _WORDS
-
-    def split(self, value: torch.Tensor, name: str) -> Pair:
-        """Return an integer as words, by few operations, since each of them may be compiled."""
-        bits = self.width(value, name)
-        value = value.to(torch.int64)
-        if bits == 64:
-            return value >> 32 & MASK32, value & MASK32
-        return torch.zeros_like(value), value & ((1 << bits) - 1)
-
-    def word(self, value: torch.Tensor, name: str) -> torch.Tensor:
-        """Return the low word of an integer, by as few operations."""
-        bits = self.width(value, name)
-        return value.to(torch.int64) & ((1 << min(bits, 32)) - 1)
 
     def is_traced(self, x: torch.Tensor) -> bool:
         """Tell whether something records or transforms what is done with tensors."""
