@@ -95,6 +95,14 @@ def test_an_array_beyond_memory_has_the_elements_of_its_window():
     assert np.array_equal(y != 0, keep)
 
 
+def test_a_mask_beyond_memory_is_cut_into_chunks():
+    mask = unidrop.keep_mask((2**40,), 0.3, KEY, xp=da)
+    assert max(mask.chunks[0]) < 2**30
+    part = mask[2**39 + 5 : 2**39 + 16].compute()
+    whole = {"global_shape": (2**40,), "start": (2**39 + 5,)}
+    assert np.array_equal(part, unidrop.keep_mask((11,), 0.3, KEY, **whole))
+
+
 def test_the_same_call_is_the_same_task_and_another_key_is_another():
     x = da.from_array(X, chunks=(2, 20), name="x")
     names = [unidrop.dropout(x, 0.3, key).name for key in (KEY, KEY, KEY.fold_in(1))]

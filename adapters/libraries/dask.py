@@ -35,10 +35,11 @@ class Dask(Library):
         if options is None:
             return None
         chunks: Any = "auto"
-        if len(like.shape) == len(window.shape):
+        pairs = list(zip(window.shape, like.shape, strict=False))
+        if len(like.shape) == len(window.shape) and all(n in (1, m) for n, m in pairs):
             # Where the mask is as long as the array, or shared.
-            pairs = zip(like.chunks, window.shape, like.shape, strict=True)
-            chunks = tuple(c if n == m else (n,) for c, n, m in pairs)
+            lengths = zip(like.chunks, pairs, strict=True)
+            chunks = tuple(c if n == m else (n,) for c, (n, m) in lengths)
         chunks = dask.array.core.normalize_chunks(chunks, window.shape, dtype=bool)
         return dask.array.map_blocks(
             _kept,
