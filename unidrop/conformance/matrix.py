@@ -72,7 +72,7 @@ def run_matrix(
         If no backend or contract has a name; says which there are.
     """
     check_names(contracts)
-    runs = [_Run(name, (contracts, seed), timeout, begun) for name in backend_names(backends)]
+    runs = [_Run(name, contracts, seed, timeout, begun) for name in backend_names(backends)]
     return _outcomes(runs, jobs)
 
 
@@ -103,12 +103,14 @@ class _Run:
     def __init__(
         self,
         name: str,
-        what: tuple[Sequence[str], int],
+        contracts: Sequence[str],
+        seed: int,
         timeout: float | None,
         begun: Callable[[str, int], None],
     ) -> None:
         self._name = name
-        self._contracts, self._seed = what
+        self._contracts = contracts
+        self._seed = seed
         self._timeout = timeout
         self._begun = begun
         self._process: Process | None = None
