@@ -12,6 +12,7 @@ from unidrop.conformance.backend import (
     BaseBackend,
     Layer,
     UnavailableBackend,
+    UntestedError,
     backend_names,
     load_backends,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "RemoteBackend",
     "Result",
     "UnavailableBackend",
+    "UntestedError",
     "backend_names",
     "cells",
     "check",

@@ -6,7 +6,7 @@ further ability is a method, and `abilities` says which of them there are; the m
 reason for each that is missing.
 
 Backends are found through the entry-point group ``unidrop.backends``; an entry point's object is
-called without arguments and returns a `Backend`.
+called without arguments and returns a `Backend`, or raises `UntestedError` where it can't be run.
 """
 
 import traceback
@@ -27,6 +27,7 @@ __all__ = [
     "BaseBackend",
     "Layer",
     "UnavailableBackend",
+    "UntestedError",
     "backend_names",
     "has_ability",
     "load_backends",
@@ -211,6 +212,14 @@ def why_lacking(backend: Backend, ability: str, mode: str) -> str | None:
     return reason or backend.mode_limits.get(mode, {}).get(ability)
 
 
+class UntestedError(Exception):
+    """Raised by a backend as it is made, where its library is installed and can't be run.
+
+    Its message says what this machine lacks, such as a GPU. The matrix shows it as untested, which
+    is no failure.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class UnavailableBackend:
     """Stands in the matrix for a backend that could not be loaded, or has broken down.
@@ -219,11 +228,12 @@ class UnavailableBackend:
     ----------
     name : str
     error : str
-        What was raised, in a line.
+        What was raised, in a line; or that it is untested, and why.
     details : str
         The traceback.
     is_missing : bool
-        Whether its library just is not installed; anything else is a failure.
+        Whether its library just is not installed, or can't be run on this machine; anything else
+        is a failure.
     """
 
     name: str
@@ -239,6 +249,8 @@ class UnavailableBackend:
         own, of a package that names a wrong one.
         """
         details = writable("".join(traceback.format_exception(error)))
+        if isinstance(error, UntestedError):
+            return cls(name, writable(f"untested: {error}"), details, is_missing=True)
         is_missing = isinstance(error, ModuleNotFoundError) and (error.name or "") != own
         return cls(name, text_of(error), details, is_missing)
 
@@ -249,8 +261,8 @@ def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBa
     Yields
     ------
     Backend or UnavailableBackend
-        The latter for one whose library is not installed or that is broken in any way, so that
-        the others still run.
+        The latter for one whose library is not installed, that can't be run on this machine, or
+        that is broken in any way, so that the others still run.
 
     Raises
     ------

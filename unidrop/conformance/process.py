@@ -32,6 +32,9 @@ __all__ = [
     "writable",
 ]
 
+# Modules whose errors cross as they are.
+_OF_BOTH_ENDS = ("builtins", "unidrop.conformance.backend")
+
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.ndarray, np.generic)
 
 
@@ -295,8 +298,8 @@ class _Server:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """Return an error as one of Python's own types: the caller may lack the framework's."""
-    kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
+    """Return an error as one that the caller has too, who may lack the framework's own."""
+    kind = next(base for base in type(error).__mro__ if base.__module__ in _OF_BOTH_ENDS)
     text = text_of(error)
     if kind is type(error):
         text = text.partition(": ")[2]

@@ -42,7 +42,7 @@ class RemoteBackend:
     ------
     Exception
         On construction, what loading the backend raises there: a `ModuleNotFoundError` where its
-        library is not installed.
+        library is not installed, an `UntestedError` where it can't be run on this machine.
     """
 
     name: str
