@@ -1,5 +1,7 @@
 """What is said of dumps that somebody else made: where they are wrong, and by which mistake."""
 
+import hashlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -35,6 +37,21 @@ def philox(counter, key, rounds=10):
     return c0, c1, c2, c3
 
 
+def fold(
+    key, data, tag=None, *, digest=8, order="little", counter=lambda *c: c, words=lambda w: w[:2]
+):
+    """Return a key with data folded in, with one thing of it otherwise."""
+    number = data
+    if isinstance(data, str):
+        hashed = hashlib.blake2b(data.encode(), digest_size=digest).digest()[:8]
+        number = int.from_bytes(hashed, order)
+    if tag is None:
+        tag = 2 if isinstance(data, str) else 1
+    given = counter(number % 2**32, number >> 32, 0, tag)
+    lo, hi = words(philox(given, (key % 2**32, key >> 32)))
+    return lo + 2**32 * hi
+
+
 def word(i, key=KEY):
     return reference.u(key, i - i % 2)
 
@@ -50,11 +67,27 @@ def of_key(*folded, seed=42):
     return where(lambda i: reference.u(key, i) >= T)
 
 
+def of_folds(*, site=fold, step=fold):
+    """Return the mask where the site, or the step, is folded in otherwise."""
+    key = step(site(42, "encoder/0"), 7)
+    return where(lambda i: reference.u(key, i) >= T)
+
+
+def otherwise(*args, **options):
+    return lambda key, data: fold(key, data, *args, **options)
+
+
+def both_otherwise(*args, **options):
+    return of_folds(site=otherwise(*args, **options), step=otherwise(*args, **options))
+
+
 def of_words(words):
     return where(lambda i: words(i // 8)[i // 2 % 4] * (0x6C078965 if i % 2 else 1) % 2**32 >= T)
 
 
 LO, HI = KEY % 2**32, KEY >> 32
+SITE = reference.fold_in(42, "encoder/0")
+SITE_WORDS = SITE % 2**32, SITE >> 32
 
 MISTAKES = {
     "the generator makes 7 rounds instead of 10": of_words(
@@ -98,6 +131,47 @@ MISTAKES = {
     "the step is 6, and not 7": of_key("encoder/0", 6),
     "the step 7 is folded in as a string": of_key("encoder/0", "7"),
     "the site and the step are folded in the other way round": of_key(7, "encoder/0"),
+    "the step is 0, and not 7": of_key("encoder/0", 0),
+    "0 is folded in too, before the step 7": of_key("encoder/0", 0, 7),
+    "1 is folded in too, before the step 7": of_key("encoder/0", 1, 7),
+    "0 is folded in too, before the site 'encoder/0'": of_key(0, "encoder/0", 7),
+    "'' is folded in too, at the end": of_key("encoder/0", 7, ""),
+    "the step 7 is added to the block number, and not folded in": of_words(
+        lambda block: philox((block + 7, 0, 0, 0), SITE_WORDS)
+    ),
+    "the step 7 is the counter's third word, and not folded in": of_words(
+        lambda block: philox((block, 0, 7, 0), SITE_WORDS)
+    ),
+    "the step 7 is the counter's last word, and not folded in": of_words(
+        lambda block: philox((block, 0, 0, 7), SITE_WORDS)
+    ),
+    "the counter of a mask ends in tag 1, as one that folds": of_words(
+        lambda block: philox((block, 0, 0, 1), (LO, HI))
+    ),
+    "the counter that folds has no tag": both_otherwise(0),
+    "the counter that folds has its tag in the third word": both_otherwise(
+        counter=lambda lo, hi, zero, tag: (lo, hi, tag, zero)
+    ),
+    "the words of what is folded in are swapped": both_otherwise(
+        counter=lambda lo, hi, zero, tag: (hi, lo, zero, tag)
+    ),
+    "what is folded in loses its upper 32 bits": both_otherwise(
+        counter=lambda lo, hi, zero, tag: (lo, zero, zero, tag)
+    ),
+    "the words of a folded key are swapped": both_otherwise(words=lambda words: words[1::-1]),
+    "a folded key is of the generator's words 2 and 3": both_otherwise(
+        words=lambda words: words[2:]
+    ),
+    "a folded key loses its upper 32 bits": both_otherwise(words=lambda words: (words[0], 0)),
+    "strings are folded with tag 1, as integers are": of_folds(site=otherwise(1)),
+    "integers are folded with tag 2, as strings are": of_folds(step=otherwise(2)),
+    "the digest of a string is read big-endian": of_folds(site=otherwise(order="big")),
+    "the digest of a string is one of 64 bytes, cut to 8": of_folds(site=otherwise(digest=64)),
+    "integers are added to the key, and not folded in": of_folds(step=lambda key, n: key + n),
+    "integers are xored with the key, and not folded in": of_folds(step=lambda key, n: key ^ n),
+    "integers are added to the upper word of the key, and not folded in": of_folds(
+        step=lambda key, n: (key + (n << 32)) % 2**64
+    ),
     "elements are numbered in Fortran order": where(
         lambda i: reference.u(KEY, i) >= T, np.arange(SIZE).reshape(SHAPE, order="F").reshape(-1)
     ),
@@ -191,6 +265,34 @@ def test_a_generator_that_also_folds_keys_with_other_rounds_is_found(monkeypatch
     )
 
 
+def test_a_step_that_is_added_to_the_seed_before_the_site_is_folded_in_is_two_mistakes():
+    (cause,) = diagnose(RECIPE, of_key("encoder/0", seed=42 + 7)).causes
+    assert "integers are added to the key, and not folded in" in cause
+    assert "the site and the step are folded in the other way round" in cause
+
+
+def test_a_first_call_that_is_folded_in_unasked_is_found():
+    recipe = Recipe(42, (), P, SHAPE)
+    assert diagnose(recipe, of_key(0)).causes == ("0 is folded in too, at the end",)
+
+
+def test_mistakes_that_make_one_mask_are_all_said():
+    added = where(lambda i: reference.u(42 + 1, i) >= T)
+    assert diagnose(Recipe(42, (1,), P, SHAPE), added).causes == (
+        "integers are added to the key, and not folded in",
+        "integers are xored with the key, and not folded in",
+    )
+
+
+@pytest.mark.parametrize("size", [16, 22, 23, 40])
+def test_two_mistakes_are_not_tried_on_a_dump_that_chance_may_explain(dump, size):
+    mask = np.random.default_rng(2).random(size) >= 0.5
+    output = run(dump(mask), *OPTIONS[:-1], "0.5").output
+    assert "no mistake that is known here" in output
+    assert ("so small a dump may fit a mistake by chance" in output) == (size < 23)
+    assert ("nor two together" in output) == (size >= 23)
+
+
 def test_two_mistakes_together_are_found():
     mask = of_words(lambda block: philox((block, 0, 0, 0), (LO, HI), rounds=7)[::-1])
     (cause,) = diagnose(RECIPE, mask).causes
@@ -240,35 +342,101 @@ def scaled(x, dtype, s):
     return np.where(KEPT, (x.astype(dtype) * dtype(s)).astype(x.dtype), x.dtype.type(0))
 
 
+S, S32 = 1 / (1 - P), np.float32(1 / (1 - P))
+
+# What makes the output, of which dtype, and what it has to be blamed on.
+WRONG_OUTPUTS = {
+    "unscaled": ("float32", lambda x: np.where(KEPT, x, 0), "kept elements are not scaled"),
+    "1-p": (
+        "float32",
+        lambda x: scaled(x, np.float32, 1 - P),
+        "kept elements are multiplied by 1 - p",
+    ),
+    "twice": (
+        "float32",
+        lambda x: scaled(scaled(x, np.float32, S), np.float32, S),
+        "kept elements are scaled twice",
+    ),
+    "in float64": (
+        "float32",
+        lambda x: scaled(x, np.float64, S),
+        "the product is computed in float64 and rounded once",
+        "x is divided by 1 - p, in float64",
+    ),
+    "divided in float64": (
+        "float32",
+        lambda x: np.where(KEPT, x.astype(np.float64) / (1 - P), 0),
+        "the product is computed in float64 and rounded once",
+        "x is divided by 1 - p, in float64",
+    ),
+    "float64 divided": (
+        "float64",
+        lambda x: np.where(KEPT, x / (1 - P), 0),
+        "x is divided by 1 - p, in float64",
+    ),
+    "divided": (
+        "float32",
+        lambda x: np.where(KEPT, x / np.float32(1 - P), 0),
+        "x is divided by 1 - p, in float32",
+    ),
+    "float16 divided": (
+        "float16",
+        lambda x: np.where(KEPT, x / np.float16(1 - P), 0),
+        "x is divided by 1 - p, in float16",
+    ),
+    "multiplied": (
+        "float32",
+        lambda x: x * S32 * KEPT,
+        "the products are multiplied by the mask, and not selected: -0 and NaN remain",
+    ),
+    "float16": (
+        "float16",
+        lambda x: scaled(x, np.float32, np.float16(S)),
+        "the scale is rounded to float16 before the product",
+    ),
+    "bfloat16": (
+        ml_dtypes.bfloat16,
+        lambda x: scaled(x, np.float32, ml_dtypes.bfloat16(S)),
+        "the scale is rounded to bfloat16 before the product",
+    ),
+    "float32 by float16": (
+        "float32",
+        lambda x: scaled(x, np.float32, np.float16(S)),
+        "the scale is rounded to float16 before the product",
+    ),
+    "float64 by float32": (
+        "float64",
+        lambda x: scaled(x, np.float64, S32),
+        "the scale is rounded to float32 before the product",
+        "the scale is computed in float32",
+    ),
+    "p of float32": (
+        "float64",
+        lambda x: scaled(x, np.float64, 1 / (1 - float(np.float32(P)))),
+        "p is narrowed to float32 for the scale",
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "wrong", "what"),
-    [
-        ("float32", lambda x: np.where(KEPT, x, 0), "kept elements are not scaled"),
-        ("float32", lambda x: scaled(x, np.float32, 1 - P), "kept elements are multiplied by 1"),
-        ("float32", lambda x: scaled(x, np.float64, 1 / (1 - P)), "the product is computed in fl"),
-        ("float32", lambda x: np.where(KEPT, x / np.float32(1 - P), 0), "x is divided by 1 - p"),
-        ("float32", lambda x: x * np.float32(1 / (1 - P)) * KEPT, "the products are multiplied"),
-        (
-            "float16",
-            lambda x: scaled(x, np.float32, np.float16(1 / (1 - P))),
-            "the scale is rounded to float16",
-        ),
-        (
-            ml_dtypes.bfloat16,
-            lambda x: scaled(x, np.float32, ml_dtypes.bfloat16(1 / (1 - P))),
-            "the scale is rounded to bfloat16",
-        ),
-    ],
-    ids=["unscaled", "1-p", "float64", "divided", "multiplied", "float16", "bfloat16"],
+    ("dtype", "wrong", "what"), [(*w[:2], w[2:]) for w in WRONG_OUTPUTS.values()], ids=WRONG_OUTPUTS
 )
-def test_mistakes_in_the_output_are_found(dump, dtype, wrong, what):
+def test_mistakes_in_the_output_are_found_and_no_other_is_blamed(dump, dtype, wrong, what):
     x = ORDINARY.astype(dtype)
     y = wrong(x).astype(dtype)
     result = run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS)
     assert result.exit_code == 1
     assert "the mask is right, but the output is not" in result.output
-    (cause,) = (line for line in result.output.splitlines() if line.startswith("this explains"))
-    assert what in cause
+    explained = [line.partition(" of it: ") for line in result.output.splitlines()]
+    assert [cause for _, is_one, cause in explained if is_one] == list(what)
+
+
+def test_a_scale_that_is_computed_in_float32_is_found_where_that_is_another():
+    p, x = 0.15, ORDINARY.astype(np.float32)
+    mask = np.array(reference.keep_mask(SHAPE, p, KEY), dtype=bool).reshape(SHAPE)
+    s = np.float32(1) / (np.float32(1) - np.float32(p))
+    diagnosis = diagnose(Recipe(42, ("encoder/0", 7), p, SHAPE), np.where(mask, x * s, 0), x)
+    assert diagnosis.causes == ("the scale is computed in float32",)
 
 
 def test_at_rate_0_the_output_is_the_input(dump):

@@ -271,7 +271,13 @@ def _compare(path: Path, array: NDArray[Any], x: NDArray[Any] | None, recipe: Re
     for cause in diagnosis.causes:
         click.echo(f"this explains all of it: {cause}")
     if not diagnosis.causes:
-        click.echo("no mistake that is known here, nor two together, explains it")
+        pairs = "" if diagnosis.is_small else ", nor two together,"
+        click.echo(f"no mistake that is known here{pairs} explains it")
     elif len(diagnosis.causes) > 1:
         click.echo("this dump does not tell these apart")
+    if diagnosis.is_small:
+        click.echo(
+            "so small a dump may fit a mistake by chance, and two together are not tried: "
+            "a larger one tells more"
+        )
     return True

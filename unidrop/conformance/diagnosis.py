@@ -6,7 +6,7 @@ one at hand in every element.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from unidrop.conformance.compare import (
     differing,
     numpy_dtype,
 )
+from unidrop.conformance.mistakes import Kept, mistakes_of_mask, mistakes_of_product, times
 from unidrop.conformance.recipe import Recipe
-from unidrop.dtypes import compute_dtype, dtype_name
+from unidrop.dtypes import compute_dtype
 
 __all__ = [
     "Diagnosis",
@@ -36,7 +37,8 @@ __all__ = [
 _SAMPLE = 2048
 _CHUNK = 1 << 20
 
-Kept = NDArray[np.bool]
+# Of information in a mask: one of 10^4 pairs of mistakes explains it by chance once in 1000 times.
+_ENOUGH_BITS = 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,20 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What is wrong with an array, and each mistake that explains all of it."""
+    """What is wrong with an array, and each mistake that explains all of it.
+
+    Attributes
+    ----------
+    what : str
+    causes : tuple of str
+    is_small : bool
+        Whether there is so little of a mask that some mistake may explain it by chance; two
+        together are then not tried.
+    """
 
     what: str
     causes: tuple[str, ...]
+    is_small: bool = False
 
 
 def diagnose(
@@ -114,7 +126,7 @@ def diagnose(
         hint = _resemblance(recipe.p, difference, causes)
         if x is None and array.dtype.kind in "fcV" and not causes and not np.any(kept & ~expected):
             hint += _ZEROS
-        return Diagnosis(f"{difference}{hint}", tuple(causes))
+        return Diagnosis(f"{difference}{hint}", tuple(causes), _is_small(recipe, kept))
     if x is None:
         return None
     with np.errstate(all="ignore"):
@@ -198,7 +210,8 @@ def first_difference(recipe: Recipe, kept: Kept) -> Difference | None:
 def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
     """Return the mistakes, one or two together, that make a recipe's mask the one given.
 
-    Several are returned where this mask does not tell them apart, none where none explains it.
+    Several are returned where this mask does not tell them apart, none where none explains it. Two
+    together are tried only where the mask is large enough not to be explained by chance.
 
     Parameters
     ----------
@@ -218,17 +231,37 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
             for positions in itertools.chain(stages, _chunks(flat.size))
         )
 
-    singles = list(_mistakes(recipe))
-    found = [what for what, changed, _ in singles if explains(changed)]
-    if found:
+    singles = [
+        (what, changes, replace(recipe, **changes)) for what, changes in mistakes_of_mask(recipe)
+    ]
+    found = [what for what, _, changed in singles if explains(changed)]
+    if found or _is_small(recipe, kept):
         return found
     return [
         f"{first}, and {second}"
-        for first, changed, fields in singles
-        for second, both, others in _mistakes(changed)
+        for first, changes, changed in singles
+        for second, others in mistakes_of_mask(changed)
         # Each pair once, whichever comes first, and of different things.
-        if first < second and fields.isdisjoint(others) and explains(both)
+        if first < second
+        and changes.keys().isdisjoint(others)
+        and explains(replace(changed, **others))
     ]
+
+
+def _is_small(recipe: Recipe, kept: Kept) -> bool:
+    """Tell whether one of the pairs of mistakes may explain a mask by chance."""
+    shared = recipe.broadcast_axes
+    decided = kept[tuple(slice(1) if axis in shared else slice(None) for axis in range(kept.ndim))]
+    kept_count = int(np.count_nonzero(decided))
+    # Whichever is likelier: mistakes make masks of the rate p, and of 1 - p.
+    some = 2.0**-32
+    bits = [-math.log2(min(max(q, some), 1 - some)) for q in (1 - recipe.p, recipe.p)]
+    dropped_count = decided.size - kept_count
+    information = min(
+        kept_count * of_kept + dropped_count * of_dropped
+        for of_kept, of_dropped in (bits, bits[::-1])
+    )
+    return information < _ENOUGH_BITS
 
 
 def _chunks(size: int) -> Iterator[NDArray[np.int64]]:
@@ -254,126 +287,6 @@ def _sampled(size: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate([np.arange(_SAMPLE // 2), anywhere]))
 
 
-def _mistakes(recipe: Recipe) -> Iterator[tuple[str, Recipe, frozenset[str]]]:
-    """Yield what people get wrong, the recipe with it, and which of its fields that changes."""
-    for family in (_of_generator, _of_words, _of_comparison, _of_key, _of_numbering):
-        for what, changes in family(recipe):
-            yield what, replace(recipe, **changes), frozenset(changes)
-
-
-Changes = Iterator[tuple[str, dict[str, Any]]]
-
-
-def _of_generator(recipe: Recipe) -> Changes:
-    for rounds in range(1, 17):
-        if rounds != recipe.rounds:
-            what = f"the generator makes {rounds} rounds instead of 10"
-            yield what, {"rounds": rounds}
-            yield f"{what}, for keys too", {"rounds": rounds, "key_rounds": rounds}
-            yield f"{what}, for keys alone", {"key_rounds": rounds}
-    yield "the key's words are swapped", {"key_words": (1, 0)}
-    yield "the block number's words are swapped", {"counter_words": (1, 0, 2, 3)}
-    yield "the block number's upper word is lost", {"counter_words": (0, 2, 2, 3)}
-    yield (
-        "the block number is in the counter's upper half",
-        {"counter_words": (2, 3, 0, 1)},
-    )
-    for first in (-1, 1):
-        yield (
-            f"the counter is {'ahead' if first > 0 else 'behind'} by one block",
-            {"first_block": first},
-        )
-
-
-def _of_words(recipe: Recipe) -> Changes:
-    even, odd = recipe.even, recipe.odd
-    yield "odd elements take the word itself, and not its product with 0x6C078965", {"odd": even}
-    yield "the even element takes the product, and the odd one the word", {"even": odd, "odd": even}
-    yield "each word decides one element, and not two", {"elements_a_word": 1}
-    for order in itertools.permutations(range(4)):
-        if order == (3, 2, 1, 0):
-            yield "the words of a block are in reverse order", {"words": order}
-        elif order != recipe.words:
-            yield f"the words of a block are in the order {order}", {"words": order}
-
-
-def _of_comparison(recipe: Recipe) -> Changes:
-    yield "the mask is inverted: 1 where an element is dropped", {"inverted": True}
-    yield "the comparison is u > T, and not u >= T", {"decide": _greater}
-    yield "what is kept is u < 2^32 - T, the small numbers", {"decide": _small}
-    yield "u and T are compared as signed integers", {"decide": _signed}
-    yield "u is narrowed to float32 before it is compared", {"decide": _as_float32(recipe.p)}
-    for bits in (8, 16, 23, 24, 31):
-        yield f"the threshold has {bits} bits, and not 32", {"decide": _of_bits(recipe.p, bits)}
-    yield "the threshold is rounded down", {"threshold": lambda p: math.floor(p * 2**32)}
-    yield "the threshold is rounded up", {"threshold": lambda p: math.ceil(p * 2**32)}
-    yield "p is narrowed to float32", {"p": float(np.float32(recipe.p))}
-    yield "p is narrowed to float16", {"p": float(np.float16(recipe.p))}
-    yield "p is taken for the probability of keeping", {"p": 1 - recipe.p}
-
-
-def _of_key(recipe: Recipe) -> Changes:
-    folded = recipe.folded
-    for i, data in enumerate(folded):
-        rest = folded[:i], folded[i + 1 :]
-        what = f"the site {data!r}" if isinstance(data, str) else f"the step {data}"
-        yield f"{what} is not folded in", {"folded": rest[0] + rest[1]}
-        yield f"{what} is folded in twice", {"folded": (*rest[0], data, data, *rest[1])}
-        if isinstance(data, str):
-            continue
-        yield f"{what} is folded in as a string", {"folded": (*rest[0], str(data), *rest[1])}
-        for other in (data - 2, data - 1, data + 1, data + 2):
-            if 0 <= other < 2**64:
-                yield (
-                    f"the step is {other}, and not {data}",
-                    {"folded": (*rest[0], other, *rest[1])},
-                )
-    if len(folded) > 1:
-        yield "the site and the step are folded in the other way round", {"folded": folded[::-1]}
-    if recipe.seed >= 2**32:
-        yield "the seed's upper 32 bits are lost", {"seed": recipe.seed % 2**32}
-        yield "the seed's lower 32 bits are lost", {"seed": recipe.seed >> 32}
-
-
-def _of_numbering(recipe: Recipe) -> Changes:
-    axes = tuple(range(len(recipe.shape)))
-    if 1 < len(axes) <= 5:
-        for order in itertools.permutations(axes):
-            if order == axes[::-1]:
-                yield "elements are numbered in Fortran order", {"order": order}
-            elif order != (recipe.order or axes):
-                how = f"with axes in the order {order}, as memory may have them"
-                yield f"elements are numbered {how}", {"order": order}
-    for multiple in (4, 8):
-        yield f"rows are rounded up to a multiple of {multiple} elements", {"row": multiple}
-    yield "elements are numbered in 32 bits", {"index_bits": 32}
-    if recipe.broadcast_axes:
-        yield "each element has a decision of its own", {"broadcast_axes": ()}
-    if recipe.global_shape is not None:
-        yield "the window's start is ignored", {"start": (0,) * len(axes)}
-        yield "the window is ignored", {"global_shape": None, "start": None}
-
-
-def _greater(u: NDArray[np.uint64], threshold: int) -> Kept:
-    return u > np.uint64(threshold)
-
-
-def _small(u: NDArray[np.uint64], threshold: int) -> Kept:
-    return u < np.uint64(2**32 - threshold)
-
-
-def _signed(u: NDArray[np.uint64], threshold: int) -> Kept:
-    return u.astype(np.uint32).view(np.int32) >= (threshold + 2**31) % 2**32 - 2**31
-
-
-def _as_float32(p: float) -> Callable[..., Kept]:
-    return lambda u, threshold: u.astype(np.float32) * np.float32(2**-32) >= np.float32(p)
-
-
-def _of_bits(p: float, bits: int) -> Callable[..., Kept]:
-    return lambda u, threshold: u >> np.uint64(32 - bits) >= np.uint64(round(p * 2**bits))
-
-
 def causes_of_output(x: NDArray[Any], p: float, kept: Kept, came: NDArray[Any]) -> list[str]:
     """Return the mistakes that make of x, under a mask that is right, the output given.
 
@@ -389,27 +302,13 @@ def causes_of_output(x: NDArray[Any], p: float, kept: Kept, came: NDArray[Any]) 
     with np.errstate(all="ignore"):
         return [
             what
-            for what, products in _wrong_products(x, p)
+            for what, products in mistakes_of_product(x, p)
             if not differing(came, _selected(products, kept), x).size
         ] + _wrong_selections(x, p, kept, came)
 
 
-def _wrong_products(x: NDArray[Any], p: float) -> Iterator[tuple[str, NDArray[Any]]]:
-    compute = numpy_dtype(compute_dtype(x.dtype))
-    s = 1 / (1 - p)
-    name = dtype_name(x.dtype)
-    yield "kept elements are not scaled", x
-    yield "kept elements are multiplied by 1 - p", _times(x, compute, 1 - p)
-    yield (
-        f"the scale is rounded to {name} before the product",
-        _times(x, compute, float(components(x).dtype.type(s))),
-    )
-    yield "the product is computed in float64 and rounded once", _times(x, np.float64, s)
-    yield "x is divided by 1 - p", _times(x, compute, 1 - p, np.divide)
-
-
 def _wrong_selections(x: NDArray[Any], p: float, kept: Kept, came: NDArray[Any]) -> list[str]:
-    scaled = _times(x, numpy_dtype(compute_dtype(x.dtype)), 1 / (1 - p))
+    scaled = times(x, numpy_dtype(compute_dtype(x.dtype)), 1 / (1 - p))
     multiplied = components(scaled) * np.repeat(
         kept.reshape(-1), components(x).size // max(1, x.size)
     ).astype(components(x).dtype)
@@ -418,22 +317,13 @@ def _wrong_selections(x: NDArray[Any], p: float, kept: Kept, came: NDArray[Any])
     return ["the products are multiplied by the mask, and not selected: -0 and NaN remain"]
 
 
-def _times(
-    x: NDArray[Any], dtype: Any, factor: float, operation: Callable[..., Any] = np.multiply
-) -> NDArray[Any]:
-    parts = components(x)
-    product = operation(parts.astype(dtype), np.dtype(dtype).type(factor)).astype(parts.dtype)
-    products: NDArray[Any] = product.view(x.dtype).reshape(x.shape)
-    return products
-
-
 def _output(x: NDArray[Any], p: float, kept: Kept) -> NDArray[Any]:
     """Return the output of the specification (section 8)."""
     if p == 0:
         return x
     if p == 1:
         return np.zeros_like(x)
-    return _selected(_times(x, numpy_dtype(compute_dtype(x.dtype)), 1 / (1 - p)), kept)
+    return _selected(times(x, numpy_dtype(compute_dtype(x.dtype)), 1 / (1 - p)), kept)
 
 
 def _selected(products: NDArray[Any], kept: Kept) -> NDArray[Any]:
