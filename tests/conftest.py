@@ -1,9 +1,12 @@
-"""What tests share: backends of third parties, installed as their packages would be."""
+"""What tests share: third parties' backends as their packages install them, and libraries."""
 
 import os
 import textwrap
+from contextlib import nullcontext
 
 import pytest
+
+pytest.register_assert_rewrite("fused_arrays")
 
 
 @pytest.fixture
@@ -21,3 +24,13 @@ def install(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(f"[unidrop.backends]\n{name} = {name}:make\n")
 
     return install
+
+
+@pytest.fixture(params=["numpy", "torch", "tensorflow", "jax"])
+def library(request):
+    """Return how arrays of each library in turn are made, JAX with 64-bit numbers."""
+    import jax
+    from fused_arrays import LIBRARIES
+
+    with jax.enable_x64(True) if request.param == "jax" else nullcontext():
+        yield LIBRARIES[request.param]
