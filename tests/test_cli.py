@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -50,7 +51,7 @@ def test_conformance_exits_with_1_and_teaches_where_a_contract_does_not_hold(car
     result = run("conformance", "--backend", careless, "--contract", "windows")
     assert result.exit_code == 1
     assert "0 passed, 2 failed" in result.output
-    for word in ("promise", "expected", "came", "again"):
+    for word in ("promise", "expected", "came", "cause     the window is ignored", "again"):
         assert word in result.output
 
 
@@ -69,6 +70,18 @@ def test_the_line_that_reproduces_a_failure_raises_it_again(careless, tmp_path):
     assert cell["reproduce"].startswith('python -c "from unidrop.conformance import check; ')
     with pytest.raises(ContractError):
         eval(f"check({call})", {"check": check})
+
+
+def test_the_line_that_says_more_of_a_mask_runs_and_says_more(careless, tmp_path):
+    path = tmp_path / "matrix.json"
+    run("conformance", "--backend", careless, "--contract", "windows", "--json", str(path))
+    for cell in json.loads(path.read_text())["cells"]:
+        command, *arguments = shlex.split(cell["diff"])
+        assert command == "unidrop"
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"careless, {cell['mode']}: ")
+        assert "this explains all of it: the window is ignored" in result.output
 
 
 def test_the_reproducing_line_runs_in_a_shell_and_passes_for_a_sound_backend():

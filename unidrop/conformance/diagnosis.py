@@ -27,6 +27,7 @@ __all__ = [
     "Diagnosis",
     "Difference",
     "causes_of_mask",
+    "causes_of_masks",
     "causes_of_output",
     "diagnose",
     "first_difference",
@@ -91,7 +92,7 @@ class Diagnosis:
 
 
 def diagnose(
-    recipe: Recipe, array: NDArray[Any], x: NDArray[Any] | None = None
+    recipe: Recipe, array: NDArray[Any], x: NDArray[Any] | None = None, *, pairs: bool = True
 ) -> Diagnosis | None:
     """Say how an array differs from what the specification says; None where it does not.
 
@@ -104,13 +105,15 @@ def diagnose(
     x : array, optional
         What was dropped from, of the output's shape and dtype, to compare the output to the bit.
         Where it is 0, the mask is not compared.
+    pairs : bool, default True
+        Whether two mistakes together are tried on a mask, which takes seconds.
     """
     expected = np.concatenate([recipe.keep(p) for p in _chunks(array.size)] or [np.zeros(0, bool)])
     expected = expected.reshape(array.shape)
     kept = array != 0 if x is None else np.where(_tells(x, array), array != 0, expected)
     difference = first_difference(recipe, kept)
     if difference is not None:
-        causes = causes_of_mask(recipe, kept)
+        causes = causes_of_mask(recipe, kept, pairs=pairs)
         hint = _resemblance(recipe.p, difference, causes)
         if x is None and array.dtype.kind in "fcV" and not causes and not np.any(kept & ~expected):
             hint += _ZEROS
@@ -195,7 +198,7 @@ def first_difference(recipe: Recipe, kept: Kept) -> Difference | None:
     )
 
 
-def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
+def causes_of_mask(recipe: Recipe, kept: Kept, *, pairs: bool = True) -> list[str]:
     """Return the mistakes, one or two together, that make a recipe's mask the one given.
 
     Several are returned where this mask does not tell them apart, none where none explains it.
@@ -206,6 +209,8 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
         Of the mask that was expected.
     kept : array of bool
         The mask at hand, in the array's shape.
+    pairs : bool, default True
+        Whether two mistakes together are tried, which takes seconds.
     """
     flat = kept.reshape(-1)
     wrong = _some_wrong(recipe, flat)
@@ -220,7 +225,7 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
 
     singles = list(_mistakes(recipe))
     found = [what for what, changed, _ in singles if explains(changed)]
-    if found:
+    if found or not pairs:
         return found
     return [
         f"{first}, and {second}"
@@ -229,6 +234,38 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
         # Each pair once, whichever comes first, and of different things.
         if first < second and fields.isdisjoint(others) and explains(both)
     ]
+
+
+def causes_of_masks(masks: Sequence[tuple[Recipe, Kept]]) -> list[str]:
+    """Return the mistakes, each alone, that explain all of several masks.
+
+    Parameters
+    ----------
+    masks : sequence of (Recipe, array of bool)
+        What was expected and the mask at hand, the first of which is not the one expected. What is
+        right among the others tells of mistakes too, that they are not made.
+
+    Examples
+    --------
+    >>> recipes = [Recipe(42, (7,), 0.5, (size,)) for size in (2, 60)]
+    >>> inverted = [(recipe, ~recipe.keep(np.arange(*recipe.shape))) for recipe in recipes]
+    >>> len(causes_of_masks(inverted[:1])) > 1
+    True
+    >>> causes_of_masks(inverted)
+    ['the mask is inverted: 1 where an element is dropped']
+    """
+    (recipe, kept), *others = masks
+    found = causes_of_mask(recipe, kept, pairs=False)
+    for recipe, kept in others:
+        # A mistake that can't be made in a mask is not told of by it.
+        changed = {what: changed for what, changed, _ in _mistakes(recipe) if what in found}
+        positions, flat = np.arange(kept.size), kept.reshape(-1)
+        found = [
+            what
+            for what in found
+            if what not in changed or np.array_equal(changed[what].keep(positions), flat)
+        ]
+    return found
 
 
 def _chunks(size: int) -> Iterator[NDArray[np.int64]]:

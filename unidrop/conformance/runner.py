@@ -32,7 +32,11 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a cell gave: status is "passed" or "failed"; what was expected, what came, and how."""
+    """What a cell gave: status is "passed" or "failed"; what was expected, what came, and why.
+
+    ``cause`` is the mistake that explains it, ``diff`` the command that says more, where there are
+    such; ``details`` is where it was raised.
+    """
 
     contract: str
     backend: str
@@ -43,6 +47,8 @@ class Result:
     seconds: float
     expected: str = ""
     came: str = ""
+    cause: str = ""
+    diff: str = ""
     details: str = ""
     seed: int = SEED
 
@@ -132,7 +138,9 @@ def _ran(cell: Cell) -> tuple[str, dict[str, str]]:
     try:
         cell.check()
     except ContractError as violation:
-        return "failed", {"expected": violation.expected, "came": violation.came}
+        return "failed", {
+            name: getattr(violation, name) for name in ("expected", "came", "cause", "diff")
+        }
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a backend may raise anything, or exit: that is a failure
