@@ -10,6 +10,7 @@ import planted_backends as planted
 import pytest
 from click.testing import CliRunner
 
+import unidrop
 from unidrop.adapters.backends.numpy import Numpy
 from unidrop.adapters.backends.torch import Torch
 from unidrop.cli import main
@@ -218,6 +219,15 @@ def test_a_contract_with_nothing_to_compare_does_not_hold(contract):
         step_limit = 0
 
     assert failing_dtypes(TakesNoStep(), contract)
+
+
+def test_a_backend_without_kernels_says_why_it_has_no_such_column():
+    with unidrop.only("portable"):
+        backends = Numpy(), Torch()
+    for backend in backends:
+        assert "fused" not in backend.modes
+        assert backend.missing_modes["fused"] == "unidrop.only says so"
+    assert "fused" not in Numpy().missing_modes
 
 
 def test_layouts_that_are_none_are_caught():
