@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import unidrop
-from unidrop.conformance.backend import has_ability
 from unidrop.conformance.compare import ContractError, check_equal, check_mask
 from unidrop.conformance.contracts.contract import (
     STEPS,
@@ -37,6 +36,7 @@ _TELLING = (
     "threshold-is-u-plus-1-even-0",
     "threshold-equals-u-odd-1",
     "threshold-is-u-plus-1-odd-1",
+    "even-u-0-rate-2^-32-drops",
     "broadcast-leading",
     "broadcast-channel-dropout",
     "window-unaligned-7",
@@ -81,10 +81,16 @@ def _mask(cell: Cell) -> None:
 
 @contract("threshold", "An element is kept where u >= T: at u = T kept, at u = T - 1 dropped.")
 def _threshold(cell: Cell) -> None:
-    windows = has_ability(cell.backend, "windows", cell.mode)
-    _check_golden_masks(
-        cell, lambda g: _is_threshold_case(g) and (windows or g.global_shape is None)
-    )
+    _check_golden_masks(cell, lambda g: _is_threshold_case(g) and g.global_shape is None)
+
+
+@contract(
+    "threshold-ends",
+    "That is so at the ends too, where u is 0, 1 or 2^32 - 1, in windows that hold such elements.",
+    ("windows",),
+)
+def _threshold_ends(cell: Cell) -> None:
+    _check_golden_masks(cell, lambda g: _is_threshold_case(g) and g.global_shape is not None)
 
 
 @contract(
