@@ -3,12 +3,22 @@
 import json
 import re
 from html.parser import HTMLParser
+from io import StringIO
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from unidrop.conformance import Missing, Result, UnavailableBackend
-from unidrop.conformance.reports import Report, to_html, to_json, to_junit, to_markdown
+from unidrop.conformance.reports import (
+    Report,
+    print_report,
+    to_html,
+    to_json,
+    to_junit,
+    to_markdown,
+)
+from unidrop.mask import STREAM_VERSION
 
 HOSTILE = "</script><b>|&\"'\x1b[31m"
 
@@ -142,6 +152,23 @@ def test_markdown_has_a_badge_a_row_a_column_and_the_failures(report):
     assert all(
         len(re.findall(r"(?<!\\)\|", line)) == 6 for line in text.splitlines() if "|" in line[:1]
     )
+
+
+def test_markdown_fences_and_escapes_what_a_name_holds():
+    report = Report([Result("mask", "```$x$~", "cpu", "float32", "eager", "failed", 0, "1", "2")])
+    lines = to_markdown(report).splitlines()
+    begin = lines.index("````sh")
+    assert lines[begin + 1].startswith("python -c '")
+    assert lines[begin + 2] == "````"
+    assert "| \\`\\`\\`\\$x\\$\\~ | eager |" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_the_title_stands_in_one_line_however_narrow_the_terminal_is(report, width):
+    console = Console(width=width, file=StringIO())
+    print_report(report, console)
+    first, *_ = console.file.getvalue().splitlines()
+    assert first == f"unidrop conformance, stream {STREAM_VERSION}"
 
 
 def red(*contracts, mode="eager"):

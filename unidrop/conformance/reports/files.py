@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import quote
@@ -129,15 +130,20 @@ def to_markdown(report: Report) -> str:
             f"Expected {_line(result.expected)}, came {_line(result.came)}.",
             *([f"Cause: {_line(result.cause)}."] if result.cause else []),
             "",
-            "```sh",
-            _commands(result),
-            "```",
+            *_fenced(_commands(result)),
         ]
     return "\n".join(lines) + "\n"
 
 
+def _fenced(commands: str) -> list[str]:
+    """Return lines of code in a fence that is longer than any in them."""
+    longest = max(map(len, re.findall("`+", commands)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}sh", commands, fence]
+
+
 def _line(text: str) -> str:
     """Return text that stays in its cell and its line, and is no markup."""
-    for special in "\\`*_[]<>|":
+    for special in "\\`*_[]<>|$~&":
         text = text.replace(special, f"\\{special}")
     return " ".join(text.split())

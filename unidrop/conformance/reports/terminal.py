@@ -41,8 +41,8 @@ def print_report(report: Report, console: Console, *, tracebacks: bool = False) 
     if not report.results:
         console.print("nothing was run: no chosen backend has what the chosen contracts need")
     style = "bold green" if report.is_good else "bold red"
-    for line in (*report.beginnings(), report.summary):
-        console.print(Text(str(line), style=style), soft_wrap=True)
+    for line in (*map(str, report.beginnings()), report.summary):
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 def _tables(report: Report, width: int) -> Iterator[Table]:
