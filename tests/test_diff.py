@@ -317,6 +317,16 @@ def test_where_the_input_is_0_nothing_is_said_of_the_mask(dump):
     assert run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS).exit_code == 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
+def test_a_mistake_in_the_mask_is_found_where_some_of_the_input_tells_nothing(dtype):
+    x = ORDINARY.astype(dtype)
+    x[:, ::5], x[:, 1::5] = 0, np.nan
+    mask = MISTAKES["the words of a block are in reverse order"]
+    diagnosis = diagnose(RECIPE, np.where(mask, x, 0).astype(dtype), x)
+    assert diagnosis.causes == ("the words of a block are in reverse order",)
+    assert diagnosis.is_of_mask
+
+
 def test_an_output_without_its_input_is_compared_by_what_is_0_and_that_is_said(dump):
     result = run(dump(KEPT * 0.37), *OPTIONS)
     assert result.exit_code == 0

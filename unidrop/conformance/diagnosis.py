@@ -85,10 +85,11 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What is wrong with an array, and each mistake that explains all of it."""
+    """What is wrong with an array or its mask, and each mistake that explains all of it."""
 
     what: str
     causes: tuple[str, ...]
+    is_of_mask: bool
 
 
 def diagnose(
@@ -110,14 +111,15 @@ def diagnose(
     """
     expected = np.concatenate([recipe.keep(p) for p in _chunks(array.size)] or [np.zeros(0, bool)])
     expected = expected.reshape(array.shape)
-    kept = array != 0 if x is None else np.where(_tells(x, array), array != 0, expected)
+    told = np.ones(array.shape, dtype=bool) if x is None else _tells(x, array)
+    kept = np.where(told, array != 0, expected)
     difference = first_difference(recipe, kept)
     if difference is not None:
-        causes = causes_of_mask(recipe, kept, pairs=pairs)
+        causes = causes_of_mask(recipe, kept, told, pairs=pairs)
         hint = _resemblance(recipe.p, difference, causes)
         if x is None and array.dtype.kind in "fcV" and not causes and not np.any(kept & ~expected):
             hint += _ZEROS
-        return Diagnosis(f"{difference}{hint}", tuple(causes))
+        return Diagnosis(f"{difference}{hint}", tuple(causes), is_of_mask=True)
     if x is None:
         return None
     with np.errstate(all="ignore"):
@@ -127,7 +129,8 @@ def diagnose(
     except ContractError as error:
         what = f"expected {error.expected}, came {error.came}"
         what = f"the mask is right, but the output is not: {what}"
-        return Diagnosis(what, tuple(causes_of_output(x, recipe.p, expected, array)))
+        causes = causes_of_output(x, recipe.p, expected, array)
+        return Diagnosis(what, tuple(causes), is_of_mask=False)
     return None
 
 
@@ -198,7 +201,9 @@ def first_difference(recipe: Recipe, kept: Kept) -> Difference | None:
     )
 
 
-def causes_of_mask(recipe: Recipe, kept: Kept, *, pairs: bool = True) -> list[str]:
+def causes_of_mask(
+    recipe: Recipe, kept: Kept, told: Kept | None = None, *, pairs: bool = True
+) -> list[str]:
     """Return the mistakes, one or two together, that make a recipe's mask the one given.
 
     Several are returned where this mask does not tell them apart, none where none explains it.
@@ -209,18 +214,23 @@ def causes_of_mask(recipe: Recipe, kept: Kept, *, pairs: bool = True) -> list[st
         Of the mask that was expected.
     kept : array of bool
         The mask at hand, in the array's shape.
+    told : array of bool, optional
+        Where that is known; everywhere if not given. Elsewhere it is what is expected.
     pairs : bool, default True
         Whether two mistakes together are tried, which takes seconds.
     """
     flat = kept.reshape(-1)
+    known = np.ones(flat.shape, dtype=bool) if told is None else told.reshape(-1)
     wrong = _some_wrong(recipe, flat)
     # What is wrong tells most: few of it first, then a sample, then all.
-    stages = [wrong[:64], np.union1d(wrong, _sampled(flat.size))]
+    sampled = _sampled(flat.size)
+    stages = [wrong[:64], np.union1d(wrong, sampled[known[sampled]])]
 
     def explains(changed: Recipe) -> bool:
+        chunks = (positions[known[positions]] for positions in _chunks(flat.size))
         return all(
             np.array_equal(changed.keep(positions), flat[positions])
-            for positions in itertools.chain(stages, _chunks(flat.size))
+            for positions in itertools.chain(stages, chunks)
         )
 
     singles = list(_mistakes(recipe))

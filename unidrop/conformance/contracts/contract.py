@@ -184,16 +184,26 @@ def by_core(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def check_output_of(
-    recipe: Recipe, came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any], what: str
+    recipe: Recipe,
+    came: NDArray[Any],
+    expected: NDArray[Any],
+    x: NDArray[Any],
+    what: str,
+    diff: str = "",
 ) -> None:
-    """Compare an output as `check_output` does; an error says which mistake explains it."""
+    """Compare an output as `check_output` does; an error says which mistake explains it.
+
+    ``diff`` is the command that says more where it is the mask that is wrong.
+    """
     try:
         check_output(came, expected, x, what)
     except ContractError as error:
         if (came.shape, came.dtype) != (expected.shape, expected.dtype):
             raise
         diagnosis = diagnose(recipe, came, x, pairs=False)
-        raise error.explained(diagnosis.causes if diagnosis else ()) from None
+        if diagnosis is None:
+            raise
+        raise error.explained(diagnosis.causes, diff if diagnosis.is_of_mask else "") from None
 
 
 def check_some(chosen: Sized) -> None:

@@ -61,7 +61,8 @@ def _output(cell: Cell) -> None:
     for golden in _golden_outputs(cell):
         with np.errstate(all="ignore"):
             y = cell.dropout(golden.x, golden.p, golden.step, seed=golden.seed)
-            check_output_of(golden.recipe, y, golden.y, golden.x, f"output {golden.name!r}")
+            what, diff = f"output {golden.name!r}", cell.diff(golden.recipe)
+            check_output_of(golden.recipe, y, golden.y, golden.x, what, diff)
 
 
 @contract("gradient-mask", "The gradient is by the mask of its own forward pass.", ("gradient",))
