@@ -257,7 +257,7 @@ def causes_of_masks(masks: Sequence[tuple[Recipe, Kept]]) -> list[str]:
 
     Examples
     --------
-    >>> recipes = [Recipe(42, (7,), 0.5, (size,)) for size in (2, 60)]
+    >>> recipes = [Recipe(42, (7,), 0.3, (size,)) for size in (2, 60)]
     >>> inverted = [(recipe, ~recipe.keep(np.arange(*recipe.shape))) for recipe in recipes]
     >>> len(causes_of_masks(inverted[:1])) > 1
     True
