@@ -282,3 +282,54 @@ class BroadcastAxesIgnored(Sound):
 class TracedEveryStep(Sound):
     def program(self, x, p, step, options):
         return step, *super().program(x, p, step, options)
+
+
+class StringsFoldedAsIntegers(Sound):
+    def fold(self, key, data):
+        if isinstance(data, str):
+            digest = blake2b(data.encode(), digest_size=8).digest()
+            data = int.from_bytes(digest, "little")
+        return super().fold(key, data)
+
+
+class TracedStepSignExtended(Sound):
+    def traced_key(self, seed, step, *, mode):
+        return self.key(seed, step | 0xFFFFFFFF << 32 if step >> 30 & 1 else step)
+
+
+class ThresholdKeptBelow2To32(Sound):
+    def decide(self, u, p):
+        return (u >= np.uint64(min(round(p * 2**32), 2**32 - 1))) & (p < 1)
+
+
+class ReturnedMaskInverted(Sound):
+    def dropout(self, x, p, seed, step, *, return_mask=False, **options):
+        y = super().dropout(x, p, seed, step, return_mask=return_mask, **options)
+        return (y[0], ~y[1]) if return_mask else y
+
+
+class IntegersNotRefused(Sound):
+    def refuse(self, x, p):
+        super().refuse(x if x.dtype.kind == "f" else x.astype(np.float32), p)
+
+
+class CallThatRaisesCounted(Sound):
+    def layer(self, p, seed, *, dtype, device, mode):
+        class Eager(Layer):
+            def __call__(self, x, *, training):
+                self.calls += x.dtype.kind != "f"
+                return super().__call__(x, training=training)
+
+        return Eager(self, p, seed, mode)
+
+
+class GradientOfTheLatestCall(Sound):
+    def layer(self, p, seed, *, dtype, device, mode):
+        class Forgetful(Layer):
+            def vjp(self, x):
+                y, _ = super().vjp(x)
+                return y, lambda upstream: self.backend.gradient(
+                    upstream, upstream, self.p, self.seed, self.calls - 1, mode=self.mode
+                )
+
+        return Forgetful(self, p, seed, mode)

@@ -124,6 +124,41 @@ DEFECTS = {
         "traces",
         "traces over 100 steps: 1, came 100",
     ),
+    "strings folded as integers": (
+        planted.StringsFoldedAsIntegers,
+        "keys",
+        "key of [{'str': ",
+    ),
+    "traced step sign-extended": (
+        planted.TracedStepSignExtended,
+        "traced-key",
+        "key ",
+    ),
+    "threshold kept below 2^32": (
+        planted.ThresholdKeptBelow2To32,
+        "threshold-ends",
+        "mask 'even-u-2^32-1-rate-1-2^-33-drops'",
+    ),
+    "returned mask inverted": (
+        planted.ReturnedMaskInverted,
+        "returned-mask",
+        "mask at p = 0.4, training = True",
+    ),
+    "integers not refused": (
+        planted.IntegersNotRefused,
+        "bad-dtype",
+        "that mentions 'int32', for p = 0.5 and x of int32, came no error",
+    ),
+    "call that raises counted": (
+        planted.CallThatRaisesCounted,
+        "layer-error",
+        "calls 0, came 1",
+    ),
+    "gradient of the latest call": (
+        planted.GradientOfTheLatestCall,
+        "layer-gradient",
+        "the step is 1, and not 0",
+    ),
 }
 
 # These take most of the time, and name none of the defects.
