@@ -193,17 +193,20 @@ def test_a_defect_is_caught_by_the_contract_that_names_it_and_the_others_rest_on
 
 def test_the_command_has_each_defect_of_installed_packages_in_its_contract(install, tmp_path):
     (tmp_path / "planted_backends.py").write_text(Path(planted.__file__).read_text())
-    backends = [planted.Sound, *(backend for backend, *_ in DEFECTS.values())]
+    told = [row for row in DEFECTS.values() if row[1] != "traces"]
+    backends = [planted.Sound, *(backend for backend, *_ in told)]
     for backend in backends:
         name = backend.__name__
-        install(name, f"class make(__import__('planted_backends').{name}):\n    name = {name!r}")
+        # In one mode only, for each of them is a process, and they take half a minute as it is.
+        members = f"    name = {name!r}\n    modes, compiled_modes = ('eager',), ()"
+        install(name, f"class make(__import__('planted_backends').{name}):\n{members}")
     named = [part for backend in backends for part in ("--backend", backend.__name__)]
-    chosen = {contract for _, contract, _ in DEFECTS.values()}
+    chosen = {contract for _, contract, _ in told}
     named += [part for contract in chosen for part in ("--contract", contract)]
     result = CliRunner().invoke(main, ["conformance", *named])
     assert result.exit_code == 1
     red = {line.partition("-cpu-")[0] for line in result.output.splitlines() if line[:1] == "✗"}
-    for backend, contract, tells in DEFECTS.values():
+    for backend, contract, tells in told:
         assert f"✗ {contract}-{backend.__name__}" in red
         assert tells.partition(", came")[0] in result.output
     assert not any(line.endswith("-Sound") for line in red)
