@@ -1,6 +1,8 @@
 """The command line, as a user types it."""
 
+import ast
 import json
+import shlex
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from unidrop.cli import main
-from unidrop.conformance import CONTRACTS, check
+from unidrop.conformance import CONTRACTS, Result, check
 from unidrop.conformance.compare import ContractError
 
 ENCODER_AT_STEP_7 = ("--seed", "42", "--site", "encoder/0", "--step", "7", "--p", "0.5")
@@ -50,7 +52,7 @@ def test_conformance_exits_with_1_and_teaches_where_a_contract_does_not_hold(car
     result = run("conformance", "--backend", careless, "--contract", "windows")
     assert result.exit_code == 1
     assert "0 passed, 2 failed" in result.output
-    for word in ("promise", "expected", "came", "again"):
+    for word in ("promise", "expected", "came", "cause     the window is ignored", "again"):
         assert word in result.output
 
 
@@ -71,9 +73,47 @@ def test_the_line_that_reproduces_a_failure_raises_it_again(careless, tmp_path):
         eval(f"check({call})", {"check": check})
 
 
+def test_the_line_that_says_more_of_a_mask_runs_and_says_more(careless, tmp_path):
+    path = tmp_path / "matrix.json"
+    run("conformance", "--backend", careless, "--contract", "windows", "--json", str(path))
+    for cell in json.loads(path.read_text())["cells"]:
+        command, *arguments = shlex.split(cell["diff"])
+        assert command == "unidrop"
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"careless, {cell['mode']}: ")
+        assert "this explains all of it: the window is ignored" in result.output
+
+
 def test_the_reproducing_line_runs_in_a_shell_and_passes_for_a_sound_backend():
     code = "from unidrop.conformance import check; check('mask', 'numpy', device='cpu')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_contract_that_does_not_apply_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"eager: NumPy has functions, and no layers"):
+        check("layer-calls", "numpy")
+    with pytest.raises(ValueError, match=r"mode=graph$"):
+        check("mask", "numpy", mode="graph")
+
+
+@pytest.mark.parametrize("name", ["mine", "it's mine", "`$HOME`", '"!!"', "ünï drop"])
+def test_the_reproducing_line_survives_a_shell_whatever_names_hold(name):
+    result = Result("mask", name, "cpu", "float32", "eager", "failed", 0)
+    command, option, code = shlex.split(result.reproduce)
+    assert (command, option) == ("python", "-c")
+    call = ast.parse(code).body[-1].value
+    assert [argument.value for argument in call.args] == ["mask", name]
+    echoed = result.reproduce.replace("python -c", "printf %s")
+    shell = subprocess.run(["sh", "-c", echoed], capture_output=True, text=True, check=True)
+    assert shell.stdout == code
+
+
+def test_each_file_that_is_written_is_named(tmp_path):
+    names = {name: tmp_path / f"matrix.{name}" for name in ("html", "json", "junit", "markdown")}
+    files = [str(part) for name, path in names.items() for part in (f"--{name}", path)]
+    output = run("conformance", "--backend", "numpy", "--contract", "mask", *files).output
+    assert output.splitlines()[-4:] == [f"wrote {path}" for path in names.values()]
 
 
 def test_json_holds_every_cell_and_what_is_missing(tmp_path):

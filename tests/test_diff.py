@@ -1,9 +1,11 @@
 """What is said of dumps that somebody else made: where they are wrong, and by which mistake."""
 
 import hashlib
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import planted_backends
 import pytest
 import reference
 from click.testing import CliRunner
@@ -83,6 +85,12 @@ def both_otherwise(*args, **options):
 
 def of_words(words):
     return where(lambda i: words(i // 8)[i // 2 % 4] * (0x6C078965 if i % 2 else 1) % 2**32 >= T)
+
+
+def source(name, backend, more=""):
+    """Return the module of a backend that stands in planted_backends.py, under another name."""
+    made = f"class make({backend}):\n    name = {name!r}\n{more}"
+    return f"{Path(planted_backends.__file__).read_text()}\n\n{made}"
 
 
 LO, HI = KEY % 2**32, KEY >> 32
@@ -476,6 +484,16 @@ def test_where_the_input_is_0_nothing_is_said_of_the_mask(dump):
     assert run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS).exit_code == 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
+def test_a_mistake_in_the_mask_is_found_where_some_of_the_input_tells_nothing(dtype):
+    x = ORDINARY.astype(dtype)
+    x[:, ::5], x[:, 1::5] = 0, np.nan
+    mask = MISTAKES["the words of a block are in reverse order"]
+    diagnosis = diagnose(RECIPE, np.where(mask, x, 0).astype(dtype), x)
+    assert diagnosis.causes == ("the words of a block are in reverse order",)
+    assert diagnosis.is_of_mask
+
+
 def test_an_output_without_its_input_is_compared_by_what_is_0_and_that_is_said(dump):
     result = run(dump(KEPT * 0.37), *OPTIONS)
     assert result.exit_code == 0
@@ -500,6 +518,49 @@ def test_two_dumps_are_compared_with_each_other(dump):
     assert "block 19, word 1, its even element" in result.output
     assert run(paths[0], paths[0]).exit_code == 0
     assert run(paths[0], dump(KEPT[:3], "half.npy")).exit_code == 1
+
+
+def test_a_backend_is_run_and_compared_in_place_of_a_dump(install):
+    install("theirs", source("theirs", "WordsReversed"))
+    chosen = ("--backend", "theirs", "--seed", "42", "--step", "7", "--p", "0.3")
+    result = run(*chosen, "--shape", "4x50")
+    assert result.exit_code == 1
+    assert result.output.startswith("theirs, eager: ")
+    assert "this explains all of it: the words of a block are in reverse order" in result.output
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_output_of_a_backend_is_compared_too_with_the_input_that_is_given(dump, dtype):
+    chosen = ("--backend", "numpy", "--seed", "42", "--step", "7", "--p", "0.3")
+    result = run(*chosen, "--input", dump(ORDINARY.astype(dtype)))
+    assert result.exit_code == 0, result.output
+    assert result.output == "numpy, eager: as the specification says, all 300 elements\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "mention"),
+    [
+        (["--backend", "numpi"], 2, "but got 'numpi'"),
+        (["--backend", "numpy", "--mode", "graph"], 2, "'graph' is none of eager"),
+        (["--backend", "numpy", "--device", "gpu"], 2, "'gpu' is none of cpu"),
+        (["--backend", "numpy", "--dtype", "int8"], 2, "'int8' is none of float32"),
+        (["--backend", "numpy", "--site", "encoder/0"], 2, "a --step and no --site"),
+        (["--backend", "numpy", "--input", "{dump}"], 2, "either --shape or --input"),
+        (["--backend", "numpy", "{dump}"], 2, "give no dump"),
+        (["--mode", "eager"], 2, "--backend, with which"),
+        (["--backend", "raising"], 1, "raising raised ZeroDivisionError"),
+        (["--backend", "absent"], 1, "absent could not be loaded"),
+    ],
+    ids=["name", "mode", "device", "dtype", "site", "both", "dump", "none", "raises", "absent"],
+)
+def test_bad_arguments_of_a_backend_are_named(install, dump, arguments, code, mention):
+    raising = "    def dropout(self, *arguments, **options):\n        1 / 0\n"
+    install("raising", source("raising", "Sound", raising))
+    install("absent", "import no_such_library")
+    chosen = ("--seed", "42", "--step", "7", "--p", "0.3", "--shape", "4x50")
+    result = run(*(argument.format(dump=dump(KEPT)) for argument in arguments), *chosen)
+    assert result.exit_code == code
+    assert mention in result.output
 
 
 @pytest.mark.parametrize(

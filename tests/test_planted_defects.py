@@ -2,168 +2,242 @@
 
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import planted_backends as planted
 import pytest
+from click.testing import CliRunner
 
 import unidrop
-from unidrop import Key, keep_mask
 from unidrop.adapters.backends.numpy import Numpy
 from unidrop.adapters.backends.torch import Torch
-from unidrop.conformance import Cell, UnavailableBackend, cells, load_backends, run_cell
-from unidrop.dtypes import dtype_name
+from unidrop.cli import main
+from unidrop.conformance import (
+    CONTRACTS,
+    Cell,
+    UnavailableBackend,
+    cells,
+    load_backends,
+    run_cell,
+)
+from unidrop.conformance.contracts.dependence import RESTS_ON, roots
+from unidrop.conformance.diagnosis import causes_of_masks, diagnose
+from unidrop.conformance.golden import golden_masks, golden_outputs
 from unidrop.window import Piece, Window
 
-# As modules: the package's attributes of these names are the functions.
-DROPOUT = sys.modules["unidrop.dropout"]
-LIBRARY = sys.modules["unidrop.library"]
-PHILOX = sys.modules["unidrop.philox"]
+# What somebody gets wrong; a backend that does; the contract that names it; what a cell of it says.
+DEFECTS = {
+    "seven rounds": (
+        planted.SevenRounds,
+        "generator",
+        "the generator makes 7 rounds instead of 10",
+    ),
+    "odd elements not multiplied": (
+        planted.OddElementsNotMultiplied,
+        "odd-elements",
+        "odd elements take the word itself, and not its product with 0x6C078965",
+    ),
+    "words reversed": (
+        planted.WordsReversed,
+        "word-order",
+        "the words of a block are in reverse order",
+    ),
+    "> for >=": (
+        planted.GreaterForGreaterOrEqual,
+        "threshold",
+        "the comparison is u > T, and not u >= T",
+    ),
+    "threshold on 24 bits": (
+        planted.ThresholdOn24Bits,
+        "threshold",
+        "the threshold has 24 bits, and not 32",
+    ),
+    "float16 rounding of the scale": (
+        planted.ScaleRoundedToFloat16,
+        "scale",
+        "the scale is rounded to float16 before the product",
+    ),
+    "multiply instead of select": (
+        planted.MultiplyForSelect,
+        "dropped-is-zero",
+        "dropped nan: [0.0 (0x0000), ",
+    ),
+    "step not folded": (
+        planted.StepNotFolded,
+        "steps",
+        "two masks for steps 0 and 1, came the same one",
+    ),
+    "mask by memory order": (
+        planted.MaskByMemoryOrder,
+        "layout",
+        "elements are numbered in Fortran order",
+    ),
+    "mask in the wrong dtype": (
+        planted.MaskOfFloats,
+        "mask-dtype",
+        "dtype of the mask bool, came float32",
+    ),
+    "state lost on load": (
+        planted.StateLostOnLoad,
+        "layer-resumes",
+        "calls 3, came 0",
+    ),
+    "gradient with a fresh mask": (
+        planted.GradientWithFreshMask,
+        "gradient-mask",
+        "the step is 8, and not 7",
+    ),
+    "layer active in evaluation": (
+        planted.LayerActiveInEvaluation,
+        "layer-evaluation",
+        "x unchanged in evaluation",
+    ),
+    "function active in evaluation": (
+        planted.FunctionActiveInEvaluation,
+        "nothing-to-drop",
+        "x unchanged",
+    ),
+    "output in the wrong dtype": (
+        planted.OutputOfFloat64,
+        "shape-dtype-device",
+        "dtype float16, came float64",
+    ),
+    "rate not checked": (
+        planted.RateNotChecked,
+        "bad-rate",
+        "ValueError that mentions '-0.1'",
+    ),
+    "window numbered by itself": (
+        planted.WindowNumberedByItself,
+        "windows",
+        "the window is ignored",
+    ),
+    "broadcast axes ignored": (
+        planted.BroadcastAxesIgnored,
+        "broadcast-axes",
+        "each element has a decision of its own",
+    ),
+    "traced every step": (
+        planted.TracedEveryStep,
+        "traces",
+        "traces over 100 steps: 1, came 100",
+    ),
+    "strings folded as integers": (
+        planted.StringsFoldedAsIntegers,
+        "keys",
+        "key of [{'str': ",
+    ),
+    "traced step sign-extended": (
+        planted.TracedStepSignExtended,
+        "traced-key",
+        "key ",
+    ),
+    "threshold kept below 2^32": (
+        planted.ThresholdKeptBelow2To32,
+        "threshold-ends",
+        "mask 'even-u-2^32-1-rate-1-2^-33-drops'",
+    ),
+    "returned mask inverted": (
+        planted.ReturnedMaskInverted,
+        "returned-mask",
+        "mask at p = 0.4, training = True",
+    ),
+    "integers not refused": (
+        planted.IntegersNotRefused,
+        "bad-dtype",
+        "that mentions 'int32', for p = 0.5 and x of int32, came no error",
+    ),
+    "call that raises counted": (
+        planted.CallThatRaisesCounted,
+        "layer-error",
+        "calls 0, came 1",
+    ),
+    "gradient of the latest call": (
+        planted.GradientOfTheLatestCall,
+        "layer-gradient",
+        "the step is 1, and not 0",
+    ),
+}
+
+# These take most of the time, and name none of the defects.
+LARGE = ("large-mask", "rate", "independence")
+
+
+def failures(backend, contracts=()):
+    results = [run_cell(cell) for cell in cells(backend, contracts) if isinstance(cell, Cell)]
+    assert results
+    return [result for result in results if result.status == "failed"]
 
 
 def failing_dtypes(backend, contract):
-    results = [run_cell(cell) for cell in cells(backend, [contract]) if isinstance(cell, Cell)]
-    assert results
-    return {result.dtype for result in results if result.status == "failed"}
+    return {result.dtype for result in failures(backend, [contract])}
 
 
-def portable(backend):
-    """Return a backend without kernels, which would be compiled, and kept, with the defect."""
-    backend.modes = ("eager",)
-    return backend
+def test_the_sound_backend_is_green_in_every_contract():
+    backend = planted.Sound()
+    assert [str(result) for result in failures(backend)] == []
+    assert {cell.contract.name for cell in cells(backend) if isinstance(cell, Cell)} == {*CONTRACTS}
+
+
+@pytest.mark.parametrize(("backend", "contract", "tells"), DEFECTS.values(), ids=DEFECTS)
+def test_a_defect_is_caught_by_the_contract_that_names_it_and_the_others_rest_on_that(
+    backend, contract, tells
+):
+    failed = failures(backend(), [name for name in CONTRACTS if name not in LARGE])
+    assert roots({result.contract for result in failed}) == [contract]
+    (told, *_) = (result for result in failed if result.contract == contract)
+    assert tells in f"{told.expected}, came {told.came}: {told.cause}"
+
+
+def test_the_command_has_each_defect_of_installed_packages_in_its_contract(install, tmp_path):
+    (tmp_path / "planted_backends.py").write_text(Path(planted.__file__).read_text())
+    told = [row for row in DEFECTS.values() if row[1] != "traces"]
+    backends = [planted.Sound, *(backend for backend, *_ in told)]
+    for backend in backends:
+        name = backend.__name__
+        # In one mode only, for each of them is a process, and they take half a minute as it is.
+        members = f"    name = {name!r}\n    modes, compiled_modes = ('eager',), ()"
+        install(name, f"class make(__import__('planted_backends').{name}):\n{members}")
+    named = [part for backend in backends for part in ("--backend", backend.__name__)]
+    chosen = {contract for _, contract, _ in told}
+    named += [part for contract in chosen for part in ("--contract", contract)]
+    result = CliRunner().invoke(main, ["conformance", *named])
+    assert result.exit_code == 1
+    red = {line.partition("-cpu-")[0] for line in result.output.splitlines() if line[:1] == "✗"}
+    for backend, contract, tells in told:
+        assert f"✗ {contract}-{backend.__name__}" in red
+        assert tells.partition(", came")[0] in result.output
+    assert not any(line.endswith("-Sound") for line in red)
+
+
+def test_what_contracts_rest_on_are_contracts_and_none_rests_on_itself():
+    assert {*RESTS_ON, *(name for below in RESTS_ON.values() for name in below)} <= set(CONTRACTS)
+    for name in CONTRACTS:
+        assert len(roots([name, *RESTS_ON.get(name, ())])) >= 1
+        assert roots([name]) == [name]
+
+
+@pytest.mark.parametrize("golden", golden_masks(), ids=lambda golden: golden.name)
+def test_any_mask_that_is_wrong_is_looked_into_without_an_error(golden):
+    keep = np.broadcast_to(golden.keep, golden.shape)
+    causes = causes_of_masks([(golden.recipe, ~keep), (golden.recipe, ~keep)])
+    assert golden.keep.size == 0 or any("inverted" in cause for cause in causes)
+
+
+@pytest.mark.parametrize("golden", golden_outputs(), ids=lambda golden: golden.name)
+def test_any_output_that_is_wrong_is_looked_into_without_an_error(golden):
+    diagnose(golden.recipe, golden.y[::-1], golden.x, pairs=False)
+    diagnose(golden.recipe, golden.x, golden.x, pairs=False)
 
 
 @pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
 def backend(request):
-    return portable(request.param())
-
-
-@pytest.mark.parametrize("contract", ["mask", "generator", "output"])
-def test_a_round_fewer_is_caught(backend, contract, monkeypatch):
-    monkeypatch.setattr(PHILOX.philox, "__defaults__", (None, 9))
-    assert failing_dtypes(backend, contract)
-
-
-@pytest.mark.parametrize("contract", ["mask", "output"])
-def test_another_multiplier_for_odd_elements_is_caught(backend, contract, monkeypatch):
-    monkeypatch.setattr(PHILOX, "ODD_MULTIPLIER", 1)
-    assert failing_dtypes(backend, contract)
-
-
-def test_greater_for_greater_or_equal_is_caught(backend, monkeypatch):
-    decide = LIBRARY.decide
-    monkeypatch.setattr(
-        LIBRARY, "decide", lambda xp, words, four, least: decide(xp, words, four, least + 1)
-    )
-    assert failing_dtypes(backend, "threshold")
-
-
-def test_the_scale_in_the_arrays_own_dtype_is_caught(monkeypatch):
-    monkeypatch.setattr(DROPOUT, "compute_dtype", lambda dtype, name="x": dtype_name(dtype))
-    # On NumPy: PyTorch multiplies a float16 array by a Python number in float32 of its own accord.
-    assert "float16" in failing_dtypes(portable(Numpy()), "output")
-
-
-class Planted(Numpy):
-    """NumPy's backend with a defect in its dropout."""
-
-    def __init__(self, defect):
-        self.defect = defect
-
-    def dropout(self, x, p, seed, step, *, mode, **options):
-        return self.defect(x, p, seed, step, **options)
-
-
-def with_mask(x, keep, p):
-    return np.where(keep, x / (1 - p), 0).astype(x.dtype)
-
-
-def mask_by_memory_order(x, p, seed, step):
-    key = Key(seed).fold_in(step)
-    if x.flags.f_contiguous:
-        return with_mask(x, keep_mask(x.shape[::-1], p, key).T, p)
-    return unidrop.dropout(x, p, key)
-
-
-def step_not_folded(x, p, seed, step, **options):
-    return unidrop.dropout(x, p, Key(seed), **options)
-
-
-def threshold_of_24_bits(x, p, seed, step, **options):
-    p = min(round(p * 2**24), 2**24) / 2**24
-    return unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
-
-
-def product_for_selection(x, p, seed, step, **options):
-    keep = keep_mask(x.shape, p, Key(seed).fold_in(step))
-    with np.errstate(all="ignore"):
-        return (x * keep * np.asarray(1 / (1 - p) if p < 1 else 0, dtype=x.dtype)).astype(x.dtype)
-
-
-def rounded_with_float64(x, p, seed, step, **options):
-    y = unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
-    return y.astype(np.float64)
-
-
-def active_in_evaluation(x, p, seed, step, *, training=True, **options):
-    return unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
-
-
-def no_check_of_the_rate(x, p, seed, step, **options):
-    try:
-        return unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
-    except ValueError:
-        return x
-
-
-def local_indices_in_windows(x, p, seed, step, *, global_shape=None, start=None, **options):
-    return unidrop.dropout(x, p, Key(seed).fold_in(step), **options)
-
-
-@pytest.mark.parametrize(
-    ("defect", "contract"),
-    [
-        (mask_by_memory_order, "layout"),
-        (step_not_folded, "steps"),
-        (threshold_of_24_bits, "threshold"),
-        (product_for_selection, "dropped-is-zero"),
-        (rounded_with_float64, "shape-dtype-device"),
-        (active_in_evaluation, "nothing-to-drop"),
-        (no_check_of_the_rate, "bad-rate"),
-        (local_indices_in_windows, "windows"),
-    ],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_a_defect_is_caught_by_the_contract_that_names_it(defect, contract):
-    assert failing_dtypes(Planted(defect), contract)
-
-
-def test_a_gradient_with_a_fresh_mask_is_caught():
-    class FreshMask(Torch):
-        def gradient(self, x, upstream, p, seed, step, *, mode):
-            return super().gradient(x, upstream, p, seed, step + 1, mode=mode)
-
-    assert failing_dtypes(FreshMask(), "gradient")
-
-
-def test_a_state_lost_on_load_is_caught(monkeypatch):
-    monkeypatch.setattr("unidrop.adapters.backends.torch._Layer.load", lambda self, state: None)
-    assert failing_dtypes(Torch(), "layer-resumes")
-
-
-def test_a_call_counted_in_evaluation_is_caught(monkeypatch):
-    from unidrop.adapters.backends.torch import _Layer
-
-    def train_always(self, x, *, training):
-        return self._module.train(True)(x)
-
-    monkeypatch.setattr(_Layer, "__call__", train_always)
-    assert failing_dtypes(Torch(), "layer-calls")
-
-
-def test_the_sound_backend_fails_none_of_these_contracts(backend):
-    results = [run_cell(cell) for cell in cells(backend) if isinstance(cell, Cell)]
-    assert [str(result) for result in results if result.status == "failed"] == []
+    """A backend without kernels, which would be compiled, and kept, with the defect."""
+    backend = request.param()
+    backend.modes = ("eager",)
+    return backend
 
 
 def test_a_piece_that_is_not_the_first_and_is_wrong_is_caught(backend, monkeypatch):
@@ -183,6 +257,15 @@ def test_a_contract_with_nothing_to_compare_does_not_hold(contract):
         step_limit = 0
 
     assert failing_dtypes(TakesNoStep(), contract)
+
+
+def test_a_backend_without_kernels_says_why_it_has_no_such_column():
+    with unidrop.only("portable"):
+        backends = Numpy(), Torch()
+    for backend in backends:
+        assert "fused" not in backend.modes
+        assert backend.missing_modes["fused"] == "unidrop.only says so"
+    assert "fused" not in Numpy().missing_modes
 
 
 def test_layouts_that_are_none_are_caught():
@@ -275,10 +358,15 @@ def test_a_dropout_that_exits_fails_its_cell_and_no_other(backend, monkeypatch):
 
 
 def test_an_error_of_the_wrong_type_is_said_to_be_one():
-    def raises_anything(x, p, seed, step, **options):
-        raise LookupError(f"no such rate as {p}")
+    class RaisesAnything(Numpy):
+        modes = ("eager",)
 
-    (cell,) = cells(Planted(raises_anything), ["bad-rate"])
-    result = run_cell(cell)
+        def __init__(self):
+            pass
+
+        def dropout(self, x, p, seed, step, **options):
+            raise LookupError(f"no such rate as {p}")
+
+    (result,) = failures(RaisesAnything(), ["bad-rate"])
     assert result.expected.startswith("ValueError that mentions '-0.1'")
     assert result.came == "LookupError('no such rate as -0.1')"

@@ -39,7 +39,7 @@ def suite(install, pytester, monkeypatch):
                 {textwrap.indent(body, " " * 16).strip()}
             """
         )
-        return pytester.runpytest_subprocess("-v", "-p", "no:cacheprovider", *arguments)
+        return pytester.runpytest_subprocess("-v", "-ra", "-p", "no:cacheprovider", *arguments)
 
     return run
 
@@ -58,6 +58,22 @@ def test_each_contract_and_dtype_is_an_item_named_as_in_the_matrix(suite):
 
 def test_a_backend_that_is_not_registered_can_be_given_itself(suite):
     suite("[make()], contracts=['mask']").assert_outcomes(passed=1)
+
+
+def test_what_does_not_apply_is_skipped_with_the_reason_that_is_declared(suite):
+    result = suite("['careless'], contracts=['mask', 'layer-calls', 'layer-gradient']")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*test_conforms[[]layer-calls-careless-eager[]] SKIPPED*",
+            "SKIPPED*NumPy has functions, and no layers",
+        ]
+    )
+
+
+def test_what_does_not_apply_is_no_item_where_the_cell_is_not_wanted(suite):
+    decorator = "['careless'], where=lambda cell: cell.contract.name == 'mask'"
+    suite(decorator).assert_outcomes(passed=1)
 
 
 def test_a_failure_that_is_expected_is_no_failure_and_its_reason_is_shown(suite):

@@ -28,9 +28,12 @@ def parametrize_with_contracts(
     """Run a test once for each cell of backends: each contract, device, dtype and mode.
 
     The test takes one argument, ``cell``, and calls ``cell.check()``. Items are named as the matrix
-    names them, such as ``output-mine-cpu-float32-eager``. The options ``--unidrop-backend`` (may be
-    repeated) and ``--unidrop-seed``, or the variables ``UNIDROP_BACKENDS`` (with commas) and
-    ``UNIDROP_SEED``, choose backends, and the seed of whatever the golden vectors do not fix.
+    names them, such as ``output-mine-cpu-float32-eager``. A contract that does not apply for a
+    reason that the backend declares is one item for a mode, such as ``layout-mine-eager``, and is
+    skipped with that reason; for an ability that is not declared at all there is no item. The
+    options ``--unidrop-backend`` (may be repeated) and ``--unidrop-seed``, or the variables
+    ``UNIDROP_BACKENDS`` (with commas) and ``UNIDROP_SEED``, choose backends, and the seed of
+    whatever the golden vectors do not fix.
 
     Parameters
     ----------
@@ -39,7 +42,7 @@ def parametrize_with_contracts(
     contracts : sequence of str, default ()
         Names of contracts; all if empty.
     where : callable, optional
-        Told a cell, whether it is run; all are if not given.
+        Told a cell, whether it is an item; all are if not given.
     expected_failures : mapping of str to str, optional
         For a contract's name, or a pattern of items' names with ``*``, the reason for which it is
         expected to fail. One that passes all the same is a failure (``xfail(strict=True)``), and so
@@ -92,22 +95,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a decorated test its cells."""
     for mark in metafunc.definition.iter_markers(_MARK):
         backends, contracts, where, expected = mark.args
-        found = list(filter(where, _cells(metafunc.config, backends, contracts)))
+        items = _items(metafunc.config, backends, contracts)
+        chosen = [(cell, reason) for cell, reason in items if where(cell)]
+        found = [cell for cell, reason in chosen if reason is None]
         unused = [pattern for pattern in expected if not any(_fits(pattern, c) for c in found)]
         if unused and not _chosen(metafunc.config):
             raise pytest.UsageError(
                 f"expected_failures has to name contracts or items, but {unused} are none of "
                 f"{metafunc.definition.nodeid}"
             )
-        parameters = [pytest.param(c, id=str(c), marks=_marks(expected, c)) for c in found]
-        metafunc.parametrize("cell", parameters)
+        metafunc.parametrize("cell", [_parameter(c, reason, expected) for c, reason in chosen])
 
 
-def _cells(
+def _items(
     config: pytest.Config, backends: "tuple[str | Backend, ...] | None", contracts: Sequence[str]
-) -> "Iterator[Cell]":
+) -> "Iterator[tuple[Cell, str | None]]":
+    """Yield the cells of backends, and for what does not apply a cell with the declared reason."""
     from unidrop import Key
-    from unidrop.conformance import SEED, Cell, cells
+    from unidrop.conformance import CONTRACTS, SEED, Cell, cells
 
     seed = config.getoption("--unidrop-seed")
     if seed is None:
@@ -118,9 +123,13 @@ def _cells(
         raise pytest.UsageError(f"the seed has to be 0 <= seed < 2**64, but got {seed!r}") from None
     seed = int(seed)
     for backend in _loaded(_chosen(config), backends):
-        for cell in cells(backend, contracts, seed=seed):
-            if isinstance(cell, Cell):
-                yield cell
+        for item in cells(backend, contracts, seed=seed):
+            if isinstance(item, Cell):
+                yield item, None
+                continue
+            contract = CONTRACTS[item.contract]
+            if all(need in backend.abilities for need in contract.needs):
+                yield Cell(contract, backend, "", "", item.mode, seed), item.reason
 
 
 def _chosen(config: pytest.Config) -> set[str]:
@@ -149,6 +158,13 @@ def _loaded(chosen: set[str], backends: "tuple[str | Backend, ...] | None") -> "
             yield loaded
         elif backends is not None or not loaded.is_missing:
             raise pytest.UsageError(f"backend {name} could not be loaded: {loaded.error}")
+
+
+def _parameter(cell: "Cell", reason: str | None, expected: Mapping[str, str]) -> object:
+    if reason is None:
+        return pytest.param(cell, id=str(cell), marks=_marks(expected, cell))
+    name = f"{cell.contract.name}-{cell.backend.name}-{cell.mode}"
+    return pytest.param(cell, id=name, marks=pytest.mark.skip(reason=reason))
 
 
 def _fits(pattern: str, cell: "Cell") -> bool:

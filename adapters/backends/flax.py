@@ -11,7 +11,7 @@ from flax import nnx, serialization
 from numpy.typing import NDArray
 
 from unidrop.adapters.flax import Dropout
-from unidrop.conformance import eager_modes, on_path_of
+from unidrop.conformance import eager_modes, missing_eager_modes, on_path_of
 
 __all__ = ["Flax"]
 
@@ -25,7 +25,6 @@ class Flax:
     compiled_modes = _MODES
     devices = ("cpu",)
     step_limit = 1 << 32
-    missing_modes: Mapping[str, str] = MappingProxyType({})
     mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     abilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
@@ -40,6 +39,7 @@ class Flax:
     def __init__(self) -> None:
         fused = [mode for mode in eager_modes(jnp.ones(1)) if mode != "eager"]
         self.modes = (*(fused or ["eager"]), *_MODES)
+        self.missing_modes = missing_eager_modes(jnp.ones(1))
         self._traces = 0
         self._called = {
             "nnx.jit": nnx.jit(self._counted(_call)),

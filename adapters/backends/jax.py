@@ -14,7 +14,7 @@ from unidrop import Key
 from unidrop.adapters.jax import dropout
 from unidrop.adapters.libraries.jax import generated
 from unidrop.adapters.libraries.jax_dropout import programs
-from unidrop.conformance import CoreBackend, eager_modes, on_path_of
+from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, on_path_of
 
 __all__ = ["Jax", "call", "folded", "step_of"]
 
@@ -81,6 +81,7 @@ class Jax(CoreBackend):
         eager = eager_modes(jnp.ones(1))
         x64 = [f"{mode}-x64" for mode in eager if mode != "eager"]
         self.modes = (*eager, *x64, *_TRANSFORMED)
+        self.missing_modes = missing_eager_modes(jnp.ones(1))
         self._traces = 0
         self._compiled: dict[Any, Function] = {}
 

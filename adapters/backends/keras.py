@@ -27,7 +27,7 @@ from unidrop.adapters.backends.keras_modes import (
     tensor_of,
 )
 from unidrop.adapters.keras import Dropout
-from unidrop.conformance import eager_modes, on_path_of
+from unidrop.conformance import eager_modes, missing_eager_modes, on_path_of
 
 __all__ = ["Keras"]
 
@@ -57,7 +57,8 @@ class Keras:
         eager = eager_modes(keras.ops.ones(1))
         self.modes = tuple(dict.fromkeys((*eager, *self.compiled_modes, *fits)))
         self.mode_limits = {**dict.fromkeys(fits, UNFIT), **LIMITS.get(self._backend, {})}
-        self.missing_modes = MISSING[self._backend]
+        ones = keras.ops.ones(1)
+        self.missing_modes = {**MISSING[self._backend], **missing_eager_modes(ones)}
         if self._backend == "numpy":
             lacking = dict.fromkeys(("gradient", "layer_gradient"), _NO_GRADIENT)
             self.abilities = {**self.abilities, **lacking}

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop.adapters.numpy import dropout, dropout_backward
-from unidrop.conformance import CoreBackend, eager_modes, on_path_of
+from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, on_path_of
 
 __all__ = ["Numpy"]
 
@@ -27,6 +27,7 @@ class Numpy(CoreBackend):
 
     def __init__(self) -> None:
         self.modes = eager_modes(np.ones(1))
+        self.missing_modes = missing_eager_modes(np.ones(1))
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return the standard's floating-point dtypes, and bfloat16 as ml_dtypes defines it."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from unidrop import Key
 from unidrop import dropout as core_dropout
 from unidrop.adapters.tensorflow import dropout
-from unidrop.conformance import CoreBackend, eager_modes, on_path_of
+from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, on_path_of
 
 __all__ = ["TensorFlow"]
 
@@ -50,6 +50,7 @@ class TensorFlow(CoreBackend):
         # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
         tf.get_logger().setLevel("ERROR")
         self.modes = (*eager_modes(tf.ones(1)), *_COMPILED)
+        self.missing_modes = missing_eager_modes(tf.ones(1))
         self._traces = 0
         self._compiled: dict[Any, Callable[..., Any]] = {}
 

@@ -16,7 +16,7 @@ import unidrop
 from unidrop import Key
 from unidrop.adapters.backends.torch_modes import COMPILED, MODES, call, graphs, pulled
 from unidrop.adapters.torch import Dropout, dropout
-from unidrop.conformance import CoreBackend, eager_modes, on_path_of
+from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, on_path_of
 
 __all__ = ["Torch"]
 
@@ -50,6 +50,7 @@ class Torch(CoreBackend):
     def __init__(self) -> None:
         self.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         self.modes = (*eager_modes(torch.ones(1)), *MODES)
+        self.missing_modes = {**self.missing_modes, **missing_eager_modes(torch.ones(1))}
         self._calls: dict[Any, _Call] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:

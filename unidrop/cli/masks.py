@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import unidrop
+from unidrop.conformance import CONTRACTS, Cell, UnavailableBackend, load_backends
 from unidrop.conformance.diagnosis import diagnose
+from unidrop.conformance.process import text_of
 from unidrop.conformance.recipe import Recipe
 from unidrop.rate import Rate
 from unidrop.window import Window
@@ -165,9 +167,12 @@ def _draw(rows: NDArray[Any], path: Path) -> None:
 
 
 @click.command()
-@click.argument(
-    "dumps", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
+@click.argument("dumps", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--backend", help="Take what this backend of the matrix gives, and no dump.")
+@click.option("--device", help="Of the backend's; its first if not given.")
+@click.option("--dtype", help="Of the ones; float32 if not given and there is that.")
+@click.option("--mode", help="Of the backend's; its first if not given.")
+@click.option("--shape", type=_Shape(), help="With --backend: of ones, if no --input is given.")
 @_key_options(required=False)
 @click.option(
     "--input",
@@ -176,16 +181,41 @@ def _draw(rows: NDArray[Any], path: Path) -> None:
     help="What was dropped from (.npy), to compare the output's bits too.",
 )
 def diff(
-    dumps: tuple[Path, ...], seed: int | None, p: float | None, x_path: Path | None, **which: Any
+    dumps: tuple[Path, ...],
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    mode: str | None,
+    shape: tuple[int, ...] | None,
+    seed: int | None,
+    p: float | None,
+    x_path: Path | None,
+    **which: Any,
 ) -> None:
     """Compare dumps (.npy) of somebody's masks or outputs with the specification, or with another.
 
     A mask is of bools or of integers 0 and 1; of an output, what is not 0 was kept. With --seed and
     --p, each dump is compared with the specification, and where it differs, the mistakes that
     people make are tried, one or two together. Without, two dumps are compared with each other.
+    With --backend, what a backend of the matrix gives for --shape or --input is compared.
 
     Exits with 1 if something differs, and with 2 on bad arguments.
     """
+    x = None if x_path is None else _read(x_path)
+    if backend is not None:
+        if dumps or seed is None or p is None or (shape is None) == (x is None):
+            raise click.UsageError(
+                "with --backend, give no dump, but --seed, --step and --p of the mask that is "
+                "meant, and either --shape or --input"
+            )
+        cell = _cell(backend, device, dtype, mode, seed)
+        x = cell.ones(shape or ()) if x is None else x
+        recipe = _checked_recipe(shape=x.shape, seed=seed, p=p, **which)
+        sys.exit(_compare(f"{backend}, {cell.mode}", _run(cell, x, recipe), x, recipe))
+    if not dumps or any(option is not None for option in (device, dtype, mode, shape)):
+        raise click.UsageError(
+            "give a dump; or --backend, with which --device, --dtype, --mode and --shape go"
+        )
     arrays = [_read(path) for path in dumps]
     if seed is None or p is None:
         others = {"--seed": seed, "--p": p, "--input": x_path}
@@ -198,15 +228,57 @@ def diff(
                 f"two dumps and no more, to compare them with each other{but}"
             )
         sys.exit(_compare_two(*arrays))
-    x = None if x_path is None else _read(x_path)
     differ = []
     for path, array in zip(dumps, arrays, strict=True):
-        try:
-            recipe = _recipe(shape=array.shape, seed=seed, p=p, **which)
-        except (TypeError, ValueError) as error:
-            raise click.UsageError(str(error)) from None
-        differ.append(_compare(path, array, x, recipe))
+        recipe = _checked_recipe(shape=array.shape, seed=seed, p=p, **which)
+        differ.append(_compare(str(path), array, x, recipe))
     sys.exit(any(differ))
+
+
+def _checked_recipe(**which: Any) -> Recipe:
+    try:
+        return _recipe(**which)
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _cell(backend: str, device: str | None, dtype: str | None, mode: str | None, seed: int) -> Cell:
+    """Return where a backend of the matrix is run: what is not given is the first there is."""
+    try:
+        (loaded,) = load_backends([backend])
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--backend") from None
+    if isinstance(loaded, UnavailableBackend):
+        raise click.ClickException(f"backend {backend} could not be loaded: {loaded.error}")
+    mode = _one_of(loaded.modes, mode, "--mode")
+    device = _one_of(loaded.devices, device, "--device")
+    # A contract that is run for one dtype is run for this one.
+    dtypes = sorted(loaded.dtypes(mode), key=lambda name: name != "float32")
+    return Cell(CONTRACTS["mask"], loaded, device, _one_of(dtypes, dtype, "--dtype"), mode, seed)
+
+
+def _one_of(known: Sequence[str], given: str | None, option: str) -> str:
+    if given is not None and given not in known:
+        raise click.BadParameter(f"{given!r} is none of {', '.join(known)}", param_hint=option)
+    return given or known[0]
+
+
+def _run(cell: Cell, x: NDArray[Any], recipe: Recipe) -> NDArray[Any]:
+    """Return the backend's output for a recipe's key, rate and place."""
+    match recipe.folded:
+        case (int(step),):
+            pass
+        case _:
+            raise click.UsageError("a backend takes a --step and no --site")
+    options: dict[str, Any] = {}
+    if recipe.broadcast_axes:
+        options["broadcast_axes"] = recipe.broadcast_axes
+    if recipe.global_shape is not None:
+        options |= {"global_shape": recipe.global_shape, "start": recipe.start}
+    try:
+        return cell.dropout(x, recipe.p, step, **options)
+    except Exception as error:
+        raise click.ClickException(f"{cell.backend.name} raised {text_of(error)}") from None
 
 
 def _read(path: Path) -> NDArray[Any]:
@@ -246,11 +318,11 @@ def _compare_two(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return True
 
 
-def _compare(path: Path, array: NDArray[Any], x: NDArray[Any] | None, recipe: Recipe) -> bool:
-    """Print how a dump differs from the specification, and why, and return whether it does."""
+def _compare(name: str, array: NDArray[Any], x: NDArray[Any] | None, recipe: Recipe) -> bool:
+    """Print how an array differs from the specification, and why, and return whether it does."""
     if x is not None and (x.shape, x.dtype) != (array.shape, array.dtype):
         raise click.BadParameter(
-            f"{x.dtype} of shape {x.shape} is not what {path} has: {array.dtype} of shape "
+            f"{x.dtype} of shape {x.shape} is not what {name} has: {array.dtype} of shape "
             f"{array.shape}",
             param_hint="--input",
         )
@@ -261,20 +333,20 @@ def _compare(path: Path, array: NDArray[Any], x: NDArray[Any] | None, recipe: Re
     if diagnosis is None:
         if x is None and array.dtype.kind not in "biu":
             click.echo(
-                f"{path}: what is 0 and what is not is as the specification says, all {array.size} "
+                f"{name}: what is 0 and what is not is as the specification says, all {array.size} "
                 "elements; values are not compared without --input"
             )
         else:
-            click.echo(f"{path}: as the specification says, all {array.size} elements")
+            click.echo(f"{name}: as the specification says, all {array.size} elements")
         return False
-    click.echo(f"{path}: {diagnosis.what}")
+    click.echo(f"{name}: {diagnosis.what}")
     for cause in diagnosis.causes:
         click.echo(f"this explains all of it: {cause}")
     if not diagnosis.causes:
         pairs = "" if diagnosis.is_small else ", nor two together,"
         click.echo(f"no mistake that is known here{pairs} explains it")
     elif len(diagnosis.causes) > 1:
-        click.echo("this dump does not tell these apart")
+        click.echo("what came does not tell these apart")
     if diagnosis.is_small:
         click.echo(
             "so small a dump may fit a mistake by chance, and two together are not tried: "

@@ -109,6 +109,7 @@ def conformance(
                 path.write_text(_FORMATS[name](report).rstrip() + "\n", encoding="utf-8")
             except OSError as error:
                 raise click.ClickException(f"--{name} could not be written: {error}") from None
+            click.echo(f"wrote {path}")
     # A backend that was asked for is not just passed over.
     if not report.is_good or (backends and report.unavailable):
         sys.exit(1)

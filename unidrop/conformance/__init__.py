@@ -18,7 +18,13 @@ from unidrop.conformance.backend import (
 )
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
-from unidrop.conformance.core_backend import FUSED, CoreBackend, eager_modes, on_path_of
+from unidrop.conformance.core_backend import (
+    FUSED,
+    CoreBackend,
+    eager_modes,
+    missing_eager_modes,
+    on_path_of,
+)
 from unidrop.conformance.matrix import Outcome, run_matrix
 from unidrop.conformance.remote import RemoteBackend
 from unidrop.conformance.runner import Missing, Result, cells, check, run_cell
@@ -47,6 +53,7 @@ __all__ = [
     "check",
     "eager_modes",
     "load_backends",
+    "missing_eager_modes",
     "on_path_of",
     "run_cell",
     "run_matrix",

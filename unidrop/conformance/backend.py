@@ -29,7 +29,6 @@ __all__ = [
     "UnavailableBackend",
     "UntestedError",
     "backend_names",
-    "has_ability",
     "load_backends",
     "why_lacking",
 ]
@@ -199,11 +198,6 @@ class AbleBackend(Backend, Protocol):
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> Layer:
         """Return a new layer, in training call n of which the key is ``Key(seed).fold_in(n)``."""
-
-
-def has_ability(backend: Backend, ability: str, mode: str) -> bool:
-    """Tell whether a backend declares an ability for a mode."""
-    return why_lacking(backend, ability, mode) is None
 
 
 def why_lacking(backend: Backend, ability: str, mode: str) -> str | None:

@@ -4,7 +4,8 @@ NaN's payload is free, and where the input or the product is below the compute t
 normal number, a zero of the same sign conforms too. Nothing else may differ.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ __all__ = [
     "check_equal",
     "check_mask",
     "check_output",
+    "check_unchanged",
     "components",
     "differing",
     "numpy_dtype",
@@ -23,14 +25,34 @@ __all__ = [
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SHOWN = 4
 
+# How many mistakes that what came does not tell apart are still worth a look.
+_CAUSES = 3
+
 
 class ContractError(AssertionError):
-    """A contract that does not hold: what was expected, and what came."""
+    """A contract that does not hold.
 
-    def __init__(self, expected: str, came: str) -> None:
-        super().__init__(f"expected {expected}, but {came} came")
+    Attributes
+    ----------
+    expected, came : str
+    cause : str
+        The mistake that explains what came, or several that do; empty where none is known.
+    diff : str
+        The command that says more of it; empty where there is none.
+    """
+
+    def __init__(self, expected: str, came: str, *, cause: str = "", diff: str = "") -> None:
+        because = f": {cause}" if cause else ""
+        super().__init__(f"expected {expected}, but {came} came{because}")
         self.expected = expected
         self.came = came
+        self.cause = cause
+        self.diff = diff
+
+    def explained(self, causes: Sequence[str], diff: str = "") -> Self:
+        """Return the error with the mistakes that explain it; many together explain nothing."""
+        cause = "; or ".join(causes) if len(causes) <= _CAUSES else ""
+        return type(self)(self.expected, self.came, cause=cause, diff=diff)
 
 
 def check_equal(came: object, expected: object, what: str) -> None:
@@ -57,7 +79,25 @@ def check_output(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any], wh
     """Raise ContractError unless an output is, under the output rule, the one expected for x."""
     check_equal(came.shape, expected.shape, f"{what}: shape")
     check_equal(came.dtype, expected.dtype, f"{what}: dtype")
-    wrong = differing(came, expected, x)
+    _check_none(differing(came, expected, x), came, expected, x, what)
+
+
+def check_unchanged(came: NDArray[Any], x: NDArray[Any], what: str) -> None:
+    """Raise ContractError unless an array is x to the bit, NaN's payload too."""
+    check_equal(came.shape, x.shape, f"{what}: shape")
+    check_equal(came.dtype, x.dtype, f"{what}: dtype")
+    wrong = np.flatnonzero(_bits(components(came)) != _bits(components(x)))
+    _check_none(wrong, came, x, x, what)
+
+
+def _check_none(
+    wrong: NDArray[np.int64],
+    came: NDArray[Any],
+    expected: NDArray[Any],
+    x: NDArray[Any],
+    what: str,
+) -> None:
+    """Raise ContractError where a component is wrong."""
     if wrong.size:
         shown = wrong[:_SHOWN]
         raise ContractError(

@@ -12,7 +12,7 @@ from unidrop.conformance.backend import BaseBackend
 from unidrop.library import library_of_namespace
 from unidrop.philox import philox
 
-__all__ = ["FUSED", "CoreBackend", "eager_modes", "on_path_of"]
+__all__ = ["FUSED", "CoreBackend", "eager_modes", "missing_eager_modes", "on_path_of"]
 
 #: The mode in which arrays take the fused kernels wherever those can take them.
 FUSED = "fused"
@@ -21,6 +21,20 @@ FUSED = "fused"
 def eager_modes(array: Any) -> tuple[str, ...]:
     """Return the modes of what runs at once: "eager", and "fused" if kernels take such an array."""
     return ("eager", FUSED) if unidrop.explain(array).name == FUSED else ("eager",)
+
+
+def missing_eager_modes(array: Any) -> dict[str, str]:
+    """Return the mode "fused" with the reason why kernels don't take such an array, if they don't.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> with unidrop.only("portable"):
+    ...     missing_eager_modes(np.ones(1))
+    {'fused': 'unidrop.only says so'}
+    """
+    path = unidrop.explain(array)
+    return {} if path.name == FUSED else {FUSED: path.reason}
 
 
 def on_path_of(mode: str) -> AbstractContextManager[None]:

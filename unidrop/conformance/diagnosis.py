@@ -28,6 +28,7 @@ __all__ = [
     "Diagnosis",
     "Difference",
     "causes_of_mask",
+    "causes_of_masks",
     "causes_of_output",
     "diagnose",
     "first_difference",
@@ -86,12 +87,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What is wrong with an array, and each mistake that explains all of it.
+    """What is wrong with an array or its mask, and each mistake that explains all of it.
 
     Attributes
     ----------
     what : str
     causes : tuple of str
+    is_of_mask : bool
+        Whether the mask is wrong, and not only the output.
     is_small : bool
         Whether there is so little of a mask that some mistake may explain it by chance; two
         together are then not tried.
@@ -99,11 +102,12 @@ class Diagnosis:
 
     what: str
     causes: tuple[str, ...]
+    is_of_mask: bool
     is_small: bool = False
 
 
 def diagnose(
-    recipe: Recipe, array: NDArray[Any], x: NDArray[Any] | None = None
+    recipe: Recipe, array: NDArray[Any], x: NDArray[Any] | None = None, *, pairs: bool = True
 ) -> Diagnosis | None:
     """Say how an array differs from what the specification says; None where it does not.
 
@@ -116,17 +120,22 @@ def diagnose(
     x : array, optional
         What was dropped from, of the output's shape and dtype, to compare the output to the bit.
         Where it is 0, the mask is not compared.
+    pairs : bool, default True
+        Whether two mistakes together are tried on a mask, which takes seconds.
     """
     expected = np.concatenate([recipe.keep(p) for p in _chunks(array.size)] or [np.zeros(0, bool)])
     expected = expected.reshape(array.shape)
-    kept = array != 0 if x is None else np.where(_tells(x, array), array != 0, expected)
+    told = np.ones(array.shape, dtype=bool) if x is None else _tells(x, array)
+    kept = np.where(told, array != 0, expected)
     difference = first_difference(recipe, kept)
     if difference is not None:
-        causes = causes_of_mask(recipe, kept)
+        causes = causes_of_mask(recipe, kept, told, pairs=pairs)
         hint = _resemblance(recipe.p, difference, causes)
         if x is None and array.dtype.kind in "fcV" and not causes and not np.any(kept & ~expected):
             hint += _ZEROS
-        return Diagnosis(f"{difference}{hint}", tuple(causes), _is_small(recipe, kept))
+        return Diagnosis(
+            f"{difference}{hint}", tuple(causes), is_of_mask=True, is_small=_is_small(recipe, kept)
+        )
     if x is None:
         return None
     with np.errstate(all="ignore"):
@@ -136,7 +145,8 @@ def diagnose(
     except ContractError as error:
         what = f"expected {error.expected}, came {error.came}"
         what = f"the mask is right, but the output is not: {what}"
-        return Diagnosis(what, tuple(causes_of_output(x, recipe.p, expected, array)))
+        causes = causes_of_output(x, recipe.p, expected, array)
+        return Diagnosis(what, tuple(causes), is_of_mask=False)
     return None
 
 
@@ -207,7 +217,9 @@ def first_difference(recipe: Recipe, kept: Kept) -> Difference | None:
     )
 
 
-def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
+def causes_of_mask(
+    recipe: Recipe, kept: Kept, told: Kept | None = None, *, pairs: bool = True
+) -> list[str]:
     """Return the mistakes, one or two together, that make a recipe's mask the one given.
 
     Several are returned where this mask does not tell them apart, none where none explains it. Two
@@ -219,23 +231,30 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
         Of the mask that was expected.
     kept : array of bool
         The mask at hand, in the array's shape.
+    told : array of bool, optional
+        Where that is known; everywhere if not given. Elsewhere it is what is expected.
+    pairs : bool, default True
+        Whether two mistakes together are tried, which takes seconds.
     """
     flat = kept.reshape(-1)
+    known = np.ones(flat.shape, dtype=bool) if told is None else told.reshape(-1)
     wrong = _some_wrong(recipe, flat)
     # What is wrong tells most: few of it first, then a sample, then all.
-    stages = [wrong[:64], np.union1d(wrong, _sampled(flat.size))]
+    sampled = _sampled(flat.size)
+    stages = [wrong[:64], np.union1d(wrong, sampled[known[sampled]])]
 
     def explains(changed: Recipe) -> bool:
+        chunks = (positions[known[positions]] for positions in _chunks(flat.size))
         return all(
             np.array_equal(changed.keep(positions), flat[positions])
-            for positions in itertools.chain(stages, _chunks(flat.size))
+            for positions in itertools.chain(stages, chunks)
         )
 
     singles = [
         (what, changes, replace(recipe, **changes)) for what, changes in mistakes_of_mask(recipe)
     ]
     found = [what for what, _, changed in singles if explains(changed)]
-    if found or _is_small(recipe, kept):
+    if found or not pairs or _is_small(recipe, kept):
         return found
     return [
         f"{first}, and {second}"
@@ -246,6 +265,42 @@ def causes_of_mask(recipe: Recipe, kept: Kept) -> list[str]:
         and changes.keys().isdisjoint(others)
         and explains(replace(changed, **others))
     ]
+
+
+def causes_of_masks(masks: Sequence[tuple[Recipe, Kept]]) -> list[str]:
+    """Return the mistakes, each alone, that explain all of several masks.
+
+    Parameters
+    ----------
+    masks : sequence of (Recipe, array of bool)
+        What was expected and the mask at hand, the first of which is not the one expected. What is
+        right among the others tells of mistakes too, that they are not made.
+
+    Examples
+    --------
+    >>> recipes = [Recipe(42, (7,), 0.3, (size,)) for size in (2, 60)]
+    >>> inverted = [(recipe, ~recipe.keep(np.arange(*recipe.shape))) for recipe in recipes]
+    >>> len(causes_of_masks(inverted[:1])) > 1
+    True
+    >>> causes_of_masks(inverted)
+    ['the mask is inverted: 1 where an element is dropped']
+    """
+    (recipe, kept), *others = masks
+    found = causes_of_mask(recipe, kept, pairs=False)
+    for recipe, kept in others:
+        # A mistake that can't be made in a mask is not told of by it.
+        changed = {
+            what: replace(recipe, **changes)
+            for what, changes in mistakes_of_mask(recipe)
+            if what in found
+        }
+        positions, flat = np.arange(kept.size), kept.reshape(-1)
+        found = [
+            what
+            for what in found
+            if what not in changed or np.array_equal(changed[what].keep(positions), flat)
+        ]
+    return found
 
 
 def _is_small(recipe: Recipe, kept: Kept) -> bool:

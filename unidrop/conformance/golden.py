@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from unidrop.conformance.recipe import Recipe
 from unidrop.mask import STREAM_VERSION
 
 __all__ = [
@@ -60,19 +61,15 @@ class GoldenMask:
         return options
 
     @property
+    def recipe(self) -> Recipe:
+        """How the mask is made."""
+        window = self.global_shape, self.start
+        return Recipe(self.seed, (self.step,), self.p, self.shape, self.broadcast_axes, *window)
+
+    @property
     def command(self) -> str:
         """The command that prints the mask."""
-        words = ["unidrop mask", f"--seed {self.seed:#x} --step {self.step} --p {self.p!r}"]
-        words.append(f"--shape {_by_x(self.shape)}")
-        if self.broadcast_axes:
-            words.append(f"--broadcast-axes {','.join(map(str, self.broadcast_axes))}")
-        if self.global_shape is not None and self.start is not None:
-            words.append(f"--global-shape {_by_x(self.global_shape)} --start {_by_x(self.start)}")
-        return " ".join(words)
-
-
-def _by_x(lengths: tuple[int, ...]) -> str:
-    return "x".join(map(str, lengths)) or "''"
+        return f"unidrop mask {self.recipe.arguments}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +83,11 @@ class GoldenOutput:
     dtype: str
     x: NDArray[Any]
     y: NDArray[Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the mask is made."""
+        return Recipe(self.seed, (self.step,), self.p, self.x.shape)
 
 
 @cache

@@ -5,6 +5,7 @@ Section numbers are those of the specification, docs/spec.md.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,11 @@ from unidrop.key import Key, string_data
 from unidrop.philox import philox
 
 __all__ = ["Recipe"]
+
+
+def _by_x(lengths: Sequence[int]) -> str:
+    return "x".join(map(str, lengths))
+
 
 Words = NDArray[np.uint64]
 
@@ -132,6 +138,24 @@ class Recipe:
         made = philox((c0, c1, c2, c3), (key % 2**32, key >> 32), rounds=self.key_rounds)
         lo, hi = ((*made, 0)[i] for i in self.fold_words)
         return int(hi) << 32 | int(lo)
+
+    @property
+    def arguments(self) -> str:
+        """What says to ``unidrop mask`` and ``unidrop diff`` which mask is meant.
+
+        Examples
+        --------
+        >>> Recipe(42, (7,), 0.5, (4, 8)).arguments
+        '--seed 0x2a --step 7 --p 0.5 --shape 4x8'
+        """
+        named = {"--seed": f"{self.seed:#x}"}
+        named |= {"--site" if isinstance(i, str) else "--step": str(i) for i in self.folded}
+        named |= {"--p": repr(self.p), "--shape": _by_x(self.shape)}
+        if self.broadcast_axes:
+            named["--broadcast-axes"] = ",".join(map(str, self.broadcast_axes))
+        if self.global_shape is not None and self.start is not None:
+            named |= {"--global-shape": _by_x(self.global_shape), "--start": _by_x(self.start)}
+        return " ".join(f"{name} {shlex.quote(value)}" for name, value in named.items())
 
     @property
     def mask_shape(self) -> tuple[int, ...]:

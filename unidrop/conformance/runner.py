@@ -1,5 +1,7 @@
 """Which cells the matrix has, and how one is run."""
 
+import re
+import shlex
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
 from unidrop.conformance.process import text_of, writable
 
+_PLAIN = re.compile(r"[\w '(),.:;=+/-]*", re.ASCII)
+
 __all__ = ["Missing", "Result", "cells", "check", "check_names", "run_cell"]
 
 
@@ -32,7 +36,11 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a cell gave: status is "passed" or "failed"; what was expected, what came, and how."""
+    """What a cell gave: status is "passed" or "failed"; what was expected, what came, and why.
+
+    ``cause`` is the mistake that explains it, ``diff`` the command that says more, where there are
+    such; ``details`` is where it was raised.
+    """
 
     contract: str
     backend: str
@@ -43,6 +51,8 @@ class Result:
     seconds: float
     expected: str = ""
     came: str = ""
+    cause: str = ""
+    diff: str = ""
     details: str = ""
     seed: int = SEED
 
@@ -62,7 +72,10 @@ class Result:
             f"check({self.contract!r}, {self.backend!r}, device={self.device!r}, "
             f"dtype={self.dtype!r}, mode={self.mode!r}{seed})"
         )
-        return f'python -c "from unidrop.conformance import check; {call}"'
+        code = f"from unidrop.conformance import check; {call}"
+        # Double quotes serve every shell, as long as there is nothing in them that one expands.
+        quoted = f'"{code}"' if _PLAIN.fullmatch(code) else shlex.quote(code)
+        return f"python -c {quoted}"
 
 
 def cells(
@@ -132,7 +145,9 @@ def _ran(cell: Cell) -> tuple[str, dict[str, str]]:
     try:
         cell.check()
     except ContractError as violation:
-        return "failed", {"expected": violation.expected, "came": violation.came}
+        return "failed", {
+            name: getattr(violation, name) for name in ("expected", "came", "cause", "diff")
+        }
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a backend may raise anything, or exit: that is a failure
@@ -166,7 +181,7 @@ def check(
     ContractError
         If the contract does not hold.
     ValueError
-        If no cell is named so.
+        If no cell is named so; says what the backend lacks for the contract.
     ImportError
         If the backend cannot be loaded.
 
@@ -177,19 +192,17 @@ def check(
     (loaded,) = load_backends([backend])
     if isinstance(loaded, UnavailableBackend):
         raise ImportError(f"backend {backend} could not be loaded: {loaded.error}")
+    planned = [item for item in cells(loaded, [contract], seed=seed) if mode in (None, item.mode)]
     chosen = [
-        cell
-        for cell in cells(loaded, [contract], seed=seed)
-        if isinstance(cell, Cell)
-        and device in (None, cell.device)
-        and dtype in (None, cell.dtype)
-        and mode in (None, cell.mode)
+        item
+        for item in planned
+        if isinstance(item, Cell) and device in (None, item.device) and dtype in (None, item.dtype)
     ]
     if not chosen:
-        raise ValueError(
-            f"no cell of contract {contract} and backend {backend} has "
-            f"device={device}, dtype={dtype}, mode={mode}"
-        )
+        which = f"device={device}, dtype={dtype}, mode={mode}"
+        reasons = {f"{i.mode}: {i.reason}" for i in planned if isinstance(i, Missing)}
+        why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
+        raise ValueError(f"no cell of contract {contract} and backend {backend} has {which}{why}")
     for cell in chosen:
         cell.check()
 

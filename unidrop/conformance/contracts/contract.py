@@ -1,6 +1,7 @@
 """What a contract is, and the cell in which it is run: one backend, device, dtype and mode."""
 
 import math
+import shlex
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,9 +11,21 @@ from numpy.typing import NDArray
 
 import unidrop
 from unidrop.conformance.backend import ABILITIES, AbleBackend, Backend
-from unidrop.conformance.compare import ContractError, numpy_dtype
+from unidrop.conformance.compare import ContractError, check_output, numpy_dtype
+from unidrop.conformance.diagnosis import diagnose
+from unidrop.conformance.recipe import Recipe
 
-__all__ = ["CONTRACTS", "SEED", "STEPS", "Cell", "Contract", "by_core", "check_some", "contract"]
+__all__ = [
+    "CONTRACTS",
+    "SEED",
+    "STEPS",
+    "Cell",
+    "Contract",
+    "by_core",
+    "check_output_of",
+    "check_some",
+    "contract",
+]
 
 #: The seed of cells that are given no other.
 SEED = 42
@@ -116,6 +129,13 @@ class Cell:
         kept: NDArray[np.bool] = self.dropout(self.ones(shape), p, step, **options) != 0
         return kept
 
+    def diff(self, recipe: Recipe) -> str:
+        """Return the command that says where the cell's mask of a recipe is wrong, and why."""
+        where = self.names()
+        del where["contract"]  # any may have asked for the mask
+        named = " ".join(f"--{name} {shlex.quote(of)}" for name, of in where.items())
+        return f"unidrop diff {named} {recipe.arguments}"
+
     def key(self, step: int) -> unidrop.Key:
         """Return the key of a step of the cell's seed."""
         return unidrop.Key(self.seed).fold_in(step)
@@ -161,6 +181,29 @@ def by_core(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call the core on its portable path, which no kernel has a part in."""
     with unidrop.only("portable"):
         return function(*args, **options)
+
+
+def check_output_of(
+    recipe: Recipe,
+    came: NDArray[Any],
+    expected: NDArray[Any],
+    x: NDArray[Any],
+    what: str,
+    diff: str = "",
+) -> None:
+    """Compare an output as `check_output` does; an error says which mistake explains it.
+
+    ``diff`` is the command that says more where it is the mask that is wrong.
+    """
+    try:
+        check_output(came, expected, x, what)
+    except ContractError as error:
+        if (came.shape, came.dtype) != (expected.shape, expected.dtype):
+            raise
+        diagnosis = diagnose(recipe, came, x, pairs=False)
+        if diagnosis is None:
+            raise
+        raise error.explained(diagnosis.causes, diff if diagnosis.is_of_mask else "") from None
 
 
 def check_some(chosen: Sized) -> None:

@@ -6,12 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import unidrop
-from unidrop.conformance.compare import ContractError, check_equal, check_output
-from unidrop.conformance.contracts.contract import STEPS, Cell, by_core, contract
+from unidrop.conformance.compare import ContractError, check_equal, check_unchanged
+from unidrop.conformance.contracts.contract import STEPS, Cell, by_core, check_output_of, contract
+from unidrop.conformance.recipe import Recipe
 
 
 @contract(
-    "layer-calls", "A layer's training calls advance its key; other calls do not.", ("layer",)
+    "layer-calls", "A layer's training calls advance its key; at p = 0 they do not.", ("layer",)
 )
 def _layer_calls(cell: Cell) -> None:
     layer = _layer(cell, 0.5)
@@ -19,13 +20,30 @@ def _layer_calls(cell: Cell) -> None:
     for call in range(3):
         check_equal(int(layer.calls), call, "calls")
         _check_layer_call(cell, layer, x, call)
-        idle = cell.backend.to_numpy(layer(cell.array(x), training=False))
-        check_equal(idle.tobytes(), x.tobytes(), "evaluation returns the bytes of x,")
     layer.calls = 100
     _check_layer_call(cell, layer, x, 100)
     idle_layer = _layer(cell, 0.0)
     idle_layer(cell.array(x), training=True)
     check_equal(int(idle_layer.calls), 0, "calls at p = 0:")
+
+
+@contract(
+    "layer-evaluation",
+    "In evaluation a layer returns x unchanged, and its calls do not count.",
+    ("layer",),
+)
+def _layer_evaluation(cell: Cell) -> None:
+    layer = _layer(cell, 0.5)
+    x = cell.values((8, 9))
+    # Where training is another program, layer-calls alone compiles it.
+    trained = 0 if cell.is_compiled else 2
+    for call in range(trained):
+        _check_layer_call(cell, layer, x, call)
+    y = cell.backend.to_numpy(layer(cell.array(x), training=False))
+    check_unchanged(y, x, "x unchanged in evaluation")
+    check_equal(int(layer.calls), trained, "calls")
+    if trained:
+        _check_layer_call(cell, layer, x, trained)
 
 
 @contract("layer-error", "A layer's call that raises does not count.", ("layer",))
@@ -80,12 +98,8 @@ def _layer_gradient(cell: Cell) -> None:
     pending = [layer.vjp(cell.array(x)) for _ in range(2)]
     check_equal(int(layer.calls), 2, "calls after two:")
     for call, (y, pullback) in reversed(list(enumerate(pending))):
-        key = cell.key(call)
-        expected = by_core(unidrop.dropout, x, 0.5, key)
-        check_output(cell.backend.to_numpy(y), expected, x, f"output of call {call}")
-        expected = by_core(unidrop.dropout, upstream, 0.5, key)
-        came = cell.backend.to_numpy(pullback(cell.array(upstream)))
-        check_output(came, expected, upstream, f"gradient of call {call}")
+        _check_output_of_call(cell, y, x, call, "output")
+        _check_output_of_call(cell, pullback(cell.array(upstream)), upstream, call, "gradient")
     check_equal(int(layer.calls), 2, "calls after the backward passes:")
     _check_layer_call(cell, layer, x, 2)
 
@@ -95,6 +109,10 @@ def _layer(cell: Cell, p: float) -> Any:
 
 
 def _check_layer_call(cell: Cell, layer: Any, x: NDArray[Any], call: int) -> None:
-    y = cell.backend.to_numpy(layer(cell.array(x), training=True))
-    expected = by_core(unidrop.dropout, x, 0.5, cell.key(call))
-    check_output(y, expected, x, f"output of call {call}")
+    _check_output_of_call(cell, layer(cell.array(x), training=True), x, call, "output")
+
+
+def _check_output_of_call(cell: Cell, y: Any, x: NDArray[Any], call: int, what: str) -> None:
+    recipe = Recipe(cell.seed, (call,), 0.5, x.shape)
+    expected = by_core(unidrop.dropout, x, 0.5, recipe.key)
+    check_output_of(recipe, cell.backend.to_numpy(y), expected, x, f"{what} of call {call}")

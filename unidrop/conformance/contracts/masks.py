@@ -1,17 +1,26 @@
 """Contracts of masks: which elements are kept, of any shape, window, layout and thread."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 import unidrop
-from unidrop.conformance.backend import has_ability
-from unidrop.conformance.compare import check_equal, check_mask, check_output
-from unidrop.conformance.contracts.contract import STEPS, Cell, by_core, check_some, contract
+from unidrop.conformance.compare import ContractError, check_equal, check_mask
+from unidrop.conformance.contracts.contract import (
+    STEPS,
+    Cell,
+    by_core,
+    check_output_of,
+    check_some,
+    contract,
+)
+from unidrop.conformance.diagnosis import causes_of_masks
 from unidrop.conformance.golden import GoldenMask, golden_masks, read_golden
+from unidrop.conformance.recipe import Recipe
 
 # Where each shape and rate is compiled anew, of as many golden vectors as there are, these few.
 _TELLING = (
@@ -19,12 +28,15 @@ _TELLING = (
     "shape-0d",
     "shape-2x3x5x7",
     "rate-0.001",
+    "seed-0-step-2^32-1",
+    "seed-42-step-0",
     "seed-2^64-1-step-7",
     "rate-2^-32-threshold-1",
     "threshold-equals-u-even-0",
     "threshold-is-u-plus-1-even-0",
     "threshold-equals-u-odd-1",
     "threshold-is-u-plus-1-odd-1",
+    "even-u-0-rate-2^-32-drops",
     "broadcast-leading",
     "broadcast-channel-dropout",
     "window-unaligned-7",
@@ -32,9 +44,34 @@ _TELLING = (
     "window-across-index-2^35-2d",
 )
 
+# The masks that show how the elements of a block are decided.
+_LONG = ("size-257", "size-1000")
 
 # At which rates, and whether in training, a mask is returned.
 _CALLS = ((0.4, True), (0, True), (0.4, False), (1, True))
+
+
+@contract("steps", "Each step has a mask of its own, the same one whatever ran before.")
+def _steps(cell: Cell) -> None:
+    masks: dict[int, NDArray[np.bool]] = {}
+    for step in (0, 1, 2, 1, 2**31 - 1, 0):
+        keep = cell.keeps((7, 9), 0.5, step)
+        check_mask(keep, masks.setdefault(step, keep), f"mask of step {step} again")
+    for one, other in combinations(masks, 2):
+        if np.array_equal(masks[one], masks[other]):
+            raise ContractError(f"two masks for steps {one} and {other}", "the same one")
+
+
+@contract(
+    "word-order", "The four words of a block decide its elements two by two, the first word first."
+)
+def _word_order(cell: Cell) -> None:
+    _check_golden_masks(cell, lambda g: g.name in _LONG, half=0)
+
+
+@contract("odd-elements", "Odd elements are decided by their word times 0x6C078965.")
+def _odd_elements(cell: Cell) -> None:
+    _check_golden_masks(cell, lambda g: g.name in _LONG, half=1)
 
 
 @contract("mask", "The mask is that of the golden vectors, bit for bit, at any shape and rate.")
@@ -44,10 +81,16 @@ def _mask(cell: Cell) -> None:
 
 @contract("threshold", "An element is kept where u >= T: at u = T kept, at u = T - 1 dropped.")
 def _threshold(cell: Cell) -> None:
-    windows = has_ability(cell.backend, "windows", cell.mode)
-    _check_golden_masks(
-        cell, lambda g: _is_threshold_case(g) and (windows or g.global_shape is None)
-    )
+    _check_golden_masks(cell, lambda g: _is_threshold_case(g) and g.global_shape is None)
+
+
+@contract(
+    "threshold-ends",
+    "That is so at the ends too, where u is 0, 1 or 2^32 - 1, in windows that hold such elements.",
+    ("windows",),
+)
+def _threshold_ends(cell: Cell) -> None:
+    _check_golden_masks(cell, lambda g: _is_threshold_case(g) and g.global_shape is not None)
 
 
 @contract(
@@ -108,11 +151,13 @@ def _returned_mask(cell: Cell) -> None:
         check_mask(cell.backend.to_numpy(y) != 0, expected, f"output at p = {p}")
 
 
-@contract("steps", "Each step has the mask of its own key, whatever ran before.")
-def _steps(cell: Cell) -> None:
-    for step in (0, 1, 2, 1, 2**31 - 1, 0):
-        expected = by_core(unidrop.keep_mask, (7, 9), 0.5, cell.key(step))
-        check_mask(cell.keeps((7, 9), 0.5, step), expected, f"mask of step {step}")
+@contract(
+    "mask-dtype", "A returned mask is of bools, whatever x's dtype.", ("mask",), every_dtype=True
+)
+def _mask_dtype(cell: Cell) -> None:
+    x = cell.array(cell.ones((9, 11)))
+    _, mask = cell.backend.dropout(x, 0.4, cell.seed, 1, mode=cell.mode, return_mask=True)
+    check_equal(cell.backend.to_numpy(mask).dtype, np.dtype(bool), "dtype of the mask")
 
 
 @contract(
@@ -132,12 +177,13 @@ def _traces(cell: Cell) -> None:
 @contract("layout", "The mask follows logical indices, whatever the memory layout.", ("layouts",))
 def _layout(cell: Cell) -> None:
     x = cell.values((4, 6, 5, 3))
-    expected = by_core(unidrop.dropout, x, 0.4, cell.key(4))
+    recipe = Recipe(cell.seed, (4,), 0.4, x.shape)
+    expected = by_core(unidrop.dropout, x, 0.4, recipe.key)
     layouts = cell.able.layouts(cell.array(x))
     check_some(layouts)
     for name, array in layouts.items():
         y = cell.backend.to_numpy(cell.backend.dropout(array, 0.4, cell.seed, 4, mode=cell.mode))
-        check_output(y, expected, x, f"output of layout {name!r}")
+        check_output_of(recipe, y, expected, x, f"output of layout {name!r}")
 
 
 @contract("threads", "Calls from many threads give the masks of their keys.")
@@ -153,15 +199,45 @@ def _threads(cell: Cell) -> None:
             check_mask(keep, expected, f"mask of step {step}")
 
 
-def _check_golden_masks(cell: Cell, where: Callable[[GoldenMask], bool]) -> None:
+def _check_golden_masks(
+    cell: Cell, where: Callable[[GoldenMask], bool], half: int | None = None
+) -> None:
+    """Compare golden masks; of each word's two elements only the even (0) or odd (1) one if told.
+
+    All are made before the first is compared: which of them are right tells of the mistake too.
+    """
     chosen = [g for g in golden_masks() if g.step < cell.backend.step_limit and where(g)]
     if cell.is_compiled:
         chosen = [g for g in chosen if g.name in _TELLING]
     check_some(chosen)
-    for golden in chosen:
-        keep = cell.keeps(golden.shape, golden.p, golden.step, seed=golden.seed, **golden.options)
+    came = [(g, cell.keeps(g.shape, g.p, g.step, seed=g.seed, **g.options)) for g in chosen]
+    # What differs most is told of: it leaves the least in doubt.
+    for golden, keep in sorted(came, key=lambda pair: -_differing(*pair)):
         expected = np.broadcast_to(golden.keep, golden.shape)
-        check_mask(keep, expected, f"mask {golden.name!r} ({golden.command})")
+        if half is not None and keep.shape == expected.shape:
+            keep = np.where(np.arange(keep.size) % 2 == half, keep, expected)
+        try:
+            check_mask(keep, expected, f"mask {golden.name!r} ({golden.command})")
+        except ContractError as error:
+            raise _explained(error, cell, golden, came) from None
+
+
+def _differing(golden: GoldenMask, keep: NDArray[np.bool]) -> int:
+    return keep.shape == golden.shape and int(np.count_nonzero(keep != golden.keep))
+
+
+def _explained(
+    error: ContractError,
+    cell: Cell,
+    wrong: GoldenMask,
+    came: Sequence[tuple[GoldenMask, NDArray[np.bool]]],
+) -> ContractError:
+    """Return an error of one of the masks that came, with what is known of its cause."""
+    wrong_first = sorted(came, key=lambda pair: pair[0] is not wrong)
+    if wrong_first[0][1].shape != wrong.shape:
+        return error
+    masks = [(g.recipe, keep) for g, keep in wrong_first if keep.shape == g.shape]
+    return error.explained(causes_of_masks(masks), cell.diff(wrong.recipe))
 
 
 def _is_threshold_case(golden: GoldenMask) -> bool:

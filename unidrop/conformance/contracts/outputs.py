@@ -7,9 +7,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 import unidrop
-from unidrop.conformance.compare import ContractError, check_equal, check_output, numpy_dtype
-from unidrop.conformance.contracts.contract import Cell, by_core, check_some, contract
+from unidrop.conformance.compare import (
+    ContractError,
+    check_equal,
+    check_mask,
+    check_output,
+    check_unchanged,
+    numpy_dtype,
+)
+from unidrop.conformance.contracts.contract import (
+    Cell,
+    by_core,
+    check_output_of,
+    check_some,
+    contract,
+)
+from unidrop.conformance.diagnosis import causes_of_mask, causes_of_output
 from unidrop.conformance.golden import GoldenOutput, golden_outputs
+
+
+@contract(
+    "scale",
+    "What is kept is multiplied by 1 / (1 - p) in the compute type, and rounded once.",
+    every_dtype=True,
+)
+def _scale(cell: Cell) -> None:
+    compared = 0
+    for golden in _golden_outputs(cell):
+        if not 0 < golden.p < 1:
+            continue
+        with np.errstate(all="ignore"):
+            y = cell.dropout(golden.x, golden.p, golden.step, seed=golden.seed)
+            check_equal(y.shape, golden.y.shape, "shape")
+            # Where both keep: which elements those are is another contract's matter.
+            kept = (y != 0) & (golden.y != 0)
+            compared += int(np.count_nonzero(kept))
+            x, came, expected = golden.x[kept], y[kept], golden.y[kept]
+            try:
+                check_output(came, expected, x, f"what is kept of output {golden.name!r}")
+            except ContractError as error:
+                causes = causes_of_output(x, golden.p, np.ones(x.shape, dtype=bool), came)
+                raise error.explained(causes) from None
+    check_some(range(compared))
 
 
 @contract(
@@ -22,7 +61,26 @@ def _output(cell: Cell) -> None:
     for golden in _golden_outputs(cell):
         with np.errstate(all="ignore"):
             y = cell.dropout(golden.x, golden.p, golden.step, seed=golden.seed)
-            check_output(y, golden.y, golden.x, f"output {golden.name!r}")
+            what, diff = f"output {golden.name!r}", cell.diff(golden.recipe)
+            check_output_of(golden.recipe, y, golden.y, golden.x, what, diff)
+
+
+@contract("gradient-mask", "The gradient is by the mask of its own forward pass.", ("gradient",))
+def _gradient_mask(cell: Cell) -> None:
+    golden = _golden_outputs(cell)[0]
+    x = cell.values(golden.x.shape)
+    arguments = golden.p, golden.seed, golden.step
+    y = cell.backend.dropout(cell.array(x), *arguments, mode=cell.mode)
+    upstream = cell.array(cell.ones(x.shape))
+    came = cell.able.gradient(cell.array(x), upstream, *arguments, mode=cell.mode)
+    what = f"where the gradient is not 0, at p = {golden.p}, step {golden.step}"
+    keep = cell.backend.to_numpy(came) != 0
+    try:
+        check_mask(keep, cell.backend.to_numpy(y) != 0, what)
+    except ContractError as error:
+        if keep.shape != x.shape:
+            raise
+        raise error.explained(causes_of_mask(golden.recipe, keep, pairs=False)) from None
 
 
 @contract(
@@ -41,7 +99,8 @@ def _gradient(cell: Cell) -> None:
                 x, upstream, golden.p, golden.seed, golden.step, mode=cell.mode
             )
             what = f"gradient for the upstream gradient x of output {golden.name!r}"
-            check_output(cell.backend.to_numpy(came), golden.y, golden.x, what)
+            came = cell.backend.to_numpy(came)
+            check_output_of(golden.recipe, came, golden.y, golden.x, what)
 
 
 @contract(
@@ -65,7 +124,7 @@ def _nothing_to_drop(cell: Cell) -> None:
     x.reshape(-1)[:4] = (np.nan, np.inf, -np.inf, -0.0)
     for options in ({"p": 0}, {"p": 0.0}, {"p": 0.5, "training": False}):
         y = cell.dropout(x, options.pop("p"), **options)
-        check_equal(y.tobytes(), x.tobytes(), "the bytes of x,")
+        check_unchanged(y, x, "x unchanged")
 
 
 @contract(

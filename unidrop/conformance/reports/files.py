@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +16,7 @@ from unidrop.mask import STREAM_VERSION
 __all__ = ["to_json", "to_junit", "to_markdown"]
 
 # What there is to say of what failed alone.
-_OF_FAILURES = ("expected", "came", "details")
+_OF_FAILURES = ("expected", "came", "cause", "diff", "details")
 
 # What XML can't hold: control characters, of which an error's message may have some.
 _NO_XML = dict.fromkeys(
@@ -49,6 +50,11 @@ def _as_dict(result: Result) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name not in _OF_FAILURES}
 
 
+def _commands(result: Result) -> str:
+    """Return what can be typed to see more of a failure, a line each."""
+    return "\n".join(filter(None, (result.diff, result.reproduce)))
+
+
 def to_junit(report: Report) -> str:
     """Return the XML that CI systems read: a suite for each column, a case for each cell.
 
@@ -70,10 +76,10 @@ def to_junit(report: Report) -> str:
         name = f"{result.contract}[{result.device}-{result.dtype}]"
         item = case(result.backend, result.mode, name, result.seconds)
         if result.status == "failed":
-            failure = ElementTree.SubElement(
-                item, "failure", message=_xml(f"expected {result.expected}, came {result.came}")
-            )
-            failure.text = _xml(f"{result.reproduce}\n{result.details}")
+            because = f": {result.cause}" if result.cause else ""
+            message = f"expected {result.expected}, came {result.came}{because}"
+            failure = ElementTree.SubElement(item, "failure", message=_xml(message))
+            failure.text = _xml(f"{_commands(result)}\n{result.details}")
     for missing in report.missing:
         item = case(missing.backend, missing.mode, missing.contract)
         ElementTree.SubElement(item, "skipped", message=_xml(missing.reason))
@@ -116,21 +122,28 @@ def to_markdown(report: Report) -> str:
         counts = f"{cells - failed} | {failed or ''} | {missing or ''}"
         lines.append(f"| {_line(column[0])} | {_line(column[1])} | {counts} |")
     lines += [f"| {_line(b.name)} | {_line(b.error)} | | | |" for b in report.unavailable]
+    lines += ["", *(f"- {_line(str(beginning))}" for beginning in report.beginnings())]
     for result in report.failures:
         lines += [
             "",
             f"**{_line(str(result))}**: {CONTRACTS[result.contract].promise}",
             f"Expected {_line(result.expected)}, came {_line(result.came)}.",
+            *([f"Cause: {_line(result.cause)}."] if result.cause else []),
             "",
-            "```sh",
-            result.reproduce,
-            "```",
+            *_fenced(_commands(result)),
         ]
     return "\n".join(lines) + "\n"
 
 
+def _fenced(commands: str) -> list[str]:
+    """Return lines of code in a fence that is longer than any in them."""
+    longest = max(map(len, re.findall("`+", commands)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}sh", commands, fence]
+
+
 def _line(text: str) -> str:
     """Return text that stays in its cell and its line, and is no markup."""
-    for special in "\\`*_[]<>|":
+    for special in "\\`*_[]<>|$~&":
         text = text.replace(special, f"\\{special}")
     return " ".join(text.split())

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from unidrop import __version__
 from unidrop.conformance.contracts import CONTRACTS
-from unidrop.conformance.reports.report import Column, Report
+from unidrop.conformance.reports.report import Column, Report, evidence
 from unidrop.conformance.runner import Result
 from unidrop.mask import STREAM_VERSION
 
@@ -54,6 +54,7 @@ def _shown(result: Result) -> dict[str, Any]:
     where = f"{result.device}, {result.dtype}"
     shown = {"where": where, "status": result.status, "seconds": round(result.seconds, 3)}
     if result.status == "failed":
-        failed = {"expected": result.expected, "came": result.came, "details": result.details}
-        shown |= failed
-    return shown | {"again": result.reproduce}
+        shown |= {"evidence": list(evidence(result)), "details": result.details}
+    else:
+        shown |= {"evidence": [("again", result.reproduce)]}
+    return shown

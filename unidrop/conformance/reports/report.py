@@ -1,18 +1,36 @@
 """What a run of the matrix gave, arranged by contract and column for whoever shows it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from unidrop.conformance.backend import UnavailableBackend
 from unidrop.conformance.contracts import CONTRACTS
+from unidrop.conformance.contracts.dependence import roots
 from unidrop.conformance.matrix import Outcome, backend_of
 from unidrop.conformance.runner import Missing, Result
 
-__all__ = ["Column", "Lack", "Report", "Square"]
+__all__ = ["Beginning", "Column", "Lack", "Report", "Square", "evidence"]
+
+# What is said of a result that failed: which of its attributes, and its label.
+_EVIDENCE = {
+    "expected": "expected",
+    "came": "came",
+    "cause": "cause",
+    "diff": "look",
+    "reproduce": "again",
+}
 
 #: A backend and one of its modes, by their names.
 Column = tuple[str, str]
+
+
+def evidence(result: Result) -> Iterator[tuple[str, str]]:
+    """Yield what there is to say of a result that failed, each with its label."""
+    for attribute, label in _EVIDENCE.items():
+        text = getattr(result, attribute)
+        if text:
+            yield label, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +97,29 @@ class Report:
 
     @property
     def failures(self) -> list[Result]:
-        """The cells that failed."""
-        return [result for result in self.results if result.status == "failed"]
+        """The cells that failed, of each backend first those that rest on no other."""
+        failed = [result for result in self.results if result.status == "failed"]
+        return sorted(
+            failed, key=lambda r: (r.backend, r.contract not in self._roots(r.backend, r.mode))
+        )
+
+    def _roots(self, *column: str) -> list[str]:
+        """Return the contracts that failed in a column, and rest on none that did."""
+        backend, mode = column
+        squares = self._squares[backend, mode]
+        return roots([name for name in self.contracts if name in squares and squares[name].failed])
+
+    def beginnings(self) -> list["Beginning"]:
+        """Return where to begin where many contracts fail; modes that begin alike are together."""
+        modes: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+        for backend, mode in self.columns:
+            first = self._roots(backend, mode)
+            failed = [
+                name for name, square in self._squares[backend, mode].items() if square.failed
+            ]
+            if len(first) < len(failed):
+                modes[backend, tuple(first)].append(mode)
+        return [Beginning(b, tuple(where), first) for (b, first), where in modes.items()]
 
     @property
     def unavailable(self) -> list[UnavailableBackend]:
@@ -130,6 +169,22 @@ class Report:
         for (backend, mode, reason), names in contracts.items():
             modes[backend, reason, tuple(names)].append(mode)
         return [Lack(b, tuple(where), r, names) for (b, r, names), where in modes.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """The contracts of a backend, in some of its modes, on which all others that failed rest."""
+
+    backend: str
+    modes: tuple[str, ...]
+    contracts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        it = "it" if len(self.contracts) == 1 else "them"
+        return (
+            f"begin with {', '.join(self.contracts)} in {self.backend} ({', '.join(self.modes)}): "
+            f"the others that do not hold there rest on {it}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unidrop.conformance.contracts import CONTRACTS
-from unidrop.conformance.reports.report import Column, Report
+from unidrop.conformance.reports.report import Column, Report, evidence
 from unidrop.conformance.runner import Result
 from unidrop.mask import STREAM_VERSION
 
@@ -22,7 +22,8 @@ _STYLES = {"passed": "green", "failed": "bold red", "missing": "dim", "": ""}
 
 
 def print_report(report: Report, console: Console, *, tracebacks: bool = False) -> None:
-    """Print the tables, what is missing and why, each failure, and a closing line."""
+    """Print the tables, what is missing and why, each failure, and at last where to begin."""
+    console.print(Text(f"unidrop conformance, stream {STREAM_VERSION}"), soft_wrap=True)
     for table in _tables(report, console.width):
         console.print(table)
     for lack in report.lacks():
@@ -40,15 +41,14 @@ def print_report(report: Report, console: Console, *, tracebacks: bool = False) 
     if not report.results:
         console.print("nothing was run: no chosen backend has what the chosen contracts need")
     style = "bold green" if report.is_good else "bold red"
-    console.print(Text(report.summary, style=style), soft_wrap=True)
+    for line in (*map(str, report.beginnings()), report.summary):
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 def _tables(report: Report, width: int) -> Iterator[Table]:
     """Yield tables of as many columns as fit beside each other, all with the same rows."""
-    title = f"unidrop conformance, stream {STREAM_VERSION}"
     for group in _beside_each_other(report, width):
-        table = Table(title=title, title_justify="left")
-        title = ""
+        table = Table()
         table.add_column("contract", no_wrap=True)
         for backend, mode in group:
             table.add_column(f"{backend}\n{mode}", justify="center", no_wrap=True)
@@ -78,9 +78,8 @@ def _print_failure(console: Console, result: Result) -> None:
     console.print()
     console.print(Text(f"✗ {result}", style="bold red"), soft_wrap=True)
     console.print(Text(f"  promise   {CONTRACTS[result.contract].promise}"), soft_wrap=True)
-    console.print(Text(f"  expected  {result.expected}"), soft_wrap=True)
-    console.print(Text(f"  came      {result.came}"), soft_wrap=True)
-    console.print(Text(f"  again     {result.reproduce}"), soft_wrap=True)
+    for label, text in evidence(result):
+        console.print(Text(f"  {label:9} {text}"), soft_wrap=True)
 
 
 def _print_traceback(console: Console, details: str) -> None:
