@@ -311,6 +311,8 @@ class _Fitted(AtOnce):
         model, record, feed, dataset = self._models[form]
         feed.batch = batch
         if not training:
+            # Trained on NaN, it would be that, which has no part in what dropout does.
+            model.layers[-1].scale.assign(1)
             came = tensor_of(model.predict(dataset, verbose=0))
         else:
             model.fit(dataset, shuffle=False, verbose=0)

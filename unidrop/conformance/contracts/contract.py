@@ -12,10 +12,25 @@ import unidrop
 from unidrop.conformance.backend import ABILITIES, AbleBackend, Backend
 from unidrop.conformance.compare import ContractError, numpy_dtype
 
-__all__ = ["CONTRACTS", "SEED", "STEPS", "Cell", "Contract", "by_core", "check_some", "contract"]
+__all__ = [
+    "CONTRACTS",
+    "RATE",
+    "SEED",
+    "SHAPE",
+    "STEPS",
+    "Cell",
+    "Contract",
+    "by_core",
+    "check_some",
+    "contract",
+]
 
 #: The seed of cells that are given no other.
 SEED = 42
+
+#: What contracts are of that may be of any shape and rate: a compiled mode, where each would take
+#: another program, then has one for all of them.
+SHAPE, RATE = (8, 9), 0.5
 
 #: How many steps a compiled mode has to take with what it traced at the first.
 STEPS = 100

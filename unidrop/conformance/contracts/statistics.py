@@ -22,7 +22,7 @@ def _rate(cell: Cell) -> None:
     "standard deviations.",
 )
 def _independence(cell: Cell) -> None:
-    shape, p = (512, 512), 0.5
+    shape, p = (512, 512), 0.1
     site = int(unidrop.Key(cell.seed).fold_in("another site"))
     mask = cell.keeps(shape, p, 0).ravel()
     others = {
@@ -32,7 +32,8 @@ def _independence(cell: Cell) -> None:
         "another site": cell.keeps(shape, p, seed=site).ravel(),
     }
     for name, other in others.items():
-        _check_sigmas((mask == other).sum(), mask.size, 0.5, f"agreement with {name}")
+        agreement = p**2 + (1 - p) ** 2
+        _check_sigmas((mask == other).sum(), mask.size, agreement, f"agreement with {name}")
 
 
 def _check_sigmas(count: int, size: int, p: float, what: str) -> None:
