@@ -18,7 +18,7 @@ from unidrop.conformance.backend import (
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
 from unidrop.conformance.core_backend import FUSED, CoreBackend, eager_modes, on_path_of
-from unidrop.conformance.matrix import Outcome, run_matrix
+from unidrop.conformance.matrix import Outcome, Progress, run_matrix
 from unidrop.conformance.remote import RemoteBackend
 from unidrop.conformance.runner import Missing, Result, cells, check, run_cell
 
@@ -37,6 +37,7 @@ __all__ = [
     "Layer",
     "Missing",
     "Outcome",
+    "Progress",
     "RemoteBackend",
     "Result",
     "UnavailableBackend",
