@@ -64,11 +64,12 @@ class _Keyed(keras.layers.Layer):
         """Apply dropout in training, and the identity otherwise."""
         if not training or self.rate == 0:
             return inputs
-        # Named, since Keras on NumPy takes float64 for what Python calls a float, and narrows it.
-        dtype = getattr(inputs, "dtype", None)
-        inputs = keras.ops.convert_to_tensor(
-            inputs, dtype=dtype and keras.backend.standardize_dtype(dtype)
-        )
+        if not keras.ops.is_tensor(inputs):
+            # Named: Keras on NumPy takes float64 for what Python calls a float, and narrows it.
+            dtype = getattr(inputs, "dtype", None)
+            inputs = keras.ops.convert_to_tensor(
+                inputs, dtype=dtype and keras.backend.standardize_dtype(dtype)
+            )
         library = library_of(inputs, "inputs")
         axes = noise_shape_axes(self._noise_shape(inputs), library.shape(inputs))
         replica = library.replica(inputs)
@@ -124,7 +125,8 @@ class _Keyed(keras.layers.Layer):
         """
         state = self.seed_generator.state
         before = state.value * 1
-        state.assign(before + keras.ops.convert_to_tensor([0, 1], dtype=state.dtype))
+        # Of a list, torch.compile would record every step of how Keras makes a tensor of it.
+        state.assign(before + keras.ops.arange(2, dtype=state.dtype))
         return before
 
     def _uncount(self) -> None:

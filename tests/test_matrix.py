@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from unidrop.cli import main
-from unidrop.conformance import Missing, Result, UnavailableBackend, run_matrix
+from unidrop.conformance import Missing, Progress, Result, UnavailableBackend, run_matrix
+from unidrop.conformance.schedule import Work
 
 BROKEN = {
     "exits": ("raise SystemExit(0)", "SystemExit: 0"),
@@ -177,6 +178,52 @@ def test_as_many_backends_as_jobs_run_at_a_time(install):
         install(name, meet)
     together = list(run_matrix(["one", "other"], ["steps"], jobs=2))
     assert {outcome.status for outcome in together} == {"passed"}
+
+
+SHARED = """
+import os, pathlib, time
+from unidrop.adapters.backends.numpy import Numpy
+
+here = pathlib.Path(__file__)
+
+
+class make(Numpy):
+    name = "shared"
+
+    def __init__(self):
+        super().__init__()
+        self.modes = tuple("abcdef")
+        here.with_suffix(f".{os.getpid()}").touch()
+        if len(self.there()) > 1:
+            SECOND
+
+    def there(self):
+        return list(here.parent.glob("shared.[0-9]*"))
+
+    def dropout(self, x, p, seed, step, *, mode, **options):
+        # All but the first mode wait for the other process.
+        end = time.monotonic() + 60
+        while mode != "a" and len(self.there()) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return super().dropout(x, p, seed, step, mode="eager", **options)
+"""
+
+
+@pytest.mark.parametrize("second", ["pass", "os._exit(3)"], ids=["helps", "can not be loaded"])
+def test_who_has_nothing_to_do_helps_where_a_backend_takes_long(install, monkeypatch, second):
+    install("shared", SHARED.replace("SECOND", second))
+    pays = property(lambda work: work.is_shared and bool(work.ran and work.modes))
+    monkeypatch.setattr(Work, "pays", pays)
+    begun, ran = [], []
+    progress = Progress(lambda name, count: begun.append((name, count)), ran.append)
+    outcomes = list(run_matrix(["shared"], ["steps", "rate"], jobs=2, progress=progress))
+    assert [(outcome.contract, outcome.mode) for outcome in outcomes] == [
+        (contract, mode) for contract in ("steps", "rate") for mode in "abcdef"
+    ]
+    assert {outcome.status for outcome in outcomes} == {"passed"}
+    assert begun == [("shared", 12)]
+    assert ran == ["shared"] * 12
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this platform has no /proc")

@@ -115,7 +115,7 @@ class Keras:
                 return layer(x, training=training)
         except BaseException:
             # Keras on JAX may have left it without its state.
-            self._layers.clear()
+            self._layers = {key: kept for key, kept in self._layers.items() if kept is not layer}
             raise
 
     def _layer(self, p: Any, seed: int, noise_shape: Any, x: Any, mode: str) -> Any:

@@ -273,26 +273,28 @@ class _Scale(keras.layers.Layer):
         return inputs * self.scale
 
 
-class _Feed(keras.utils.PyDataset):
-    """A dataset of one batch, which may be put in another's place."""
+class _Batch(keras.utils.PyDataset):
+    """A dataset of one batch."""
 
-    batch: Any
+    def __init__(self, *batch: Any) -> None:
+        super().__init__()
+        self._batch = batch
 
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self.batch, keras.ops.zeros_like(self.batch)
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self._batch
 
-    def dataset(self) -> Any:
-        """Return what `fit` takes: of TensorFlow's own where Keras would make one at each call."""
-        if keras.backend.backend() != "tensorflow":
-            return self
-        import tensorflow as tf
 
-        spec = tf.TensorSpec(self.batch.shape, self.batch.dtype)
-        made = tf.data.Dataset.from_generator(lambda: iter([self[0]]), output_signature=(spec,) * 2)
-        return made.apply(tf.data.experimental.assert_cardinality(1))
+def _dataset(batch: Any) -> Any:
+    """Return what `fit` takes: of TensorFlow's own where Keras would make one of it."""
+    both = batch, keras.ops.zeros_like(batch)
+    if keras.backend.backend() != "tensorflow":
+        return _Batch(*both)
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensors(both)
 
 
 class _Fitted(AtOnce):
@@ -301,28 +303,28 @@ class _Fitted(AtOnce):
     def __init__(self, layer: Dropout, count: Callable[[], None], jit_compile: bool | str) -> None:
         super().__init__(layer, count)
         self._jit_compile = jit_compile
-        self._models: dict[Any, tuple[Any, Any, _Feed, Any]] = {}
+        self._models: dict[Any, tuple[Any, Any]] = {}
 
     def __call__(self, x: Any, *, training: bool) -> Any:
         batch = x[None]
         form = (tuple(batch.shape), batch.dtype)
         if form not in self._models:
             self._models[form] = self._model(batch)
-        model, record, feed, dataset = self._models[form]
-        feed.batch = batch
+        model, record = self._models[form]
         if not training:
-            came = tensor_of(model.predict(dataset, verbose=0))
+            # Trained on NaN, it would be that, which has no part in what dropout does.
+            model.layers[-1].scale.assign(1)
+            came = tensor_of(model.predict(_dataset(batch), verbose=0))
         else:
-            model.fit(dataset, shuffle=False, verbose=0)
+            model.fit(_dataset(batch), shuffle=False, verbose=0)
             came = keras.ops.copy(record.seen.value)
         return came[0]
 
-    def _model(self, batch: Any) -> tuple[Any, Any, _Feed, Any]:
+    def _model(self, batch: Any) -> tuple[Any, Any]:
         dtype = keras.backend.standardize_dtype(batch.dtype)
         policy = dtype if "float" in dtype else None
-        record, feed = _Record(self._count, dtype=policy), _Feed()
-        feed.batch = batch
+        record = _Record(self._count, dtype=policy)
         example = keras.Input(batch.shape[1:], dtype=dtype)
         model = keras.Sequential([example, self._layer, record, _Scale(dtype=policy)])
         model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=self._jit_compile)
-        return model, record, feed, feed.dataset()
+        return model, record

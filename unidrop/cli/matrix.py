@@ -8,17 +8,10 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
-from unidrop.conformance import CONTRACTS, SEED, Outcome, backend_names, run_matrix
-from unidrop.conformance.matrix import backend_of
+from unidrop.conformance import CONTRACTS, SEED, Outcome, Progress, backend_names, run_matrix
 from unidrop.conformance.reports import (
     Report,
     print_report,
@@ -55,7 +48,9 @@ def _format_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--contract", "contracts", multiple=True, help="Only this contract; repeatable.")
 @_format_options
 @click.option(
-    "--jobs", type=click.IntRange(1), help="Backends that run at a time; the number of CPUs if not."
+    "--jobs",
+    type=click.IntRange(1),
+    help="Processes that run at a time; the number of CPUs if not.",
 )
 @click.option(
     "--timeout",
@@ -134,18 +129,14 @@ def _run(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
 
         def begun(backend: str, count: int) -> None:
             tasks[backend] = bar.add_task(backend, total=count)
 
-        for outcome in run_matrix(backends, contracts, begun=begun, **options):
-            yield outcome
-            if backend_of(outcome) in tasks:
-                bar.advance(tasks[backend_of(outcome)])
+        progress = Progress(begun, lambda backend: bar.advance(tasks[backend]))
+        yield from run_matrix(backends, contracts, progress=progress, **options)
 
 
 def _list(console: Console, backends: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ from unidrop.conformance.core_backend import (
     missing_eager_modes,
     on_path_of,
 )
-from unidrop.conformance.matrix import Outcome, run_matrix
+from unidrop.conformance.matrix import Outcome, Progress, run_matrix
 from unidrop.conformance.remote import RemoteBackend
 from unidrop.conformance.runner import Missing, Result, cells, check, run_cell
 
@@ -44,6 +44,7 @@ __all__ = [
     "Layer",
     "Missing",
     "Outcome",
+    "Progress",
     "RemoteBackend",
     "Result",
     "UnavailableBackend",

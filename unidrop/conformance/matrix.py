@@ -1,23 +1,27 @@
 """The whole matrix: each backend in a process of its own, several of them at a time.
 
 A backend that breaks down, hangs or exits takes nobody with it, frameworks that get into each
-other's way never meet, and whoever has two cores waits half as long.
+other's way never meet, and whoever has two cores waits half as long. A core that would have nothing
+to do takes over modes of a backend that takes long.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from queue import SimpleQueue
 from tempfile import TemporaryFile
+from time import perf_counter
 from typing import IO, Any
 
 from unidrop.conformance.backend import UnavailableBackend, backend_names, load_backends
 from unidrop.conformance.contracts import SEED, Cell
 from unidrop.conformance.process import Process, ProcessEndedError, text_of
 from unidrop.conformance.runner import Missing, Result, cells, check_names, run_cell
+from unidrop.conformance.schedule import Schedule, Work
 
-__all__ = ["Outcome", "backend_of", "run_matrix"]
+__all__ = ["Outcome", "Progress", "backend_of", "run_matrix"]
 
 Outcome = Result | Missing | UnavailableBackend
 
@@ -42,6 +46,22 @@ _ENVIRONMENT: Mapping[str, str] = {
 _LINES, _BYTES = 60, 1 << 16
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is told of a run while it runs.
+
+    Attributes
+    ----------
+    begun : callable
+        Told the name of a backend that has been loaded, and how many outcomes it will have.
+    ran : callable
+        Told the name of a backend of which there is one outcome more.
+    """
+
+    begun: Callable[[str, int], None] = lambda backend, count: None
+    ran: Callable[[str], None] = lambda backend: None
+
+
 def run_matrix(
     backends: Sequence[str] = (),
     contracts: Sequence[str] = (),
@@ -49,22 +69,23 @@ def run_matrix(
     jobs: int,
     timeout: float | None = None,
     seed: int = SEED,
-    begun: Callable[[str, int], None] = lambda backend, count: None,
+    progress: Progress | None = None,
 ) -> Iterator[Outcome]:
-    """Run contracts of backends, and yield what comes of each as it comes.
+    """Run contracts of backends, and yield what comes of each backend once that is done.
 
     Parameters
     ----------
     backends, contracts : sequence of str, default ()
         Their names; all if empty.
     jobs : int
-        How many backends run at a time.
+        How many processes run at a time. There are more than one for a backend where others would
+        have nothing to do; none does a part of a mode.
     timeout : float, optional
         Seconds after which a cell has failed, and its backend is given up.
     seed : int, default 42
         Of whatever the golden vectors do not fix.
-    begun : callable, optional
-        Told the name of each backend that has been loaded, and how many outcomes it will have.
+    progress : Progress, optional
+        Told of each outcome as it comes, from several threads.
 
     Raises
     ------
@@ -72,101 +93,177 @@ def run_matrix(
         If no backend or contract has a name; says which there are.
     """
     check_names(contracts)
-    runs = [_Run(name, contracts, seed, timeout, begun) for name in backend_names(backends)]
-    return _outcomes(runs, jobs)
+    asked = _Asked(tuple(contracts), seed, timeout, progress or Progress())
+    return _outcomes(backend_names(backends), asked, jobs)
 
 
-def _outcomes(runs: "Sequence[_Run]", jobs: int) -> Iterator[Outcome]:
-    outcomes: SimpleQueue[Outcome | BaseException | None] = SimpleQueue()
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What every process is asked for."""
+
+    contracts: Sequence[str]
+    seed: int
+    timeout: float | None
+    progress: Progress
+
+
+@dataclass(slots=True)
+class _Part:
+    """What there is of one backend so far: its plan, outcomes by its numbers, and its end."""
+
+    plan: "Sequence[tuple[str, dict[str, Any]]]" = ()
+    came: dict[int, Outcome] = field(default_factory=dict)
+    broken: UnavailableBackend | None = None
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Yield the outcomes in the order of the plan, and how the backend broke down, if so."""
+        for number in sorted(self.came):
+            yield self.came[number]
+        if self.broken is None:
+            return
+        left = len(self.plan) - len(self.came)
+        rest = f"; {left} more were not run" if self.plan else ""
+        yield replace(self.broken, error=self.broken.error + rest)
+
+
+def _outcomes(names: Sequence[str], asked: _Asked, jobs: int) -> Iterator[Outcome]:
+    done: SimpleQueue[str | BaseException] = SimpleQueue()
+    schedule, parts = Schedule(names), {name: _Part() for name in names}
     pool = ThreadPoolExecutor(jobs)
-    for run in runs:
-        pool.submit(run.to, outcomes)
+    workers = [_Worker(schedule, asked, parts, done) for _ in range(jobs)]
+    for worker in workers:
+        pool.submit(worker.work)
     try:
-        ended = 0
-        while ended < len(runs):
-            outcome = outcomes.get()
-            if isinstance(outcome, BaseException):
-                raise outcome
-            if outcome is None:
-                ended += 1
-            else:
-                yield outcome
+        waiting = set(names)
+        while waiting:
+            name = done.get()
+            if isinstance(name, BaseException):
+                raise name
+            if name in waiting:
+                waiting.remove(name)
+                yield from parts[name].outcomes()
     finally:
+        schedule.stop()
         pool.shutdown(wait=False, cancel_futures=True)
-        for run in runs:
-            run.stop()
+        for worker in workers:
+            worker.stop()
 
 
-class _Run:
-    """One backend's part of the matrix, from this end."""
+class _Worker:
+    """Has one process after the other, as the schedule says."""
 
     def __init__(
         self,
-        name: str,
-        contracts: Sequence[str],
-        seed: int,
-        timeout: float | None,
-        begun: Callable[[str, int], None],
+        schedule: Schedule,
+        asked: _Asked,
+        parts: Mapping[str, _Part],
+        done: "SimpleQueue[str | BaseException]",
     ) -> None:
-        self._name = name
-        self._contracts = contracts
-        self._seed = seed
-        self._timeout = timeout
-        self._begun = begun
+        self._schedule = schedule
+        self._asked = asked
+        self._parts = parts
+        self._done = done
         self._process: Process | None = None
         self._is_stopped = False
 
-    def to(self, outcomes: "SimpleQueue[Outcome | BaseException | None]") -> None:
-        """Put each outcome into a queue, an error of our own too, and at last None."""
+    def work(self) -> None:
+        """Do what the schedule hands out, and put the names of backends that are done, or an error.
+
+        Some of them are put twice.
+        """
         try:
-            with TemporaryFile() as printed:
-                for outcome in self._outcomes(printed):
-                    outcomes.put(outcome)
+            while (work := self._schedule.next()) is not None:
+                with TemporaryFile() as printed:
+                    self._run(work, printed)
+                if self._schedule.leave(work):
+                    self._done.put(work.name)
         except BaseException as error:
-            outcomes.put(error)
-        finally:
-            self.stop()
-            outcomes.put(None)
+            self._done.put(error)
 
     def stop(self) -> None:
-        """End the backend's process, or don't begin it."""
+        """End the process, or don't begin it."""
         self._is_stopped = True
         if self._process is not None:
             self._process.kill()
 
-    def _outcomes(self, printed: IO[bytes]) -> Iterator[Outcome]:
+    def _run(self, work: Work, printed: IO[bytes]) -> None:
+        """Load a backend, and run modes of it as long as there are any."""
         target = f"{__name__}:{_Served.__name__}"
-        self._process = Process(f"backend {self._name}", target, _ENVIRONMENT, printed)
-        if self._is_stopped:
-            return
+        self._process = process = Process(f"backend {work.name}", target, _ENVIRONMENT, printed)
         try:
-            plan = self._call("plan", self._name, list(self._contracts), self._seed)
+            if not self._is_stopped and self._plan(work, printed):
+                while numbers := self._schedule.take(work):
+                    if not all(self._ran(work, number, printed) for number in numbers):
+                        return
+        finally:
+            process.kill()
+
+    def _plan(self, work: Work, printed: IO[bytes]) -> bool:
+        """Load a backend, and plan it if no other process has; tell whether it can be run."""
+        part, begin = self._parts[work.name], perf_counter()
+        try:
+            plan = self._call("plan", work.name, list(self._asked.contracts), self._asked.seed)
         except (ProcessEndedError, TimeoutError) as error:
-            yield UnavailableBackend(self._name, self._how(error), _last_lines(printed))
-            return
-        self._begun(self._name, len(plan))
-        for number, (kind, planned) in enumerate(plan):
-            if kind != Result.__name__:
-                yield _KNOWN[kind](**planned)
-                continue
-            try:
-                yield Result(**self._call("run", number))
-            except (ProcessEndedError, TimeoutError) as error:
-                how = self._how(error)
-                yield Result(**planned, status="failed", seconds=0, expected="an answer", came=how)
-                left = sum(kind == Result.__name__ for kind, _ in plan[number + 1 :])
-                what = f"{how}; {left} more were not run"
-                yield UnavailableBackend(self._name, what, _last_lines(printed))
-                return
+            if work.is_planned:  # by a process that has it still, maybe for itself alone
+                self._schedule.keep_to_one(work)
+            else:
+                self._break(work, error, printed)
+            return False
+        if not work.is_planned:
+            part.plan = plan
+            self._asked.progress.begun(work.name, len(plan))
+            for number, (kind, planned) in enumerate(plan):
+                if kind != Result.__name__:
+                    self._came(work, number, _KNOWN[kind](**planned))
+            self._schedule.plan(work, _modes(plan), perf_counter() - begin)
+        return True
+
+    def _ran(self, work: Work, number: int, printed: IO[bytes]) -> bool:
+        """Run a cell; tell whether more can be run."""
+        try:
+            result = Result(**self._call("run", number))
+        except (ProcessEndedError, TimeoutError) as error:
+            _, planned = self._parts[work.name].plan[number]
+            self._break(work, error, printed)
+            what = {"expected": "an answer", "came": self._how(work, error)}
+            failed = Result(**planned, status="failed", seconds=0, seed=self._asked.seed, **what)
+            self._came(work, number, failed)
+            return False
+        self._came(work, number, result)
+        self._schedule.ran(work, result.seconds)
+        return True
+
+    def _came(self, work: Work, number: int, outcome: Outcome) -> None:
+        part = self._parts[work.name]
+        part.came[number] = outcome
+        self._asked.progress.ran(work.name)
+        if len(part.came) == len(part.plan):
+            self._done.put(work.name)
+
+    def _break(self, work: Work, error: Exception, printed: IO[bytes]) -> None:
+        """Note how a backend broke down, and give it up."""
+        part = self._parts[work.name]
+        what = self._how(work, error), _last_lines(printed)
+        part.broken = part.broken or UnavailableBackend(work.name, *what)
+        self._schedule.give_up(work)
 
     def _call(self, method: str, *args: Any) -> Any:
         assert self._process is not None
-        return self._process.call(0, method, args, {}, timeout=self._timeout)
+        return self._process.call(0, method, args, {}, timeout=self._asked.timeout)
 
-    def _how(self, error: Exception) -> str:
+    def _how(self, work: Work, error: Exception) -> str:
         if isinstance(error, ProcessEndedError):
             return str(error)
-        return f"the process of backend {self._name} gave no answer within {self._timeout:g} s"
+        return f"the process of backend {work.name} gave no answer within {self._asked.timeout:g} s"
+
+
+def _modes(plan: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[int]]:
+    """Return the numbers of the cells of each mode that is to be run."""
+    modes: defaultdict[str, list[int]] = defaultdict(list)
+    for number, (kind, planned) in enumerate(plan):
+        if kind == Result.__name__:
+            modes[planned["mode"]].append(number)
+    return list(modes.values())
 
 
 def _last_lines(printed: IO[bytes]) -> str:

@@ -17,7 +17,9 @@ from unidrop.conformance.recipe import Recipe
 
 __all__ = [
     "CONTRACTS",
+    "RATE",
     "SEED",
+    "SHAPE",
     "STEPS",
     "Cell",
     "Contract",
@@ -29,6 +31,10 @@ __all__ = [
 
 #: The seed of cells that are given no other.
 SEED = 42
+
+#: What contracts are of that may be of any shape and rate: a compiled mode, where each would take
+#: another program, then has one for all of them.
+SHAPE, RATE = (8, 9), 0.5
 
 #: How many steps a compiled mode has to take with what it traced at the first.
 STEPS = 100

@@ -7,7 +7,15 @@ from numpy.typing import NDArray
 
 import unidrop
 from unidrop.conformance.compare import ContractError, check_equal, check_unchanged
-from unidrop.conformance.contracts.contract import STEPS, Cell, by_core, check_output_of, contract
+from unidrop.conformance.contracts.contract import (
+    RATE,
+    SHAPE,
+    STEPS,
+    Cell,
+    by_core,
+    check_output_of,
+    contract,
+)
 from unidrop.conformance.recipe import Recipe
 
 
@@ -15,13 +23,15 @@ from unidrop.conformance.recipe import Recipe
     "layer-calls", "A layer's training calls advance its key; at p = 0 they do not.", ("layer",)
 )
 def _layer_calls(cell: Cell) -> None:
-    layer = _layer(cell, 0.5)
-    x = cell.ones((8, 9))
+    layer = _layer(cell, RATE)
+    x = cell.ones(SHAPE)
     for call in range(3):
         check_equal(int(layer.calls), call, "calls")
         _check_layer_call(cell, layer, x, call)
     layer.calls = 100
     _check_layer_call(cell, layer, x, 100)
+    if cell.is_compiled:  # what does nothing would be another program
+        return
     idle_layer = _layer(cell, 0.0)
     idle_layer(cell.array(x), training=True)
     check_equal(int(idle_layer.calls), 0, "calls at p = 0:")
@@ -33,8 +43,8 @@ def _layer_calls(cell: Cell) -> None:
     ("layer",),
 )
 def _layer_evaluation(cell: Cell) -> None:
-    layer = _layer(cell, 0.5)
-    x = cell.values((8, 9))
+    layer = _layer(cell, RATE)
+    x = cell.values(SHAPE)
     # Where training is another program, layer-calls alone compiles it.
     trained = 0 if cell.is_compiled else 2
     for call in range(trained):
@@ -48,23 +58,23 @@ def _layer_evaluation(cell: Cell) -> None:
 
 @contract("layer-error", "A layer's call that raises does not count.", ("layer",))
 def _layer_error(cell: Cell) -> None:
-    layer = _layer(cell, 0.5)
+    layer = _layer(cell, RATE)
     try:
         layer(cell.array(np.ones(4, dtype="int32")), training=True)
     except (TypeError, ValueError):
         check_equal(int(layer.calls), 0, "calls")
-        _check_layer_call(cell, layer, cell.ones((8, 9)), 0)
+        _check_layer_call(cell, layer, cell.ones(SHAPE), 0)
         return
     raise ContractError("an error for integers", "none")
 
 
 @contract("layer-resumes", "A layer saved and loaded continues with the next call.", ("layer",))
 def _layer_resumes(cell: Cell) -> None:
-    layer = _layer(cell, 0.5)
-    x = cell.ones((8, 9))
+    layer = _layer(cell, RATE)
+    x = cell.ones(SHAPE)
     for _ in range(3):
         layer(cell.array(x), training=True)
-    resumed = _layer(cell, 0.5)
+    resumed = _layer(cell, RATE)
     resumed.load(layer.save())
     check_equal(int(resumed.calls), 3, "calls")
     _check_layer_call(cell, resumed, x, 3)
@@ -77,7 +87,7 @@ def _layer_resumes(cell: Cell) -> None:
     compiled_only=True,
 )
 def _layer_traces(cell: Cell) -> None:
-    layer = _layer(cell, 0.5)
+    layer = _layer(cell, RATE)
     x = cell.ones((5, 13))
     before = cell.able.traces(cell.mode)
     for call in range(STEPS):
@@ -93,15 +103,14 @@ def _layer_traces(cell: Cell) -> None:
     ("layer", "layer_gradient"),
 )
 def _layer_gradient(cell: Cell) -> None:
-    layer = _layer(cell, 0.5)
-    x, upstream = cell.values((8, 9)), cell.values((9, 8)).reshape(8, 9)[::-1].copy()
+    layer = _layer(cell, RATE)
+    x, upstream = cell.values(SHAPE), cell.values(SHAPE)[::-1].copy()
     pending = [layer.vjp(cell.array(x)) for _ in range(2)]
     check_equal(int(layer.calls), 2, "calls after two:")
     for call, (y, pullback) in reversed(list(enumerate(pending))):
         _check_output_of_call(cell, y, x, call, "output")
         _check_output_of_call(cell, pullback(cell.array(upstream)), upstream, call, "gradient")
     check_equal(int(layer.calls), 2, "calls after the backward passes:")
-    _check_layer_call(cell, layer, x, 2)
 
 
 def _layer(cell: Cell, p: float) -> Any:
@@ -113,6 +122,6 @@ def _check_layer_call(cell: Cell, layer: Any, x: NDArray[Any], call: int) -> Non
 
 
 def _check_output_of_call(cell: Cell, y: Any, x: NDArray[Any], call: int, what: str) -> None:
-    recipe = Recipe(cell.seed, (call,), 0.5, x.shape)
-    expected = by_core(unidrop.dropout, x, 0.5, recipe.key)
+    recipe = Recipe(cell.seed, (call,), RATE, x.shape)
+    expected = by_core(unidrop.dropout, x, RATE, recipe.key)
     check_output_of(recipe, cell.backend.to_numpy(y), expected, x, f"{what} of call {call}")

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 import unidrop
 from unidrop.conformance.compare import ContractError, check_equal, check_mask
 from unidrop.conformance.contracts.contract import (
+    RATE,
+    SHAPE,
     STEPS,
     Cell,
     by_core,
@@ -24,28 +26,18 @@ from unidrop.conformance.recipe import Recipe
 
 # Where each shape and rate is compiled anew, of as many golden vectors as there are, these few.
 _TELLING = (
-    "size-257",
-    "shape-0d",
     "shape-2x3x5x7",
-    "rate-0.001",
     "seed-0-step-2^32-1",
-    "seed-42-step-0",
     "seed-2^64-1-step-7",
-    "rate-2^-32-threshold-1",
-    "threshold-equals-u-even-0",
     "threshold-is-u-plus-1-even-0",
     "threshold-equals-u-odd-1",
-    "threshold-is-u-plus-1-odd-1",
     "even-u-0-rate-2^-32-drops",
-    "broadcast-leading",
     "broadcast-channel-dropout",
-    "window-unaligned-7",
-    "window-inner-of-37",
     "window-across-index-2^35-2d",
 )
 
 # The masks that show how the elements of a block are decided.
-_LONG = ("size-257", "size-1000")
+_LONG = ("shape-2x3x5x7", "size-257", "size-1000")
 
 # At which rates, and whether in training, a mask is returned.
 _CALLS = ((0.4, True), (0, True), (0.4, False), (1, True))
@@ -55,7 +47,7 @@ _CALLS = ((0.4, True), (0, True), (0.4, False), (1, True))
 def _steps(cell: Cell) -> None:
     masks: dict[int, NDArray[np.bool]] = {}
     for step in (0, 1, 2, 1, 2**31 - 1, 0):
-        keep = cell.keeps((7, 9), 0.5, step)
+        keep = cell.keeps(SHAPE, RATE, step)
         check_mask(keep, masks.setdefault(step, keep), f"mask of step {step} again")
     for one, other in combinations(masks, 2):
         if np.array_equal(masks[one], masks[other]):
@@ -117,9 +109,9 @@ def _windows_tile(cell: Cell) -> None:
     expected = by_core(unidrop.keep_mask, whole, 0.3, cell.key(5))
     came = np.zeros(whole, dtype=bool)
     # In a compiled mode each shape is another program.
-    cuts = (slice(0, 11),) if cell.is_compiled else (slice(0, 3), slice(3, 11))
-    for rows in (slice(0, 1), slice(1, 6)):
-        for columns in cuts:
+    cuts = (slice(0, 6),) if cell.is_compiled else (slice(0, 1), slice(1, 6))
+    for rows in cuts:
+        for columns in (slice(0, 3), slice(3, 11)):
             block = came[rows, :, columns]
             start = (rows.start, 0, columns.start)
             block[...] = cell.keeps(block.shape, 0.3, 5, global_shape=whole, start=start)
@@ -141,8 +133,7 @@ def _large_mask(cell: Cell) -> None:
 @contract("returned-mask", "return_mask returns the mask that was applied.", ("mask",))
 def _returned_mask(cell: Cell) -> None:
     x = cell.ones((9, 11))
-    calls = ((0.4, True), (0.4, False)) if cell.is_compiled else _CALLS
-    for p, training in calls:
+    for p, training in _CALLS[:1] if cell.is_compiled else _CALLS:
         y, mask = cell.backend.dropout(
             cell.array(x), p, cell.seed, 1, mode=cell.mode, training=training, return_mask=True
         )
@@ -188,14 +179,18 @@ def _layout(cell: Cell) -> None:
 
 @contract("threads", "Calls from many threads give the masks of their keys.")
 def _threads(cell: Cell) -> None:
+    shape, p, threads = ((65, 33), 0.2, 8)
+    if cell.is_compiled:  # where a layer of each thread is another program
+        shape, p, threads = (SHAPE, RATE, 2)
+
     def keeps(step: int) -> NDArray[np.bool]:
-        return cell.keeps((65, 33), 0.2, step)
+        return cell.keeps(shape, p, step)
 
     if cell.is_compiled:
         keeps(0)  # compiled here, and not by each of the threads at once
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for step, keep in enumerate(pool.map(keeps, range(16))):
-            expected = by_core(unidrop.keep_mask, (65, 33), 0.2, cell.key(step))
+            expected = by_core(unidrop.keep_mask, shape, p, cell.key(step))
             check_mask(keep, expected, f"mask of step {step}")
 
 
