@@ -210,7 +210,8 @@ def _check_golden_masks(
     for golden, keep in sorted(came, key=lambda pair: -_differing(*pair)):
         expected = np.broadcast_to(golden.keep, golden.shape)
         if half is not None and keep.shape == expected.shape:
-            keep = np.where(np.arange(keep.size) % 2 == half, keep, expected)
+            halves = np.arange(keep.size).reshape(keep.shape) % 2
+            keep = np.where(halves == half, keep, expected)
         try:
             check_mask(keep, expected, f"mask {golden.name!r} ({golden.command})")
         except ContractError as error:
