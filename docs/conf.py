@@ -10,13 +10,14 @@ from pathlib import Path
 # What these say when they are imported, for their docstrings, is no warning of the pages.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import unidrop  # noqa: E402
+import unidrop
 
 project = "unidrop"
 author = copyright = "The unidrop authors"
 release = unidrop.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+highlight_language = "none"  # of blocks that name none
 myst_heading_anchors = 3
 
 # A name in single backticks is a link where it is one of ours.
@@ -24,7 +25,6 @@ default_role = "py:obj"
 autodoc_typehints = "none"  # the docstrings say more
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
-napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 
@@ -44,6 +44,12 @@ def _link_files(app, docname, source):
     source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", linked, source[0])
 
 
+def _without_signature(app, what, name, obj, options, signature, returns):
+    """Show a protocol without arguments: nothing is made of it."""
+    return ("", returns) if getattr(obj, "_is_protocol", False) else None
+
+
 def setup(app):
     """Connect what is above."""
     app.connect("source-read", _link_files)
+    app.connect("autodoc-process-signature", _without_signature)
