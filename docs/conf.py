@@ -3,14 +3,15 @@
 Nothing is fetched, neither when it is made nor when it is read.
 """
 
+import inspect
 import os
 import re
 from pathlib import Path
 
-# What these say when they are imported, for their docstrings, is no warning of the pages.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import unidrop
+
+# TensorFlow is imported for docstrings; what it logs of its build is no warning of the pages.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 project = "unidrop"
 author = copyright = "The unidrop authors"
@@ -25,6 +26,7 @@ default_role = "py:obj"
 autodoc_typehints = "none"  # the docstrings say more
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 
@@ -44,12 +46,17 @@ def _link_files(app, docname, source):
     source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", linked, source[0])
 
 
-def _without_signature(app, what, name, obj, options, signature, returns):
-    """Show a protocol without arguments: nothing is made of it."""
-    return ("", returns) if getattr(obj, "_is_protocol", False) else None
+def _signature(app, what, name, obj, options, signature, returns):
+    """Show a class as it is made: of a protocol nothing is, and Keras hides how a layer is."""
+    if getattr(obj, "_is_protocol", False):
+        return "", returns
+    if signature == "(*args, **kwargs)":
+        _, *taken = inspect.signature(obj.__init__).parameters.values()
+        return str(inspect.Signature([p.replace(annotation=p.empty) for p in taken])), returns
+    return None
 
 
 def setup(app):
     """Connect what is above."""
     app.connect("source-read", _link_files)
-    app.connect("autodoc-process-signature", _without_signature)
+    app.connect("autodoc-process-signature", _signature)

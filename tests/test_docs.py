@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from unidrop.cli import main
+from unidrop.conformance import load_backends
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
@@ -158,6 +159,21 @@ def test_the_extras_that_pages_install_exist():
     named = re.findall(r'"\.\[([\w,]+)\]"', "\n".join(TEXTS.values()))
     assert named
     assert set(",".join(named).split(",")) <= set(project["optional-dependencies"])
+
+
+IN_THIS_PROCESS = ["torch", "tensorflow", "keras", "jax", "flax"]
+
+
+@pytest.mark.parametrize("name", IN_THIS_PROCESS)
+def test_the_table_of_modes_has_every_mode_of_a_backend(name):
+    rows, backend = {}, ""
+    for first, modes in re.findall(
+        r"^\| (`\S+` )?\| (`.*?) \|", TEXTS["docs/modes.md"], re.MULTILINE
+    ):
+        backend = first.strip("` ") or backend
+        rows.setdefault(backend, []).extend(re.findall(r"`(.*?)`", modes))
+    (loaded,) = load_backends([name])
+    assert sorted(rows[name]) == sorted(set(loaded.modes) - {"eager", "fused"})
 
 
 def slugs_of(page):
