@@ -19,14 +19,15 @@ from unidrop.cli import main
 from unidrop.conformance import load_backends
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
-OTHERS = (
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "examples/backend_mlx/README.md",
-    "unidrop/conformance/vectors/README.md",
-)
-TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in (*PAGES, *OTHERS)}
+
+
+def markdown(*patterns):
+    return sorted(str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(p))
+
+
+PAGES = ["README.md", *markdown("docs/**/*.md")]
+ALL = [*PAGES, *markdown("C*.md", "examples/**/*.md", "unidrop/**/*.md")]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in ALL}
 
 # One session, of which a block goes on with the names of those before; elsewhere each stands alone.
 SESSION = "docs/tutorial.md"
