@@ -53,10 +53,10 @@ _NO_CALLS = (
 
 
 class Dropout(torch.nn.Module):
-    r"""During training, zero elements of the input with probability p and scale the rest.
+    """During training, zero elements of the input with probability p and scale the rest.
 
     As `torch.nn.Dropout`, and its replacement: the elements are zeroed independently at every
-    forward call, kept ones are multiplied by :math:`\frac{1}{1-p}`, and evaluation is the
+    forward call, kept ones are multiplied by ``1 / (1 - p)``, and evaluation is the
     identity. Beyond it, the same seed drops the same elements in every framework, on every
     device, and the backward pass keeps no mask.
 
@@ -100,9 +100,7 @@ class Dropout(torch.nn.Module):
     `torch.nn.parallel.DistributedDataParallel` keeps one call number in all processes: fold the
     rank into the seed, or all of them drop the same units of their parts of a batch.
 
-    Shape:
-        - Input: :math:`(*)`. Input can be of any shape
-        - Output: :math:`(*)`. Output is of the same shape as input
+    Shape: the input may have any, and the output has the input's.
 
     N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
     JMLR 15 (2014).

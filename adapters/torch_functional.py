@@ -62,7 +62,7 @@ def dropout(
     *,
     key: Key | None = None,
 ) -> Tensor:
-    r"""During training, zero elements of the input with probability p and scale the rest.
+    """During training, zero elements of the input with probability p and scale the rest.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def dropout(
     Returns
     -------
     torch.Tensor
-        Kept elements times :math:`\frac{1}{1-p}`. The backward pass makes the mask again from
+        Kept elements times ``1 / (1 - p)``. The backward pass makes the mask again from
         the key, and no tensor is kept for it.
 
     Raises

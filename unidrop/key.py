@@ -90,7 +90,7 @@ class Key:
 
     @property
     def words(self) -> tuple[Any, Any]:
-        """The key's words ``(lo, hi)``: Python integers, or 0-d arrays of a traced key."""
+        """The key's words ``(lo, hi)``, Python integers, or 0-d arrays of a traced key."""
         return self._lo, self._hi
 
     @property

@@ -46,8 +46,11 @@ class Contract:
 
     Attributes
     ----------
-    name, promise : str
+    name : str
+    promise : str
+        In one sentence.
     check : callable
+        Raises `ContractError` where it does not hold.
     needs : tuple of str
         The abilities without which it can't be run.
     every_dtype : bool
