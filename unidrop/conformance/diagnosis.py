@@ -238,6 +238,9 @@ def causes_of_mask(
     """
     flat = kept.reshape(-1)
     known = np.ones(flat.shape, dtype=bool) if told is None else told.reshape(-1)
+    constant = _constant(flat[known])
+    if constant and not _is_small(recipe, kept):
+        return [constant]  # which arithmetic at an odd rate may give as well, and nobody means
     wrong = _some_wrong(recipe, flat)
     # What is wrong tells most: few of it first, then a sample, then all.
     sampled = _sampled(flat.size)
@@ -254,6 +257,7 @@ def causes_of_mask(
         (what, changes, replace(recipe, **changes)) for what, changes in mistakes_of_mask(recipe)
     ]
     found = [what for what, _, changed in singles if explains(changed)]
+    found = [constant, *found] if constant else found
     if found or not pairs or _is_small(recipe, kept):
         return found
     return [
@@ -301,6 +305,13 @@ def causes_of_masks(masks: Sequence[tuple[Recipe, Kept]]) -> list[str]:
             if what not in changed or np.array_equal(changed[what].keep(positions), flat)
         ]
     return found
+
+
+def _constant(flat: Kept) -> str:
+    """Return what a mask is that is the same everywhere, or nothing."""
+    if flat.all():
+        return "nothing is dropped, as in evaluation or at p = 0"
+    return "" if flat.any() else "all is dropped, as at p = 1"
 
 
 def _is_small(recipe: Recipe, kept: Kept) -> bool:

@@ -40,6 +40,9 @@ _ENVIRONMENT: Mapping[str, str] = {
     "OMP_WAIT_POLICY": "passive",
     # A process that is killed by a signal says where it was.
     "PYTHONFAULTHANDLER": "1",
+    # Who takes a whole GPU at once leaves nothing of it to the process beside it.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
 }
 
 # How much is shown of what a process printed that broke down: frameworks can be talkative.
@@ -200,29 +203,32 @@ class _Worker:
 
     def _plan(self, work: Work, printed: IO[bytes]) -> bool:
         """Load a backend, and plan it if no other process has; tell whether it can be run."""
-        part, begin = self._parts[work.name], perf_counter()
+        part, begin, is_first = self._parts[work.name], perf_counter(), not work.is_planned
+        plan: list[tuple[str, dict[str, Any]]] = []
         try:
             plan = self._call("plan", work.name, list(self._asked.contracts), self._asked.seed)
-        except (ProcessEndedError, TimeoutError) as error:
-            if work.is_planned:  # by a process that has it still, maybe for itself alone
-                self._schedule.keep_to_one(work)
-            else:
+        except Exception as error:
+            if is_first:
                 self._break(work, error, printed)
-            return False
-        if not work.is_planned:
+                return False
+        if is_first:
             part.plan = plan
             self._asked.progress.begun(work.name, len(plan))
             for number, (kind, planned) in enumerate(plan):
                 if kind != Result.__name__:
                     self._came(work, number, _KNOWN[kind](**planned))
             self._schedule.plan(work, _modes(plan), perf_counter() - begin)
+        elif plan != part.plan:
+            # The first has what there is one of, or it is not the same backend each time.
+            self._schedule.keep_to_one(work)
+            return False
         return True
 
     def _ran(self, work: Work, number: int, printed: IO[bytes]) -> bool:
         """Run a cell; tell whether more can be run."""
         try:
             result = Result(**self._call("run", number))
-        except (ProcessEndedError, TimeoutError) as error:
+        except Exception as error:
             _, planned = self._parts[work.name].plan[number]
             self._break(work, error, printed)
             what = {"expected": "an answer", "came": self._how(work, error)}
@@ -252,9 +258,10 @@ class _Worker:
         return self._process.call(0, method, args, {}, timeout=self._asked.timeout)
 
     def _how(self, work: Work, error: Exception) -> str:
-        if isinstance(error, ProcessEndedError):
-            return str(error)
-        return f"the process of backend {work.name} gave no answer within {self._asked.timeout:g} s"
+        if isinstance(error, TimeoutError):
+            within = f"{self._asked.timeout:g} s"
+            return f"the process of backend {work.name} gave no answer within {within}"
+        return str(error) if isinstance(error, ProcessEndedError) else text_of(error)
 
 
 def _modes(plan: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[int]]:

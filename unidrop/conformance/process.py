@@ -199,7 +199,7 @@ class Process:
         while True:
             try:
                 call, error, value = pickle.load(self._stdout)
-            except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+            except Exception:  # it has ended, or what it sends can't be read here
                 self._fail_all()
                 self._stdout.close()
                 return

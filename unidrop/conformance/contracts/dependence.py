@@ -20,6 +20,7 @@ RESTS_ON: Mapping[str, tuple[str, ...]] = {
     "large-mask": ("mask",),
     "returned-mask": ("mask", "nothing-to-drop"),
     "layout": ("output",),
+    "step-keys": ("mask",),
     "threads": ("mask",),
     "scale": ("shape-dtype-device",),
     "output": ("mask", "scale", "dropped-is-zero", "nothing-to-drop"),

@@ -20,17 +20,19 @@ from unidrop.conformance.contracts.contract import (
     check_some,
     contract,
 )
-from unidrop.conformance.diagnosis import causes_of_masks
+from unidrop.conformance.diagnosis import causes_of_mask, causes_of_masks
 from unidrop.conformance.golden import GoldenMask, golden_masks, read_golden
 from unidrop.conformance.recipe import Recipe
 
 # Where each shape and rate is compiled anew, of as many golden vectors as there are, these few.
 _TELLING = (
+    "shape-0d",
     "shape-2x3x5x7",
     "seed-0-step-2^32-1",
+    "seed-42-step-7",
     "seed-2^64-1-step-7",
-    "threshold-is-u-plus-1-even-0",
-    "threshold-equals-u-odd-1",
+    "threshold-is-u-plus-1-even-6",
+    "threshold-equals-u-odd-9",
     "even-u-0-rate-2^-32-drops",
     "broadcast-channel-dropout",
     "window-across-index-2^35-2d",
@@ -69,6 +71,22 @@ def _odd_elements(cell: Cell) -> None:
 @contract("mask", "The mask is that of the golden vectors, bit for bit, at any shape and rate.")
 def _mask(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: not g.options and not _is_threshold_case(g))
+
+
+@contract("step-keys", "Step n has the mask of the key into which n is folded, however large n is.")
+def _step_keys(cell: Cell) -> None:
+    steps = (1, 2, 255, 65537, 2**24 + 1, 2**31 - 1, 2**53 + 1)
+    for step in (step for step in steps if step < cell.backend.step_limit):
+        recipe = Recipe(cell.seed, (step,), RATE, SHAPE)
+        expected = by_core(unidrop.keep_mask, SHAPE, RATE, recipe.key)
+        keep = cell.keeps(SHAPE, RATE, step)
+        try:
+            check_mask(keep, expected, f"mask of step {step}")
+        except ContractError as error:
+            if keep.shape != SHAPE:
+                raise
+            causes = causes_of_mask(recipe, keep, pairs=False)
+            raise error.explained(causes, cell.diff(recipe)) from None
 
 
 @contract("threshold", "An element is kept where u >= T: at u = T kept, at u = T - 1 dropped.")

@@ -90,6 +90,7 @@ def _gradient_mask(cell: Cell) -> None:
     "The gradient is the output rule applied to the upstream gradient, by the forward's mask.",
     ("gradient",),
     every_dtype=True,
+    in_compiled=True,
 )
 def _gradient(cell: Cell) -> None:
     for golden in _golden_outputs(cell):
