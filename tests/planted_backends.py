@@ -219,6 +219,13 @@ class StepNotFolded(Sound):
         return seed
 
 
+class StepNarrowedToFloat32(Sound):
+    step_limit = 1 << 31
+
+    def key_of_call(self, seed, step):
+        return super().key_of_call(seed, int(np.float32(step)))
+
+
 class MaskByMemoryOrder(Sound):
     def indices(self, x, axes, whole, start):
         if x.flags.c_contiguous or not x.flags.f_contiguous:
@@ -249,6 +256,25 @@ class LayerActiveInEvaluation(Sound):
                 return super().__call__(x, training=True)
 
         return Active(self, p, seed, mode)
+
+
+class LayerOfItsFirstCallsTraining(Sound):
+    def layer(self, p, seed, *, dtype, device, mode):
+        class Traced(Layer):
+            training = None
+
+            def __call__(self, x, *, training):
+                self.training = training if self.training is None else self.training
+                return super().__call__(x, training=self.training)
+
+        return Traced(self, p, seed, mode)
+
+
+class CompiledGradientOfFloat16Scale(Sound):
+    def gradient(self, x, upstream, p, seed, step, *, mode):
+        if mode == "eager":
+            return super().gradient(x, upstream, p, seed, step, mode=mode)
+        return ScaleRoundedToFloat16().gradient(x, upstream, p, seed, step, mode=mode)
 
 
 class FunctionActiveInEvaluation(Sound):

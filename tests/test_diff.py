@@ -14,6 +14,7 @@ from PIL import Image
 import unidrop
 from unidrop import Key
 from unidrop.cli import main
+from unidrop.conformance.compare import numpy_dtype
 from unidrop.conformance.diagnosis import diagnose
 from unidrop.conformance.golden import golden_masks, golden_outputs
 from unidrop.conformance.recipe import Recipe
@@ -613,3 +614,25 @@ def test_a_mask_without_elements_is_not_drawn(tmp_path):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert "without elements" in result.output
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [(1, "nothing is dropped, as in evaluation or at p = 0"), (0, "all is dropped, as at p = 1")],
+)
+def test_a_mask_that_is_the_same_everywhere_is_called_that_at_any_rate(p, value, cause):
+    kept = np.full((20, 30), value, dtype=bool)
+    assert diagnose(Recipe(42, (7,), p, kept.shape), kept).causes == (cause,)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
+def test_a_product_with_the_mask_is_named_where_what_is_dropped_would_overflow(dtype):
+    of = numpy_dtype(dtype)
+    x = np.full((20, 30), ml_dtypes.finfo(of).max, dtype=of)
+    recipe = Recipe(42, (7,), 0.3, x.shape)
+    keep = recipe.keep(np.arange(x.size)).reshape(x.shape)
+    with np.errstate(all="ignore"):
+        y = ((x * of.type(1 / 0.7)).astype(of) * keep).astype(of)
+        diagnosis = diagnose(recipe, y, x)
+    assert "the mask is right, but the output is not" in diagnosis.what

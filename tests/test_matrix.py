@@ -210,7 +210,18 @@ class make(Numpy):
 """
 
 
-@pytest.mark.parametrize("second", ["pass", "os._exit(3)"], ids=["helps", "can not be loaded"])
+@pytest.mark.parametrize(
+    "second",
+    [
+        "pass",
+        "os._exit(3)",
+        "raise RuntimeError('taken')",
+        "self.modes = self.modes[:3]",
+        "self.modes = self.modes[::-1]",
+        "self.devices = ()",
+    ],
+    ids=["helps", "exits", "raises", "has fewer modes", "has another order", "is broken"],
+)
 def test_who_has_nothing_to_do_helps_where_a_backend_takes_long(install, monkeypatch, second):
     install("shared", SHARED.replace("SECOND", second))
     pays = property(lambda work: work.is_shared and bool(work.ran and work.modes))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -125,7 +126,7 @@ def diagnose(
     """
     expected = np.concatenate([recipe.keep(p) for p in _chunks(array.size)] or [np.zeros(0, bool)])
     expected = expected.reshape(array.shape)
-    told = np.ones(array.shape, dtype=bool) if x is None else _tells(x, array)
+    told = np.ones(array.shape, dtype=bool) if x is None else _tells(x, array, recipe.p)
     kept = np.where(told, array != 0, expected)
     difference = first_difference(recipe, kept)
     if difference is not None:
@@ -150,18 +151,19 @@ def diagnose(
     return None
 
 
-def _tells(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool]:
+def _tells(x: NDArray[Any], y: NDArray[Any], p: float) -> NDArray[np.bool]:
     """Return where an output says whether its element was kept.
 
-    It does not where x is 0, or so small that a zero conforms; nor where x is no number, nor the
-    output, which may be what a product with the mask gives.
+    It does not where x is 0, or so small that a zero conforms; nor where the output is no number,
+    and x none either or so large that x / (1 - p) is infinite: a product with the mask gives that.
     """
     compute = np.finfo(numpy_dtype(compute_dtype(x.dtype)))
     width = 2 if x.dtype.kind == "c" else 1
     parts = components(x).reshape(*x.shape, width).astype(np.float64)
+    most = float(ml_dtypes.finfo(x.dtype).max) * (1 - p)
     with np.errstate(invalid="ignore"):
         is_small = (np.abs(parts) < float(compute.tiny)).all(axis=-1)
-        is_lost = np.isnan(y) & ~np.isfinite(parts).all(axis=-1)
+        is_lost = np.isnan(y) & ~(np.abs(parts) <= most).all(axis=-1)
     tells: NDArray[np.bool] = ~is_small & ~is_lost
     return tells
 

@@ -34,7 +34,7 @@ def mistakes_of_mask(recipe: Recipe) -> Changes:
 def _of_generator(recipe: Recipe) -> Changes:
     for rounds in range(1, 17):
         if rounds != recipe.rounds:
-            what = f"the generator makes {rounds} rounds instead of 10"
+            what = f"the generator makes {rounds} round{'s' * (rounds > 1)} instead of 10"
             yield what, {"rounds": rounds}
             yield f"{what}, for keys too", {"rounds": rounds, "key_rounds": rounds}
             yield f"{what}, for keys alone", {"key_rounds": rounds}
@@ -55,6 +55,7 @@ def _of_generator(recipe: Recipe) -> Changes:
 def _of_words(recipe: Recipe) -> Changes:
     even, odd = recipe.even, recipe.odd
     yield "odd elements take the word itself, and not its product with 0x6C078965", {"odd": even}
+    yield "odd elements take the upper half of the product with 0x6C078965", {"odd": _upper}
     yield "the even element takes the product, and the odd one the word", {"even": odd, "odd": even}
     yield "each word decides one element, and not two", {"elements_a_word": 1}
     for order in itertools.permutations(range(4)):
@@ -62,6 +63,11 @@ def _of_words(recipe: Recipe) -> Changes:
             yield "the words of a block are in reverse order", {"words": order}
         elif order != recipe.words:
             yield f"the words of a block are in the order {order}", {"words": order}
+
+
+def _upper(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    upper: NDArray[np.uint64] = words * np.uint64(0x6C078965) >> np.uint64(32)
+    return upper
 
 
 def _of_comparison(recipe: Recipe) -> Changes:

@@ -22,7 +22,7 @@ RESTS_ON: Mapping[str, tuple[str, ...]] = {
     "layout": ("output",),
     "step-keys": ("mask",),
     "threads": ("mask",),
-    "scale": ("shape-dtype-device",),
+    "scale": ("mask", "shape-dtype-device"),
     "output": ("mask", "scale", "dropped-is-zero", "nothing-to-drop"),
     "gradient-mask": ("shape-dtype-device",),
     "gradient": ("output", "gradient-mask"),
