@@ -1,6 +1,7 @@
 """What is said of dumps that somebody else made: where they are wrong, and by which mistake."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -521,21 +522,108 @@ def test_two_dumps_are_compared_with_each_other(dump):
     assert run(paths[0], dump(KEPT[:3], "half.npy")).exit_code == 1
 
 
-def test_a_backend_is_run_and_compared_in_place_of_a_dump(install):
-    install("theirs", source("theirs", "WordsReversed"))
-    chosen = ("--backend", "theirs", "--seed", "42", "--step", "7", "--p", "0.3")
-    result = run(*chosen, "--shape", "4x50")
+BACKEND = ("--seed", "42", "--step", "7", "--p", "0.3")
+
+
+@pytest.fixture
+def theirs(install, monkeypatch):
+    """Install a backend that stands in planted_backends.py as ``theirs``."""
+
+    def install_theirs(backend, more=""):
+        monkeypatch.delitem(sys.modules, "theirs", raising=False)
+        install("theirs", source("theirs", backend, more))
+
+    return install_theirs
+
+
+def test_a_backend_is_run_and_compared_in_place_of_a_dump(theirs):
+    theirs("WordsReversed")
+    result = run("--backend", "theirs", *BACKEND, "--shape", "4x50")
     assert result.exit_code == 1
-    assert result.output.startswith("theirs, eager: ")
+    assert result.output.startswith("theirs, cpu, float32, eager: ")
     assert "this explains all of it: the words of a block are in reverse order" in result.output
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_the_output_of_a_backend_is_compared_too_with_the_input_that_is_given(dump, dtype):
-    chosen = ("--backend", "numpy", "--seed", "42", "--step", "7", "--p", "0.3")
-    result = run(*chosen, "--input", dump(ORDINARY.astype(dtype)))
+    result = run("--backend", "numpy", *BACKEND, "--input", dump(ORDINARY.astype(dtype)))
     assert result.exit_code == 0, result.output
-    assert result.output == "numpy, eager: as the specification says, all 300 elements\n"
+    where = f"numpy, cpu, {np.dtype(dtype)}, eager"
+    assert result.output == f"{where}: as the specification says, all 300 elements\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("dropout(self, *a, **o): raise SystemExit(0)", "theirs raised SystemExit: 0"),
+        ("dropout(self, *a, **o): raise GeneratorExit", "theirs raised GeneratorExit:"),
+        ("to_numpy(self, y): raise OSError('no\\n device')", "theirs raised OSError: no device"),
+        ("to_numpy(self, y): return None", "to_numpy gave NoneType, and not a NumPy array"),
+        ("to_numpy(self, y): return y.tolist()", "to_numpy gave list, and not a NumPy array"),
+        ("to_numpy(self, y): return y.T", "the shape is (50, 4), and not (4, 50)"),
+        ("to_numpy(self, y): return y.astype(float)", "the dtype is float64, and not float32"),
+    ],
+    ids=["exit", "no exception", "lines", "None", "list", "shape", "dtype"],
+)
+def test_a_backend_that_fails_or_gives_something_else_is_one_line_and_exit_code_1(
+    theirs, method, said
+):
+    theirs("Sound", f"    def {method}\n")
+    result = run("--backend", "theirs", *BACKEND, "--shape", "4x50")
+    assert result.exit_code == 1
+    assert said in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "mention"),
+    [
+        ("-1x5", "lengths of 0 or more"),
+        ("99999999x99999999", "Unable to allocate"),
+        (f"{10**23}", "at most 2**64 elements"),
+        (f"0x{10**23}", "--shape: Maximum allowed dimension exceeded"),
+    ],
+    ids=["negative", "memory", "elements", "axis"],
+)
+def test_a_shape_of_which_there_can_be_no_array_is_named(shape, mention):
+    result = run("--backend", "numpy", *BACKEND, f"--shape={shape}")
+    assert result.exit_code == 2
+    assert mention in result.output
+
+
+@pytest.mark.parametrize(
+    ("of_input", "arguments", "mention"),
+    [
+        ("float32", ["--dtype", "float16"], "'float16' is not that of --input, float32"),
+        ("int32", [], "'int32' is none of float32"),
+    ],
+)
+def test_a_dtype_that_is_not_that_of_the_input_is_refused(dump, of_input, arguments, mention):
+    x = dump(np.ones(SHAPE, dtype=of_input))
+    result = run("--backend", "numpy", *BACKEND, "--input", x, *arguments)
+    assert result.exit_code == 2
+    assert mention in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (["--broadcast-axes", "1"], "--broadcast-axes in mode eager: masks are elementwise there"),
+        (["--global-shape", "9x9", "--start", "0x0"], "--global-shape in mode eager: no windows"),
+    ],
+    ids=["axes", "window"],
+)
+def test_what_a_backend_lacks_is_refused_with_the_reason_that_it_declares(
+    theirs, arguments, mention
+):
+    lacking = (
+        "    abilities = {'broadcast_axes': 'masks are elementwise there', 'windows': None}\n"
+        "    mode_limits = {'eager': {'windows': 'no windows'}}\n"
+    )
+    theirs("Sound", lacking)
+    result = run("--backend", "theirs", *BACKEND, "--shape", "4x5", *arguments)
+    assert result.exit_code == 2
+    assert mention in result.output
 
 
 @pytest.mark.parametrize(
@@ -558,8 +646,8 @@ def test_bad_arguments_of_a_backend_are_named(install, dump, arguments, code, me
     raising = "    def dropout(self, *arguments, **options):\n        1 / 0\n"
     install("raising", source("raising", "Sound", raising))
     install("absent", "import no_such_library")
-    chosen = ("--seed", "42", "--step", "7", "--p", "0.3", "--shape", "4x50")
-    result = run(*(argument.format(dump=dump(KEPT)) for argument in arguments), *chosen)
+    chosen = (argument.format(dump=dump(KEPT)) for argument in arguments)
+    result = run(*chosen, *BACKEND, "--shape", "4x50")
     assert result.exit_code == code
     assert mention in result.output
 

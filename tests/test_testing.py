@@ -4,6 +4,8 @@ import textwrap
 
 import pytest
 
+from unidrop import conformance, testing
+
 CARELESS = """
 import unidrop
 from unidrop.adapters.backends.numpy import Numpy
@@ -18,6 +20,22 @@ class make(Numpy):
 
     def dropout(self, x, p, seed, step, *, mode, broadcast_axes=(), **options):
         return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+"""
+
+MODELESS = """
+from unidrop.adapters.backends.numpy import Numpy
+
+
+class make(Numpy):
+    name = "modeless"
+
+    def __init__(self):
+        super().__init__()
+        self.modes = ("eager",)
+        self.missing_modes = {"graph": "there are no graphs"}
+
+    def dtypes(self, mode):
+        return {"eager": ("float16", "float64")}[mode]
 """
 
 
@@ -74,6 +92,20 @@ def test_what_does_not_apply_is_skipped_with_the_reason_that_is_declared(suite):
 def test_what_does_not_apply_is_no_item_where_the_cell_is_not_wanted(suite):
     decorator = "['careless'], where=lambda cell: cell.contract.name == 'mask'"
     suite(decorator).assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("attribute", ["device == 'cpu'", "dtype == 'float32'"])
+def test_what_does_not_apply_is_asked_for_with_a_device_and_a_dtype(suite, attribute):
+    decorator = f"['careless'], contracts=['mask', 'layer-calls'], where=lambda c: c.{attribute}"
+    suite(decorator).assert_outcomes(passed=1, skipped=1)
+
+
+def test_a_mode_that_is_missing_is_asked_for_with_a_dtype_of_the_first_mode(suite, install):
+    install("modeless", MODELESS)
+    decorator = "['modeless'], contracts=['mask'], where=lambda cell: cell.dtype == 'float16'"
+    result = suite(decorator)
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*mask-modeless-graph[]] SKIPPED*", "SKIPPED*there are no graphs"])
 
 
 def test_a_failure_that_is_expected_is_no_failure_and_its_reason_is_shown(suite):
@@ -140,11 +172,56 @@ def test_the_seed_is_chosen_by_an_option_or_a_variable(suite, monkeypatch, how):
     )
 
 
-def test_a_backend_that_can_not_be_loaded_is_an_error_that_says_why(suite, install):
-    install("absent", "import no_such_library")
-    result = suite("['absent']")
+UNTESTED = """
+from unidrop.conformance import UntestedError
+
+
+def make():
+    raise UntestedError("there is no GPU")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(UNTESTED, "untested: there is no GPU"), ("import no_such_library", "*no_such_library*")],
+    ids=["untested", "not installed"],
+)
+def test_a_backend_that_can_not_be_run_here_is_one_skipped_item_with_the_reason(
+    suite, install, code, reason
+):
+    install("absent", code)
+    decorator = (
+        "['careless', 'absent'], contracts=['mask'], where=lambda cell: cell.dtype == 'float32', "
+        "expected_failures={'*-absent-*': 'not yet'}"
+    )
+    result = suite(decorator)
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*test_conforms[[]absent[]] SKIPPED*",
+            f"SKIPPED*backend absent can't be run here: {reason}",
+        ]
+    )
+
+
+def test_a_backend_that_can_not_be_run_here_is_an_item_where_the_options_name_it(suite, install):
+    install("absent", UNTESTED)
+    result = suite("contracts=['mask']", "--unidrop-backend", "absent")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*test_conforms[[]absent[]] SKIPPED*"])
+
+
+def test_a_backend_that_can_not_be_run_here_is_no_item_where_nobody_names_it(install, monkeypatch):
+    install("absent", UNTESTED)
+    monkeypatch.setattr(conformance, "backend_names", lambda: ["absent", "numpy"])
+    assert [backend.name for backend in testing._loaded(set(), None)] == ["numpy"]
+
+
+def test_a_backend_that_is_broken_is_an_error_that_says_why(suite, install):
+    install("broken", "1 / 0")
+    result = suite("['broken']")
     assert result.ret != 0
-    result.stdout.fnmatch_lines(["*backend absent could not be loaded*no_such_library*"])
+    result.stdout.fnmatch_lines(["*backend broken could not be loaded: ZeroDivisionError*"])
 
 
 def test_pytest_without_such_tests_imports_nothing_of_unidrop(pytester):

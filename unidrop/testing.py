@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from unidrop.conformance import Backend, Cell
+    from unidrop.conformance import Backend, Cell, UnavailableBackend
 
 __all__ = ["parametrize_with_contracts"]
 
@@ -30,7 +30,9 @@ def parametrize_with_contracts(
     The test takes one argument, ``cell``, and calls ``cell.check()``. Items are named as the matrix
     names them, such as ``output-mine-cpu-float32-eager``. A contract that does not apply for a
     reason that the backend declares is one item for a mode, such as ``layout-mine-eager``, and is
-    skipped with that reason; for an ability that is not declared at all there is no item. The
+    skipped with that reason; for an ability that is not declared at all there is no item. A backend
+    that is named, here or by an option, and whose library is not installed or can't be run on this
+    machine, is one item with its name, skipped with the reason; one that is broken is an error. The
     options ``--unidrop-backend`` (may be repeated) and ``--unidrop-seed``, or the variables
     ``UNIDROP_BACKENDS`` (with commas) and ``UNIDROP_SEED``, choose backends, and the seed of
     whatever the golden vectors do not fix.
@@ -42,11 +44,13 @@ def parametrize_with_contracts(
     contracts : sequence of str, default ()
         Names of contracts; all if empty.
     where : callable, optional
-        Told a cell, whether it is an item; all are if not given.
+        Told a cell, whether it is an item; all are if not given. One that is skipped with a reason
+        comes with the backend's first device and the dtype that contracts about one dtype take:
+        float32 if there is that, else the first.
     expected_failures : mapping of str to str, optional
         For a contract's name, or a pattern of items' names with ``*``, the reason for which it is
         expected to fail. One that passes all the same is a failure (``xfail(strict=True)``), and so
-        is a pattern that names no item.
+        is a pattern that names no item, unless a backend can't be run here, whose it might be.
 
     Examples
     --------
@@ -94,21 +98,42 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a decorated test its cells."""
     for mark in metafunc.definition.iter_markers(_MARK):
-        backends, contracts, where, expected = mark.args
-        items = _items(metafunc.config, backends, contracts)
-        chosen = [(cell, reason) for cell, reason in items if where(cell)]
-        found = [cell for cell, reason in chosen if reason is None]
-        unused = [pattern for pattern in expected if not any(_fits(pattern, c) for c in found)]
-        if unused and not _chosen(metafunc.config):
-            raise pytest.UsageError(
-                f"expected_failures has to name contracts or items, but {unused} are none of "
-                f"{metafunc.definition.nodeid}"
-            )
-        metafunc.parametrize("cell", [_parameter(c, reason, expected) for c, reason in chosen])
+        metafunc.parametrize("cell", _parameters(metafunc.definition, *mark.args))
+
+
+def _parameters(
+    test: pytest.Item,
+    named: "tuple[str | Backend, ...] | None",
+    contracts: Sequence[str],
+    where: "Callable[[Cell], bool]",
+    expected: Mapping[str, str],
+) -> list[object]:
+    """Return what a decorated test is run with."""
+    from unidrop.conformance import UnavailableBackend
+
+    chosen = _chosen(test.config)
+    loaded = list(_loaded(chosen, named))
+    missing = [backend for backend in loaded if isinstance(backend, UnavailableBackend)]
+    present = [backend for backend in loaded if not isinstance(backend, UnavailableBackend)]
+    items = _items(test.config, present, contracts)
+    wanted = [(cell, reason) for cell, reason in items if where(cell)]
+    found = [cell for cell, reason in wanted if reason is None]
+    unused = [pattern for pattern in expected if not any(_fits(pattern, c) for c in found)]
+    # What is not run now may be what a pattern names.
+    if unused and not chosen and not missing:
+        raise pytest.UsageError(
+            f"expected_failures has to name contracts or items, but {unused} are none of "
+            f"{test.nodeid}"
+        )
+    parameters = [_parameter(cell, reason, expected) for cell, reason in wanted]
+    for backend in missing:
+        reason = f"backend {backend.name} can't be run here: {backend.error}"
+        parameters.append(_skipped(None, backend.name, reason))
+    return parameters
 
 
 def _items(
-    config: pytest.Config, backends: "tuple[str | Backend, ...] | None", contracts: Sequence[str]
+    config: pytest.Config, backends: "Iterable[Backend]", contracts: Sequence[str]
 ) -> "Iterator[tuple[Cell, str | None]]":
     """Yield the cells of backends, and for what does not apply a cell with the declared reason."""
     from unidrop import Key
@@ -122,14 +147,22 @@ def _items(
     except ValueError:
         raise pytest.UsageError(f"the seed has to be 0 <= seed < 2**64, but got {seed!r}") from None
     seed = int(seed)
-    for backend in _loaded(_chosen(config), backends):
+    for backend in backends:
         for item in cells(backend, contracts, seed=seed):
             if isinstance(item, Cell):
                 yield item, None
                 continue
             contract = CONTRACTS[item.contract]
             if all(need in backend.abilities for need in contract.needs):
-                yield Cell(contract, backend, "", "", item.mode, seed), item.reason
+                dtype = _dtype(backend, item.mode)
+                device = backend.devices[0]
+                yield Cell(contract, backend, device, dtype, item.mode, seed), item.reason
+
+
+def _dtype(backend: "Backend", mode: str) -> str:
+    """Return the dtype of contracts that are run for one; of a missing mode, the first mode's."""
+    dtypes = backend.dtypes(mode if mode in backend.modes else backend.modes[0])
+    return "float32" if "float32" in dtypes else dtypes[0]
 
 
 def _chosen(config: pytest.Config) -> set[str]:
@@ -139,7 +172,10 @@ def _chosen(config: pytest.Config) -> set[str]:
     return set(named or filter(None, map(str.strip, given)))
 
 
-def _loaded(chosen: set[str], backends: "tuple[str | Backend, ...] | None") -> "Iterator[Backend]":
+def _loaded(
+    chosen: set[str], backends: "tuple[str | Backend, ...] | None"
+) -> "Iterator[Backend | UnavailableBackend]":
+    """Yield backends, and what stands for those that are named and can't be run here."""
     from unidrop.conformance import UnavailableBackend, backend_names, load_backends
 
     known = backend_names() if backends is None else backends
@@ -156,14 +192,19 @@ def _loaded(chosen: set[str], backends: "tuple[str | Backend, ...] | None") -> "
         (loaded,) = load_backends([name])
         if not isinstance(loaded, UnavailableBackend):
             yield loaded
-        elif backends is not None or not loaded.is_missing:
+        elif not loaded.is_missing:
             raise pytest.UsageError(f"backend {name} could not be loaded: {loaded.error}")
+        elif chosen or backends is not None:
+            yield loaded
 
 
 def _parameter(cell: "Cell", reason: str | None, expected: Mapping[str, str]) -> object:
     if reason is None:
         return pytest.param(cell, id=str(cell), marks=_marks(expected, cell))
-    name = f"{cell.contract.name}-{cell.backend.name}-{cell.mode}"
+    return _skipped(cell, f"{cell.contract.name}-{cell.backend.name}-{cell.mode}", reason)
+
+
+def _skipped(cell: "Cell | None", name: str, reason: str) -> object:
     return pytest.param(cell, id=name, marks=pytest.mark.skip(reason=reason))
 
 

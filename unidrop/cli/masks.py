@@ -15,6 +15,7 @@ from PIL import Image
 
 import unidrop
 from unidrop.conformance import CONTRACTS, Cell, UnavailableBackend, load_backends
+from unidrop.conformance.backend import why_lacking
 from unidrop.conformance.diagnosis import diagnose
 from unidrop.conformance.process import text_of
 from unidrop.conformance.recipe import Recipe
@@ -170,7 +171,7 @@ def _draw(rows: NDArray[Any], path: Path) -> None:
 @click.argument("dumps", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--backend", help="Take what this backend of the matrix gives, and no dump.")
 @click.option("--device", help="Of the backend's; its first if not given.")
-@click.option("--dtype", help="Of the ones; float32 if not given and there is that.")
+@click.option("--dtype", help="Of the input; float32 if not given and there is that.")
 @click.option("--mode", help="Of the backend's; its first if not given.")
 @click.option("--shape", type=_Shape(), help="With --backend: of ones, if no --input is given.")
 @_key_options(required=False)
@@ -199,7 +200,7 @@ def diff(
     people make are tried, one or two together. Without, two dumps are compared with each other.
     With --backend, what a backend of the matrix gives for --shape or --input is compared.
 
-    Exits with 1 if something differs, and with 2 on bad arguments.
+    Exits with 1 if something differs or the backend fails, and with 2 on bad arguments.
     """
     x = None if x_path is None else _read(x_path)
     if backend is not None:
@@ -208,10 +209,10 @@ def diff(
                 "with --backend, give no dump, but --seed, --step and --p of the mask that is "
                 "meant, and either --shape or --input"
             )
-        cell = _cell(backend, device, dtype, mode, seed)
-        x = cell.ones(shape or ()) if x is None else x
-        recipe = _checked_recipe(shape=x.shape, seed=seed, p=p, **which)
-        sys.exit(_compare(f"{backend}, {cell.mode}", _run(cell, x, recipe), x, recipe))
+        cell = _cell(backend, device, dtype, mode, seed, x)
+        shape = (shape or ()) if x is None else x.shape
+        recipe = _checked_recipe(shape=shape, seed=seed, p=p, **which)
+        sys.exit(_compare_backend(cell, _ones(cell, shape) if x is None else x, recipe))
     if not dumps or any(option is not None for option in (device, dtype, mode, shape)):
         raise click.UsageError(
             "give a dump; or --backend, with which --device, --dtype, --mode and --shape go"
@@ -242,7 +243,14 @@ def _checked_recipe(**which: Any) -> Recipe:
         raise click.UsageError(str(error)) from None
 
 
-def _cell(backend: str, device: str | None, dtype: str | None, mode: str | None, seed: int) -> Cell:
+def _cell(
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    mode: str | None,
+    seed: int,
+    x: NDArray[Any] | None,
+) -> Cell:
     """Return where a backend of the matrix is run: what is not given is the first there is."""
     try:
         (loaded,) = load_backends([backend])
@@ -254,7 +262,14 @@ def _cell(backend: str, device: str | None, dtype: str | None, mode: str | None,
     device = _one_of(loaded.devices, device, "--device")
     # A contract that is run for one dtype is run for this one.
     dtypes = sorted(loaded.dtypes(mode), key=lambda name: name != "float32")
-    return Cell(CONTRACTS["mask"], loaded, device, _one_of(dtypes, dtype, "--dtype"), mode, seed)
+    taken = _one_of(dtypes, dtype, "--dtype")
+    if x is not None:
+        taken = _one_of(dtypes, x.dtype.name, "--input")
+        if dtype not in (None, taken):
+            raise click.BadParameter(
+                f"{dtype!r} is not that of --input, {taken}", param_hint="--dtype"
+            )
+    return Cell(CONTRACTS["mask"], loaded, device, taken, mode, seed)
 
 
 def _one_of(known: Sequence[str], given: str | None, option: str) -> str:
@@ -263,8 +278,33 @@ def _one_of(known: Sequence[str], given: str | None, option: str) -> str:
     return given or known[0]
 
 
-def _run(cell: Cell, x: NDArray[Any], recipe: Recipe) -> NDArray[Any]:
-    """Return the backend's output for a recipe's key, rate and place."""
+def _ones(cell: Cell, shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return cell.ones(shape)
+    except (ValueError, MemoryError) as error:
+        raise click.BadParameter(str(error), param_hint="--shape") from None
+
+
+def _compare_backend(cell: Cell, x: NDArray[Any], recipe: Recipe) -> bool:
+    """Print how what a backend gives for a recipe differs, and return whether it does."""
+    name = f"{cell.backend.name}, {cell.device}, {cell.dtype}, {cell.mode}"
+    step, options = _call(cell, recipe)
+    try:
+        y = cell.dropout(x, recipe.p, step, **options)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # one that exits must not end this as if it conformed
+        text = " ".join(text_of(error).split())
+        raise click.ClickException(f"{cell.backend.name} raised {text}") from None
+    unlike = _unlike(y, x)
+    if unlike is None:
+        return _compare(name, y, x, recipe)
+    click.echo(f"{name}: {unlike}")
+    return True
+
+
+def _call(cell: Cell, recipe: Recipe) -> tuple[int, dict[str, Any]]:
+    """Return the step and the options of a call that a recipe means, if the backend takes them."""
     match recipe.folded:
         case (int(step),):
             pass
@@ -272,13 +312,31 @@ def _run(cell: Cell, x: NDArray[Any], recipe: Recipe) -> NDArray[Any]:
             raise click.UsageError("a backend takes a --step and no --site")
     options: dict[str, Any] = {}
     if recipe.broadcast_axes:
+        _check_able(cell, "broadcast_axes", "--broadcast-axes")
         options["broadcast_axes"] = recipe.broadcast_axes
     if recipe.global_shape is not None:
+        _check_able(cell, "windows", "--global-shape")
         options |= {"global_shape": recipe.global_shape, "start": recipe.start}
-    try:
-        return cell.dropout(x, recipe.p, step, **options)
-    except Exception as error:
-        raise click.ClickException(f"{cell.backend.name} raised {text_of(error)}") from None
+    return step, options
+
+
+def _check_able(cell: Cell, ability: str, option: str) -> None:
+    lacking = why_lacking(cell.backend, ability, cell.mode)
+    if lacking is not None:
+        raise click.UsageError(
+            f"{cell.backend.name} takes no {option} in mode {cell.mode}: {lacking}"
+        )
+
+
+def _unlike(y: object, x: NDArray[Any]) -> str | None:
+    """Return why what a backend gave can't be an output for an array, or None if it can."""
+    if not isinstance(y, np.ndarray | np.generic):
+        return f"to_numpy gave {type(y).__name__}, and not a NumPy array"
+    if y.shape != x.shape:
+        return f"the shape is {y.shape}, and not {x.shape}"
+    if y.dtype != x.dtype:
+        return f"the dtype is {y.dtype}, and not {x.dtype}"
+    return None
 
 
 def _read(path: Path) -> NDArray[Any]:
