@@ -81,7 +81,7 @@ def test_the_line_that_says_more_of_a_mask_runs_and_says_more(careless, tmp_path
         assert command == "unidrop"
         result = run(*arguments)
         assert result.exit_code == 1
-        assert result.output.startswith(f"careless, {cell['mode']}: ")
+        assert result.output.startswith(f"careless, cpu, float32, {cell['mode']}: ")
         assert "this explains all of it: the window is ignored" in result.output
 
 

@@ -39,6 +39,12 @@ __all__ = [
 _SAMPLE = 2048
 _CHUNK = 1 << 20
 
+# What a mask is that is the same everywhere.
+_CONSTANT = {
+    True: "nothing is dropped, as in evaluation or at p = 0",
+    False: "all is dropped, as at p = 1",
+}
+
 # Of information in a mask: one of 10^4 pairs of mistakes explains it by chance once in 1000 times.
 _ENOUGH_BITS = 23
 
@@ -304,16 +310,18 @@ def causes_of_masks(masks: Sequence[tuple[Recipe, Kept]]) -> list[str]:
         found = [
             what
             for what in found
-            if what not in changed or np.array_equal(changed[what].keep(positions), flat)
+            if (
+                np.array_equal(changed[what].keep(positions), flat)
+                if what in changed
+                else what not in _CONSTANT.values() or what == _constant(flat)
+            )
         ]
     return found
 
 
 def _constant(flat: Kept) -> str:
     """Return what a mask is that is the same everywhere, or nothing."""
-    if flat.all():
-        return "nothing is dropped, as in evaluation or at p = 0"
-    return "" if flat.any() else "all is dropped, as at p = 1"
+    return "" if flat.any() != flat.all() else _CONSTANT[bool(flat.all())]
 
 
 def _is_small(recipe: Recipe, kept: Kept) -> bool:
