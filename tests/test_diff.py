@@ -715,7 +715,7 @@ def test_a_mask_that_is_the_same_everywhere_is_called_that_at_any_rate(p, value,
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
-def test_a_product_with_the_mask_is_named_where_what_is_dropped_would_overflow(dtype):
+def test_a_product_with_the_mask_that_overflows_is_not_taken_for_a_wrong_mask(dtype):
     of = numpy_dtype(dtype)
     x = np.full((20, 30), ml_dtypes.finfo(of).max, dtype=of)
     recipe = Recipe(42, (7,), 0.3, x.shape)

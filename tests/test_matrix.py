@@ -224,7 +224,7 @@ class make(Numpy):
 )
 def test_who_has_nothing_to_do_helps_where_a_backend_takes_long(install, monkeypatch, second):
     install("shared", SHARED.replace("SECOND", second))
-    pays = property(lambda work: work.is_shared and bool(work.ran and work.modes))
+    pays = property(lambda work: work.is_shareable and bool(work.ran and work.modes))
     monkeypatch.setattr(Work, "pays", pays)
     begun, ran = [], []
     progress = Progress(lambda name, count: begun.append((name, count)), ran.append)

@@ -28,7 +28,7 @@ class Work:
         How many cells that were.
     is_planned : bool
         Whether its cells are known.
-    is_shared : bool
+    is_shareable : bool
         Whether another process may be loaded for it.
     """
 
@@ -39,7 +39,7 @@ class Work:
     running: float = 0
     ran: int = 0
     is_planned: bool = False
-    is_shared: bool = True
+    is_shareable: bool = True
 
     @property
     def left(self) -> float:
@@ -55,7 +55,7 @@ class Work:
     @property
     def pays(self) -> bool:
         """Whether one more process saves more than it takes to load the backend once more."""
-        return self.is_shared and self.left > 2 * self.loading * self.processes > 0
+        return self.is_shareable and self.left > 2 * self.loading * self.processes > 0
 
 
 class Schedule:
@@ -119,7 +119,7 @@ class Schedule:
     def keep_to_one(self, work: Work) -> None:
         """Let no other process be loaded for a backend: where that is tried, it can't be."""
         with self._changed:
-            work.is_shared = False
+            work.is_shareable = False
 
     def give_up(self, work: Work) -> None:
         """Hand out no more of a backend."""
