@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["compute_dtype", "dtype_name", "integer_bits"]
+__all__ = ["DTYPES", "compute_dtype", "dtype_name", "integer_bits"]
 
 _COMPUTE = {
     "float16": "float32",
@@ -13,6 +13,10 @@ _COMPUTE = {
     "complex64": "float32",
     "complex128": "float64",
 }
+
+#: The dtypes that have dropout.
+DTYPES = tuple(_COMPUTE)
+
 _INTEGERS = {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 

@@ -216,6 +216,9 @@ def check_names(contracts: Sequence[str]) -> None:
 
 def _dtypes(contract: Contract, backend: Backend, mode: str) -> Sequence[str]:
     dtypes = backend.dtypes(mode)
-    if contract.every_dtype and (contract.in_compiled or mode not in backend.compiled_modes):
+    one = "float32" if "float32" in dtypes else dtypes[0]
+    if not contract.every_dtype:
+        return [one]
+    if mode not in backend.compiled_modes:
         return dtypes
-    return ["float32"] if "float32" in dtypes else dtypes[:1]
+    return [dtype for dtype in dtypes if dtype == one or dtype in contract.compiled_dtypes]
