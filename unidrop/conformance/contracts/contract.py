@@ -37,7 +37,7 @@ SEED = 42
 SHAPE, RATE = (8, 8), 0.1
 
 #: How many steps a compiled mode has to take with what it traced at the first.
-STEPS = 100
+STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
