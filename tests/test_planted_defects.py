@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import planted_backends as planted
@@ -17,10 +17,12 @@ from unidrop.cli import main
 from unidrop.conformance import (
     CONTRACTS,
     Cell,
+    Missing,
     UnavailableBackend,
     cells,
     load_backends,
     run_cell,
+    variant_of,
 )
 from unidrop.conformance.contracts.dependence import RESTS_ON, roots
 from unidrop.conformance.diagnosis import causes_of_masks, diagnose
@@ -137,7 +139,7 @@ DEFECTS = {
     "traced every step": (
         planted.TracedEveryStep,
         "traces",
-        "traces over 100 steps: 1, came 100",
+        "traces over 20 steps: 1, came 20",
     ),
     "strings folded as integers": (
         planted.StringsFoldedAsIntegers,
@@ -194,6 +196,22 @@ def test_the_sound_backend_is_green_in_every_contract():
     backend = planted.Sound()
     assert [str(result) for result in failures(backend)] == []
     assert {cell.contract.name for cell in cells(backend) if isinstance(cell, Cell)} == {*CONTRACTS}
+
+
+class Varied(planted.Sound):
+    """Its second compiled mode runs what the first does."""
+
+    modes = ("eager", "compiled", "checkpoint")
+    compiled_modes = ("compiled", "checkpoint")
+    mode_limits = MappingProxyType({"checkpoint": variant_of("compiled")})
+
+
+def test_a_variant_of_a_mode_is_compared_in_all_that_it_can_change():
+    planned = [item for item in cells(Varied()) if item.mode == "checkpoint"]
+    missing = {item.contract: item.reason for item in planned if isinstance(item, Missing)}
+    assert missing == variant_of("compiled")
+    compared = {item.contract.name for item in planned if isinstance(item, Cell)}
+    assert compared == {*CONTRACTS} - {*missing}
 
 
 @pytest.mark.parametrize(("backend", "contract", "tells"), DEFECTS.values(), ids=DEFECTS)

@@ -14,7 +14,13 @@ from unidrop import Key
 from unidrop.adapters.jax import dropout
 from unidrop.adapters.libraries.jax import generated
 from unidrop.adapters.libraries.jax_dropout import programs
-from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, on_path_of
+from unidrop.conformance import (
+    CoreBackend,
+    eager_modes,
+    missing_eager_modes,
+    on_path_of,
+    variant_of,
+)
 
 __all__ = ["Jax", "call", "folded", "step_of"]
 
@@ -76,6 +82,9 @@ class Jax(CoreBackend):
         "layer_gradient": "JAX has no layers of its own: Flax' are in the matrix",
         "layouts": "JAX arrays have no strides",
     }
+    mode_limits: Mapping[str, Mapping[str, str]] = dict.fromkeys(
+        ("vjp", "scan", "remat", "donated"), variant_of("jit")
+    )
 
     def __init__(self) -> None:
         eager = eager_modes(jnp.ones(1))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidrop.adapters.keras import Dropout
+from unidrop.conformance import variant_of
 
 __all__ = [
     "FITS",
@@ -67,9 +68,13 @@ MISSING: Mapping[str, Mapping[str, str]] = {
 
 #: What does not apply in other modes, by the backend.
 LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "tensorflow": {
+        "fit": {**UNFIT, **variant_of("tf.function")},
+        "fit XLA": {**UNFIT, **variant_of("XLA")},
+    },
     "jax": {
         "eager": {"traces": "JAX compiles single operations where it runs eagerly"},
-        "fit": {**UNFIT, "layer-error": _EMPTIED},
+        "fit": {**UNFIT, **variant_of("jit"), "layer-error": _EMPTIED},
     },
     "torch": {"torch.compile": dict.fromkeys(("bad-dtype", "layer-error"), _WRAPPED)},
 }

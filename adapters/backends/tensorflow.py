@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from unidrop import Key
 from unidrop import dropout as core_dropout
 from unidrop.adapters.tensorflow import dropout
-from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, on_path_of
+from unidrop.conformance import (
+    CoreBackend,
+    eager_modes,
+    missing_eager_modes,
+    on_path_of,
+    variant_of,
+)
 
 __all__ = ["TensorFlow"]
 
@@ -36,11 +42,13 @@ class TensorFlow(CoreBackend):
     }
 
     mode_limits: Mapping[str, Mapping[str, str]] = {
-        _SAVED: {
+        _SAVED: variant_of(_UNKNOWN)
+        | {
             "words": "a SavedModel holds whole functions, and not what they are made of",
             "traced_key": "a SavedModel holds whole functions, and not what they are made of",
         },
-        _RECOMPUTED: {
+        _RECOMPUTED: variant_of("tf.function")
+        | {
             "words": "there is no gradient to compute again",
             "traced_key": "there is no gradient to compute again",
         },

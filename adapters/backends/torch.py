@@ -14,9 +14,15 @@ from numpy.typing import NDArray
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.backends.torch_modes import COMPILED, MODES, call, graphs, pulled
+from unidrop.adapters.backends.torch_modes import COMPILED, MODES, VARIANTS, call, graphs, pulled
 from unidrop.adapters.torch import Dropout, dropout
-from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, on_path_of
+from unidrop.conformance import (
+    CoreBackend,
+    eager_modes,
+    missing_eager_modes,
+    on_path_of,
+    variant_of,
+)
 
 __all__ = ["Torch"]
 
@@ -39,6 +45,7 @@ class Torch(CoreBackend):
             ("bad-rate", "bad-dtype", "layer-error"),
             "torch.compile(fullgraph=True) raises an error of its own where what it traces raises",
         )
+        | (variant_of("compile") if mode in VARIANTS else {})
         for mode in COMPILED
     } | {
         "export": {"threads": "torch.export traces by state that all threads share"},

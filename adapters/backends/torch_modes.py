@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["COMPILED", "MODES", "Pulled", "call", "graphs", "pulled"]
+__all__ = ["COMPILED", "MODES", "VARIANTS", "Pulled", "call", "graphs", "pulled"]
 
 # The exported programs of each module, by what they were exported for. Not the module's attribute,
 # which torch.export would put back as it was.
@@ -40,6 +40,9 @@ COMPILED: dict[str, dict[str, Any]] = {
     "compile-dynamic": {"backend": "inductor", "dynamic": True},
     "compile-checkpoint": {"backend": "inductor"},
 }
+
+#: Those that trace what "compile" does: other stages behind it, or a checkpoint around it.
+VARIANTS = ("compile-aot_eager", "compile-eager", "compile-checkpoint")
 
 MODES = (
     *COMPILED,

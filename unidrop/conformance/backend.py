@@ -30,6 +30,7 @@ __all__ = [
     "UntestedError",
     "backend_names",
     "load_backends",
+    "variant_of",
     "why_lacking",
 ]
 
@@ -204,6 +205,37 @@ def why_lacking(backend: Backend, ability: str, mode: str) -> str | None:
     """Return why a backend lacks an ability in a mode, or None if it has it."""
     reason = backend.abilities.get(ability, f"{ability} is not declared")
     return reason or backend.mode_limits.get(mode, {}).get(ability)
+
+
+# What they compare is which element a decision is for, which no variant has a part in.
+_OF_DECISIONS = ("threshold", "threshold-ends", "broadcast-axes", "windows", "windows-tile")
+
+
+def variant_of(mode: str) -> dict[str, str]:
+    """Return the limits of a compiled mode that runs what another does, in something around it.
+
+    It is compared in most contracts all the same, but not again in those that take a program of
+    their own to see which element is kept, and why.
+
+    Parameters
+    ----------
+    mode : str
+        The other mode.
+
+    Returns
+    -------
+    dict of str to str
+        For `Backend.mode_limits`: contracts, each with the reason.
+
+    Examples
+    --------
+    >>> class Plain(BaseBackend):
+    ...     modes = compiled_modes = ("jit", "checkpoint")
+    ...     mode_limits = {"checkpoint": variant_of("jit")}
+    >>> Plain.mode_limits["checkpoint"]["windows"]
+    'a variant of jit, where this is compared'
+    """
+    return dict.fromkeys(_OF_DECISIONS, f"a variant of {mode}, where this is compared")
 
 
 class UntestedError(Exception):
