@@ -208,7 +208,14 @@ def why_lacking(backend: Backend, ability: str, mode: str) -> str | None:
 
 
 # What they compare is which element a decision is for, which no variant has a part in.
-_OF_DECISIONS = ("threshold", "threshold-ends", "broadcast-axes", "windows", "windows-tile")
+_OF_DECISIONS = (
+    "threshold",
+    "threshold-ends",
+    "broadcast-axes",
+    "windows",
+    "windows-tile",
+    "layout",
+)
 
 
 def variant_of(mode: str) -> dict[str, str]:
