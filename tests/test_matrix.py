@@ -1,5 +1,8 @@
 """The matrix as a whole: backends side by side, whatever one of them does."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -265,3 +268,12 @@ def _is_running(pid):
 def test_unknown_names_raise_at_once(backends, contracts):
     with pytest.raises(ValueError, match=r"numpi|masks"):
         run_matrix(backends, contracts, jobs=1)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own process", "anybody's"])
+def test_only_a_process_of_the_matrix_leaves_out_what_keras_imports_for_others(own):
+    code = "import sys, unidrop.adapters.backends.keras; print('sklearn.base' in sys.modules)"
+    environment = os.environ | ({"UNIDROP_MATRIX_PROCESS": "1"} if own else {})
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(not own)]

@@ -43,6 +43,8 @@ _ENVIRONMENT: Mapping[str, str] = {
     # Who takes a whole GPU at once leaves nothing of it to the process beside it.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    # Nothing but a backend lives here, and it need not import more than it uses.
+    "UNIDROP_MATRIX_PROCESS": "1",
 }
 
 # How much is shown of what a process printed that broke down: frameworks can be talkative.
