@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple, Self, cast
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
@@ -47,7 +48,9 @@ TILE_ROWS: Final = 56
 _TILE_COLUMNS = 256
 _SHARED_TILE_COLUMNS = 2048  # where the columns share their row's decision
 
-_BLOCKS, _MANY_BLOCKS = 8, 32  # made at a time; the more, the less one waits for another
+# Blocks made at a time. The more, the less one waits for another, if there are registers for them.
+_BLOCKS = 8
+_MANY_BLOCKS = 32 if get_host_cpu_features().get("avx512f") else _BLOCKS
 _MANY = 32  # elements selected at a time
 _TURNED = 8  # the side of what is turned over at a time
 _PATIENCE = 20_000  # looks at another thread's progress, before Python is asked to wait
@@ -436,7 +439,7 @@ def _decide(job: Any, words: Any, index: Any, count: Any) -> Any:
     offset = index & 7
     first = np.int64(np.uint64(index) >> np.uint64(3))
     blocks = (offset + count + 7) >> 3
-    many = blocks & -_MANY_BLOCKS
+    many = blocks & -_MANY_BLOCKS if _MANY_BLOCKS > _BLOCKS else 0
     for i in range(0, many, _MANY_BLOCKS):
         _decide_many(words + _BLOCK * i, first + i, key)
     for i in range(many, blocks, _BLOCKS):
