@@ -532,13 +532,16 @@ def _rows(numbers: Any, helper: Any) -> Any:
         front += 1
         at = unit * UNIT
         end = min(at + UNIT, size)
+        row, column = at // length, at % length
         while at < end:
-            row, column = at // length, at % length
             count = min(min(end - at, length - column), CHUNK)
             index, _ = _place(job, row, _number(job, NDIM) - 1)
             begin = _call(job, DECIDE, words, index + column, count)
             _call(job, SELECT, begin, at, count)
             at += count
+            column += count
+            if column == length:
+                row, column = row + 1, 0
         _take(job, DONE)
     _free(words)
     return _finished(job)
@@ -554,7 +557,6 @@ def _tiles(numbers: Any, helper: Any) -> Any:
     rows, step = _number(job, last - 3), _number(job, last - 1)
     columns, stride = _number(job, last), _number(job, last + 1)
     across, down = -(-columns // _number(job, COLUMNS)), -(-rows // _number(job, ROWS))
-    pitch = 4 * ((_number(job, COLUMNS) + _TURNED - 1) & -_TURNED)
     words = _room(_WORDS_OF_COLUMNS + _TURNED_TILE + _TURNED * 8)
     turned = words + _WORDS_OF_COLUMNS
     begins = turned + _TURNED_TILE
@@ -571,17 +573,24 @@ def _tiles(numbers: Any, helper: Any) -> Any:
         width = min(_number(job, COLUMNS), columns - column)
         if stride == 0:
             begin = _call(job, DECIDE, words, index, height)
-            for i in range(height):
-                for j in range(0, width, _MANY):
-                    _spread(turned + 4 * j, begin + 4 * i)
-                _call(job, SELECT, turned, at + i * step, width)
+            # Short rows that follow each other in memory are selected together.
+            most = max(1, CHUNK // width) if width == step else 1
+            for i in range(0, height, most):
+                together = min(most, height - i)
+                for k in range(together):
+                    for j in range(0, width, _MANY):
+                        _spread(turned + 4 * (k * width + j), begin + 4 * (i + k))
+                _call(job, SELECT, turned, at + i * step, together * width)
         else:
-            for j in range(0, width, _TURNED):
+            # Backwards: a square may end beyond the last column, where the next row begins.
+            for j in range((width - 1) & -_TURNED, -1, -_TURNED):
                 _decide_columns(job, words, begins, index + j * stride, height, width - j, stride)
                 for i in range(0, height, _TURNED):
-                    _turn(turned + i * pitch + 4 * j, pitch, 4 * i, begins)
+                    _turn(turned + 4 * (i * width + j), 4 * width, 4 * i, begins)
+            if width == step:  # as above
+                height, width = 1, height * width
             for i in range(height):
-                _call(job, SELECT, turned + i * pitch, at + i * step, width)
+                _call(job, SELECT, turned + 4 * i * width, at + i * step, width)
         _take(job, DONE)
     _free(words)
     return _finished(job)
