@@ -147,22 +147,35 @@ def test_without_a_folder_for_its_cache_numba_compiles_all_the_same(monkeypatch)
     compile_with = kernels._compiled
     asked = []
 
-    def no_folder(function, **options):
-        asked.append(options.get("cache", False))
+    def no_folder(name, **options):
+        asked.append((name, options.get("cache", False)))
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
-        return compile_with(function, **options)
+        return compile_with(name, **options)
 
     monkeypatch.setattr(kernels, "_compiled", no_folder)
-    kernels.kernel.cache_clear()
+    kernels._function.cache_clear()
     FUSED._compiled.cache_clear()
     try:
         x = values((99,))
         assert_bits(fused(x, 0.4), portable(x, 0.4))
     finally:
-        kernels.kernel.cache_clear()
+        kernels._function.cache_clear()
         FUSED._compiled.cache_clear()
-    assert asked == [True, False]
+    names = ("decide", "select_float32", "rows")
+    assert asked == [(name, cached) for name in names for cached in (True, False)]
+
+
+def test_kernels_of_two_dtypes_differ_by_one_function():
+    one, other = (kernels.kernel("tiles", name) for name in ("float32", "bool"))
+    assert one.select != other.select
+    assert one == other._replace(select=one.select)
+
+
+def test_kernels_of_one_dtype_differ_by_one_function():
+    one, other = (kernels.kernel(way, "float32") for way in ("rows", "tiles"))
+    assert one.run is not other.run
+    assert one == other._replace(run=one.run)
 
 
 def test_kernels_that_several_processes_compiled_do_not_get_mixed_up(tmp_path):

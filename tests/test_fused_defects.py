@@ -95,6 +95,13 @@ def test_a_round_fewer_in_the_kernels_turns_the_matrix_red(plant, tmp_path, monk
     assert failed("mask")
 
 
+@pytest.mark.parametrize("blocks", ["32", "_BLOCKS"])
+def test_however_many_blocks_are_made_at_a_time_nothing_turns_red(plant, blocks):
+    chosen = '32 if get_host_cpu_features().get("avx512f") else _BLOCKS'
+    plant(replaced(SOURCE, f"_MANY_BLOCKS = {chosen}", f"_MANY_BLOCKS = {blocks}"))
+    assert not any(failed(name) for name in ("mask", "windows"))
+
+
 def test_kernels_of_the_same_source_turn_nothing_red(plant):
     plant(SOURCE)
     assert not any(failed(name) for name in ("mask", "threshold", "windows"))

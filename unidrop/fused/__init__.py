@@ -138,8 +138,8 @@ def _run(
     owners: Any,
 ) -> None:
     kernel, job_of = _compiled(layout.way, kind)
-    numbers, units = job_of(layout, *addresses, rate, key, base)
-    run(kernel, numbers, units, owners)
+    numbers, units = job_of(kernel, layout, *addresses, rate, key, base)
+    run(kernel.run, numbers, units, owners)
 
 
 @cache
@@ -149,4 +149,4 @@ def _compiled(way: str, kind: str) -> tuple[Any, Any]:
         from unidrop.fused.job import job_of
         from unidrop.fused.kernels import kernel
 
-        return kernel(f"{way}_{kind}"), job_of
+        return kernel(way, kind), job_of

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidrop.fused import kernels
+from unidrop.fused.kernels import Kernel
 from unidrop.fused.layout import Layout
 from unidrop.rate import Rate
 
@@ -22,13 +23,13 @@ class Job(NamedTuple):
     units: int
 
 
-def job_of(layout: Layout, x: int, y: int, rate: Rate, key: int, base: int) -> Job:
-    """Return the job of writing to address y what becomes of the elements at address x.
+def job_of(kernel: Kernel, layout: Layout, x: int, y: int, rate: Rate, key: int, base: int) -> Job:
+    """Return a kernel's job of writing to address y what becomes of the elements at address x.
 
     ``base`` is the first element's place in the mask's numbering. Both x and y lie as the layout
     says, and may be the same.
     """
-    blank, units = _blank(layout)
+    blank, units = _blank(layout, kernel.decide, kernel.select)
     numbers = blank.copy()
     numbers[kernels.X] = x
     numbers[kernels.Y] = y
@@ -40,10 +41,12 @@ def job_of(layout: Layout, x: int, y: int, rate: Rate, key: int, base: int) -> J
 
 
 @lru_cache(maxsize=4096)
-def _blank(layout: Layout) -> Job:
-    """Return the part of a job that depends on the layout alone."""
+def _blank(layout: Layout, decide: int, select: int) -> Job:
+    """Return the part of a job that depends on the layout and the functions' addresses alone."""
     size = math.prod(axis.length for axis in layout.axes)
     numbers = np.zeros(kernels.AXES + 3 * len(layout.axes), dtype=np.int64)
+    numbers[kernels.DECIDE] = decide
+    numbers[kernels.SELECT] = select
     numbers[kernels.SIZE] = size
     numbers[kernels.NDIM] = len(layout.axes)
     numbers[kernels.AXES :] = [_signed(n) for axis in layout.axes for n in axis]

@@ -13,6 +13,8 @@ Requirements this design meets:
 * Any number of threads may run one job at once. They take units of it by atomic additions to its
   counters, without Python's lock: the caller from the front, its helpers from the back, so that
   an array that is used again finds itself in the same caches. Who takes what changes no result.
+* Little is compiled for each dtype, and nothing twice. The ways through an array are for all of
+  them; they call the generator, and what selects elements of a dtype, by addresses in the job.
 * All that is compiled is in this file but for the stream's definition, for Numba compiles again
   when a kernel's own file has changed, and looks at no other.
 
@@ -21,21 +23,22 @@ Importing this module imports Numba; nothing does so until an array comes that a
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, Self, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from llvmlite.binding import get_host_cpu_features
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 from unidrop.philox import ODD_MULTIPLIER, philox
 
-__all__ = ["AXES", "TILE_ROWS", "UNIT", "kernel", "tile_columns"]
+__all__ = ["AXES", "TILE_ROWS", "UNIT", "Kernel", "kernel", "tile_columns"]
 
 # The places of a job's numbers, all int64; the axes follow, outermost first, three numbers each:
 # how many elements, how far apart in the mask's numbering, and how far apart in memory.
-TAKEN, BACK, DONE, UNITS, X, Y, SIZE, THRESHOLD, SCALE, KEY, BASE, ROWS, COLUMNS, NDIM = range(14)
-AXES: Final = 14
+TAKEN, BACK, DONE, UNITS, DECIDE, SELECT, X, Y, SIZE, THRESHOLD, SCALE, KEY, BASE = range(13)
+ROWS, COLUMNS, NDIM, AXES = range(13, 17)
 
 UNIT: Final = 1 << 16  # elements that a thread takes at a time
 CHUNK: Final = 2048  # elements whose words are made at a time, of 8 KiB
@@ -45,7 +48,9 @@ TILE_ROWS: Final = 56
 _TILE_COLUMNS = 256
 _SHARED_TILE_COLUMNS = 2048  # where the columns share their row's decision
 
-_BLOCKS, _MANY_BLOCKS = 8, 32  # made at a time; the more, the less one waits for another
+# Blocks made at a time. The more, the less one waits for another, if there are registers for them.
+_BLOCKS = 8
+_MANY_BLOCKS = 32 if get_host_cpu_features().get("avx512f") else _BLOCKS
 _MANY = 32  # elements selected at a time
 _TURNED = 8  # the side of what is turned over at a time
 _PATIENCE = 20_000  # looks at another thread's progress, before Python is asked to wait
@@ -360,14 +365,39 @@ def _spread(typingctx: Any, to: Any, word: Any) -> Any:
 
 
 @intrinsic
+def _address(typingctx: Any, job: Any) -> Any:
+    """Return the address of a job's numbers, which stands for the job in all that is below."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.ptrtoint(array.data, _I64)
+
+    return types.int64(job), build
+
+
+def _of_job(builder: Any, job: Any, place: Any) -> Any:
+    """Return a pointer to one of a job's numbers."""
+    return builder.gep(builder.inttoptr(job, _I64.as_pointer()), [place])
+
+
+@intrinsic
+def _number(typingctx: Any, job: Any, place: Any) -> Any:
+    """Return a number of a job."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_of_job(builder, *args))
+
+    return types.int64(types.int64, types.int64), build
+
+
+@intrinsic
 def _take(typingctx: Any, job: Any, place: Any) -> Any:
     """Add 1 to a number of a job, atomically, and return what it was."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", builder.gep(array.data, [args[1]]), _I64(1), "acq_rel")
+        return builder.atomic_rmw("add", _of_job(builder, *args), _I64(1), "acq_rel")
 
-    return types.int64(job, place), build
+    return types.int64(types.int64, types.int64), build
 
 
 @intrinsic
@@ -375,10 +405,98 @@ def _read(typingctx: Any, job: Any, place: Any) -> Any:
     """Return a number of a job, and see all that was written before it was."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.load_atomic(builder.gep(array.data, [args[1]]), "acquire", 8)
+        return builder.load_atomic(_of_job(builder, *args), "acquire", 8)
 
-    return types.int64(job, place), build
+    return types.int64(types.int64, types.int64), build
+
+
+@intrinsic
+def _call(typingctx: Any, job: Any, place: Any, words: Any, index: Any, count: Any) -> Any:
+    """Call the function whose address is one of a job's numbers, and return what it returns."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        job, place, *others = args
+        kind = ir.FunctionType(_I64, [_I64] * 4).as_pointer()
+        function = builder.inttoptr(builder.load(_of_job(builder, job, place)), kind)
+        return builder.call(function, [job, *others])
+
+    return types.int64(*[types.int64] * 5), build
+
+
+# What the ways through an array call by its address. All but counts of elements are addresses or
+# bytes, also a job.
+
+# A part of another function. Else it would become machine code twice: by itself, and in there.
+_part = njit(inline="always")
+
+_BLOCK = 32  # bytes of its words
+_decide_some, _decide_many = _decision(_BLOCKS), _decision(_MANY_BLOCKS)
+
+
+def _decide(job: Any, words: Any, index: Any, count: Any) -> Any:
+    """Write what decides elements index to index + count; return where the first one's is."""
+    key = _number(job, KEY)
+    offset = index & 7
+    first = np.int64(np.uint64(index) >> np.uint64(3))
+    blocks = (offset + count + 7) >> 3
+    many = blocks & -_MANY_BLOCKS if _MANY_BLOCKS > _BLOCKS else 0
+    for i in range(0, many, _MANY_BLOCKS):
+        _decide_many(words + _BLOCK * i, first + i, key)
+    for i in range(many, blocks, _BLOCKS):
+        _decide_some(words + _BLOCK * i, first + i, key)
+    return words + 4 * offset
+
+
+@_part
+def _select(job: Any, words: Any, at: Any, count: Any, many: Any, one: Any, item: Any) -> Any:
+    """Select count elements, of ``item`` bytes, from element ``at`` on; return their number."""
+    x, y = _number(job, X) + at * item, _number(job, Y) + at * item
+    least, scale = _number(job, THRESHOLD), _number(job, SCALE)
+    done = count & -_MANY
+    for i in range(0, done, _MANY):
+        many(words + 4 * i, x + i * item, y + i * item, least, scale)
+    for i in range(done, count):
+        one(words + 4 * i, x + i * item, y + i * item, least, scale)
+    return count
+
+
+# Written out, since Numba keeps no function that another one made.
+
+_F32_MANY, _F32_ONE = _selections("float32", _F32, 1, _times)
+_F64_MANY, _F64_ONE = _selections("float64", _F64, 1, _times)
+_F16_MANY, _F16_ONE = _selections("float16", _I16, 1, _times_float16)
+_BF16_MANY, _BF16_ONE = _selections("bfloat16", _I16, 1, _times_bfloat16)
+_C64_MANY, _C64_ONE = _selections("complex64", _F32, 2, _times)
+_C128_MANY, _C128_ONE = _selections("complex128", _F64, 2, _times)
+_BOOL_MANY, _BOOL_ONE = _selections("bool", _I8, 1, None)
+
+
+def _select_float32(job: Any, words: Any, at: Any, count: Any) -> Any:
+    return _select(job, words, at, count, _F32_MANY, _F32_ONE, 4)
+
+
+def _select_float64(job: Any, words: Any, at: Any, count: Any) -> Any:
+    return _select(job, words, at, count, _F64_MANY, _F64_ONE, 8)
+
+
+def _select_float16(job: Any, words: Any, at: Any, count: Any) -> Any:
+    return _select(job, words, at, count, _F16_MANY, _F16_ONE, 2)
+
+
+def _select_bfloat16(job: Any, words: Any, at: Any, count: Any) -> Any:
+    return _select(job, words, at, count, _BF16_MANY, _BF16_ONE, 2)
+
+
+def _select_complex64(job: Any, words: Any, at: Any, count: Any) -> Any:
+    return _select(job, words, at, count, _C64_MANY, _C64_ONE, 8)
+
+
+def _select_complex128(job: Any, words: Any, at: Any, count: Any) -> Any:
+    return _select(job, words, at, count, _C128_MANY, _C128_ONE, 16)
+
+
+def _select_bool(job: Any, words: Any, at: Any, count: Any) -> Any:
+    return _select(job, words, at, count, _BOOL_MANY, _BOOL_ONE, 1)
 
 
 # The two ways through an array. All but counts of elements are addresses or bytes.
@@ -396,222 +514,162 @@ def _bytes_of_words(count: int) -> int:
     return 4 * 8 * (-(-(count + 7) // 8) + _BLOCKS)
 
 
-_BLOCK = 32  # bytes of its words
 _LINE = _bytes_of_words(TILE_ROWS)
-_decide_some, _decide_many = _decision(_BLOCKS), _decision(_MANY_BLOCKS)
 _WORDS_OF_CHUNK = _bytes_of_words(CHUNK)
 _WORDS_OF_COLUMNS = _TURNED * _LINE
 # A row of squares may end beyond the last column.
 _TURNED_TILE = 4 * (TILE_ROWS * _TILE_COLUMNS + TILE_ROWS * _TURNED)
 
 
-@njit(error_model="numpy")
-def _decide(words: Any, index: Any, count: Any, key: Any) -> Any:
-    """Write what decides elements index to index + count; return where the first one's is."""
-    offset = index & 7
-    first = np.int64(np.uint64(index) >> np.uint64(3))
-    blocks = (offset + count + 7) >> 3
-    many = blocks & -_MANY_BLOCKS
-    for i in range(0, many, _MANY_BLOCKS):
-        _decide_many(words + _BLOCK * i, first + i, key)
-    for i in range(many, blocks, _BLOCKS):
-        _decide_some(words + _BLOCK * i, first + i, key)
-    return words + 4 * offset
-
-
-@njit(error_model="numpy")
-def _select(job: Any, words: Any, at: Any, count: Any, many: Any, one: Any, item: Any) -> Any:
-    """Select count elements, of ``item`` bytes, from element ``at`` on."""
-    x, y = job[X] + at * item, job[Y] + at * item
-    done = count & -_MANY
-    for i in range(0, done, _MANY):
-        many(words + 4 * i, x + i * item, y + i * item, job[THRESHOLD], job[SCALE])
-    for i in range(done, count):
-        one(words + 4 * i, x + i * item, y + i * item, job[THRESHOLD], job[SCALE])
-
-
-@njit(error_model="numpy")
-def _rows(job: Any, helper: Any, many: Any, one: Any, item: Any) -> Any:
+def _rows(numbers: Any, helper: Any) -> Any:
     """Go through rows whose elements follow each other in memory and in the mask's numbering."""
-    size, length = job[SIZE], job[AXES + 3 * (job[NDIM] - 1)]
+    job = _address(numbers)
+    size, length = _number(job, SIZE), _number(job, AXES + 3 * (_number(job, NDIM) - 1))
     words = _room(_WORDS_OF_CHUNK)
     front = 0
-    while _take(job, TAKEN) < job[UNITS]:
-        unit = job[UNITS] - 1 - _take(job, BACK) if helper else front
+    while _take(job, TAKEN) < _number(job, UNITS):
+        unit = _number(job, UNITS) - 1 - _take(job, BACK) if helper else front
         front += 1
         at = unit * UNIT
         end = min(at + UNIT, size)
+        row, column = at // length, at % length
         while at < end:
-            row, column = at // length, at % length
             count = min(min(end - at, length - column), CHUNK)
-            index, _ = _place(job, row, job[NDIM] - 1)
-            begin = _decide(words, index + column, count, job[KEY])
-            _select(job, begin, at, count, many, one, item)
+            index, _ = _place(job, row, _number(job, NDIM) - 1)
+            begin = _call(job, DECIDE, words, index + column, count)
+            _call(job, SELECT, begin, at, count)
             at += count
+            column += count
+            if column == length:
+                row, column = row + 1, 0
         _take(job, DONE)
     _free(words)
     return _finished(job)
 
 
-@njit(error_model="numpy")
-def _tiles(job: Any, helper: Any, many: Any, one: Any, item: Any) -> Any:
+def _tiles(numbers: Any, helper: Any) -> Any:
     """Go through tiles of two axes: rows that follow the mask's numbering, columns memory.
 
     What decides a tile is made column by column, and turned over in the cache.
     """
-    last = AXES + 3 * (job[NDIM] - 1)
-    rows, step, columns, stride = job[last - 3], job[last - 1], job[last], job[last + 1]
-    across, down = -(-columns // job[COLUMNS]), -(-rows // job[ROWS])
-    pitch = 4 * ((job[COLUMNS] + _TURNED - 1) & -_TURNED)
+    job = _address(numbers)
+    last = AXES + 3 * (_number(job, NDIM) - 1)
+    rows, step = _number(job, last - 3), _number(job, last - 1)
+    columns, stride = _number(job, last), _number(job, last + 1)
+    across, down = -(-columns // _number(job, COLUMNS)), -(-rows // _number(job, ROWS))
     words = _room(_WORDS_OF_COLUMNS + _TURNED_TILE + _TURNED * 8)
     turned = words + _WORDS_OF_COLUMNS
     begins = turned + _TURNED_TILE
     front = 0
-    while _take(job, TAKEN) < job[UNITS]:
-        unit = job[UNITS] - 1 - _take(job, BACK) if helper else front
+    while _take(job, TAKEN) < _number(job, UNITS):
+        unit = _number(job, UNITS) - 1 - _take(job, BACK) if helper else front
         front += 1
-        column = unit % across * job[COLUMNS]
-        row = unit // across % down * job[ROWS]
-        index, at = _place(job, unit // across // down, job[NDIM] - 2)
+        column = unit % across * _number(job, COLUMNS)
+        row = unit // across % down * _number(job, ROWS)
+        index, at = _place(job, unit // across // down, _number(job, NDIM) - 2)
         index += row + column * stride
         at += row * step + column
-        height, width = min(job[ROWS], rows - row), min(job[COLUMNS], columns - column)
+        height = min(_number(job, ROWS), rows - row)
+        width = min(_number(job, COLUMNS), columns - column)
         if stride == 0:
-            begin = _decide(words, index, height, job[KEY])
-            for i in range(height):
-                for j in range(0, width, _MANY):
-                    _spread(turned + 4 * j, begin + 4 * i)
-                _select(job, turned, at + i * step, width, many, one, item)
+            begin = _call(job, DECIDE, words, index, height)
+            # Short rows that follow each other in memory are selected together.
+            most = max(1, CHUNK // width) if width == step else 1
+            for i in range(0, height, most):
+                together = min(most, height - i)
+                for k in range(together):
+                    for j in range(0, width, _MANY):
+                        _spread(turned + 4 * (k * width + j), begin + 4 * (i + k))
+                _call(job, SELECT, turned, at + i * step, together * width)
         else:
-            for j in range(0, width, _TURNED):
+            # Backwards: a square may end beyond the last column, where the next row begins.
+            for j in range((width - 1) & -_TURNED, -1, -_TURNED):
                 _decide_columns(job, words, begins, index + j * stride, height, width - j, stride)
                 for i in range(0, height, _TURNED):
-                    _turn(turned + i * pitch + 4 * j, pitch, 4 * i, begins)
+                    _turn(turned + 4 * (i * width + j), 4 * width, 4 * i, begins)
+            if width == step:  # as above
+                height, width = 1, height * width
             for i in range(height):
-                _select(job, turned + i * pitch, at + i * step, width, many, one, item)
+                _call(job, SELECT, turned + 4 * i * width, at + i * step, width)
         _take(job, DONE)
     _free(words)
     return _finished(job)
 
 
-@njit(error_model="numpy")
+@_part
 def _decide_columns(
     job: Any, words: Any, begins: Any, index: Any, height: Any, width: Any, stride: Any
 ) -> Any:
     """Write what decides as many columns as are turned over at once, and where each begins."""
     if stride == height:
         # They follow each other in the numbering: no block is made twice.
-        begin = _decide(words, index, height * _TURNED, job[KEY])
+        begin = _call(job, DECIDE, words, index, height * _TURNED)
         for j in range(_TURNED):
             _write(begins + 8 * j, begin + 4 * height * j)
         return
     for j in range(min(width, _TURNED)):
-        _write(begins + 8 * j, _decide(words + _LINE * j, index + j * stride, height, job[KEY]))
+        begin = _call(job, DECIDE, words + _LINE * j, index + j * stride, height)
+        _write(begins + 8 * j, begin)
     for j in range(width, _TURNED):
         _write(begins + 8 * j, words)
 
 
-@njit(error_model="numpy")
+@_part
 def _finished(job: Any) -> Any:
     """Wait a little for the units that others have taken; tell whether all are finished."""
     for _ in range(_PATIENCE):
-        if _read(job, DONE) >= job[UNITS]:
+        if _read(job, DONE) >= _number(job, UNITS):
             break
-    return _read(job, DONE) >= job[UNITS]
+    return _read(job, DONE) >= _number(job, UNITS)
 
 
-@njit(error_model="numpy")
+@_part
 def _place(job: Any, number: Any, ndim: Any) -> Any:
     """Return where, in the mask's numbering and in memory, a position of the outer axes begins."""
-    index, at = job[BASE], 0
+    index, at = _number(job, BASE), 0
     for k in range(ndim):
         axis = AXES + 3 * (ndim - 1 - k)
-        position = number % job[axis]
-        number //= job[axis]
-        index += position * job[axis + 1]
-        at += position * job[axis + 2]
+        position = number % _number(job, axis)
+        number //= _number(job, axis)
+        index += position * _number(job, axis + 1)
+        at += position * _number(job, axis + 2)
     return index, at
 
 
-# The kernels, by their names. Written out, since Numba keeps no function that another one made.
+class Kernel(NamedTuple):
+    """A way through arrays, and the addresses of what it calls, which its jobs have to name.
 
-_F32_MANY, _F32_ONE = _selections("float32", _F32, 1, _times)
-_F64_MANY, _F64_ONE = _selections("float64", _F64, 1, _times)
-_F16_MANY, _F16_ONE = _selections("float16", _I16, 1, _times_float16)
-_BF16_MANY, _BF16_ONE = _selections("bfloat16", _I16, 1, _times_bfloat16)
-_C64_MANY, _C64_ONE = _selections("complex64", _F32, 2, _times)
-_C128_MANY, _C128_ONE = _selections("complex128", _F64, 2, _times)
-_BOOL_MANY, _BOOL_ONE = _selections("bool", _I8, 1, None)
+    ``run`` takes units of a job until none is left, from the back if it runs on a helper's thread,
+    and returns whether all are finished.
+    """
 
-
-def _rows_float32(job: Any, helper: Any) -> Any:
-    return _rows(job, helper, _F32_MANY, _F32_ONE, 4)
+    run: Callable[[Any, bool], bool]
+    decide: int
+    select: int
 
 
-def _rows_float64(job: Any, helper: Any) -> Any:
-    return _rows(job, helper, _F64_MANY, _F64_ONE, 8)
+def kernel(way: str, kind: str) -> Kernel:
+    """Return the kernel of a way, "rows" or "tiles", through arrays of a dtype, compiled or read.
 
-
-def _rows_float16(job: Any, helper: Any) -> Any:
-    return _rows(job, helper, _F16_MANY, _F16_ONE, 2)
-
-
-def _rows_bfloat16(job: Any, helper: Any) -> Any:
-    return _rows(job, helper, _BF16_MANY, _BF16_ONE, 2)
-
-
-def _rows_complex64(job: Any, helper: Any) -> Any:
-    return _rows(job, helper, _C64_MANY, _C64_ONE, 8)
-
-
-def _rows_complex128(job: Any, helper: Any) -> Any:
-    return _rows(job, helper, _C128_MANY, _C128_ONE, 16)
-
-
-def _rows_bool(job: Any, helper: Any) -> Any:
-    return _rows(job, helper, _BOOL_MANY, _BOOL_ONE, 1)
-
-
-def _tiles_float32(job: Any, helper: Any) -> Any:
-    return _tiles(job, helper, _F32_MANY, _F32_ONE, 4)
-
-
-def _tiles_float64(job: Any, helper: Any) -> Any:
-    return _tiles(job, helper, _F64_MANY, _F64_ONE, 8)
-
-
-def _tiles_float16(job: Any, helper: Any) -> Any:
-    return _tiles(job, helper, _F16_MANY, _F16_ONE, 2)
-
-
-def _tiles_bfloat16(job: Any, helper: Any) -> Any:
-    return _tiles(job, helper, _BF16_MANY, _BF16_ONE, 2)
-
-
-def _tiles_complex64(job: Any, helper: Any) -> Any:
-    return _tiles(job, helper, _C64_MANY, _C64_ONE, 8)
-
-
-def _tiles_complex128(job: Any, helper: Any) -> Any:
-    return _tiles(job, helper, _C128_MANY, _C128_ONE, 16)
+    ``kind`` is the dtype's name.
+    """
+    decide, select = _function("decide"), _function(f"select_{kind}")
+    return Kernel(_function(way), decide.address, select.address)
 
 
 @cache
-def kernel(name: str) -> Callable[[Any, bool], bool]:
-    """Return a kernel, compiled or read from disk: "rows_float32", "tiles_bfloat16", "rows_bool".
-
-    It takes units of a job until none is left, from the back if it runs on a helper's thread, and
-    returns whether all are finished.
-    """
-    function = globals()[f"_{name}"]
-    options = {"nogil": True, "error_model": "numpy"}
+def _function(name: str) -> Any:
+    """Return a function, compiled or read from disk. It is kept, for its address is in use."""
     try:
-        return _compiled(function, cache=True, **options)
+        return _compiled(name, cache=True)
     except RuntimeError:  # there is nowhere to keep a cache
-        return _compiled(function, **options)
+        return _compiled(name)
 
 
-def _compiled(function: Any, **options: Any) -> Callable[[Any, bool], bool]:
-    compiled: Callable[[Any, bool], bool]
-    compiled = njit("boolean(int64[::1], boolean)", **options)(function)
-    return compiled
+def _compiled(name: str, **options: Any) -> Any:
+    function = globals()[f"_{name}"]
+    options |= {"error_model": "numpy"}
+    if name in ("rows", "tiles"):
+        options |= {"nogil": True, "no_cfunc_wrapper": True}
+        return njit("boolean(int64[::1], boolean)", **options)(function)
+    return cfunc("int64(int64, int64, int64, int64)", **options)(function)
