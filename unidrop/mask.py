@@ -160,29 +160,26 @@ def _piece_mask(
 ) -> Any:
     """Return the decisions of a piece, flat."""
     *rows, (length, _) = piece.axes
-    if not rows and all(stride % 8 == 0 for _, stride in offsets):
-        first, skip = divmod(piece.base, 8)
-        count = (skip + length + 7) // 8
-        block: Pair = pair(first)
-        if offsets:
-            hi, lo = _row_indices(library, xp, words, piece.base, rows, offsets, device)
-            block = shift_pair(words, (xp.reshape(hi, ()), xp.reshape(lo, ())), 3)
-        keep = library.decisions(xp, block, count, key.words, threshold, device)
-        return keep[skip : skip + length]
-    index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
     strides = (*(row.stride for row in rows), *(stride for _, stride in offsets))
     aligned = all(stride % 8 == 0 for stride in strides)
-    number_of_rows = math.prod(row.length for row in rows)
-    count = (piece.base % 8 + length + 7) // 8 if aligned else (length + 14) // 8
-    first_of_row = shift_pair(words, index, 3)
-    keep = library.decisions(xp, first_of_row, count, key.words, threshold, device)
+    skip = piece.base % 8
+    count = (skip + length + 7) // 8 if aligned else (length + 14) // 8
+    block: Pair = pair(piece.base // 8)
+    index: Pair = pair(piece.base)
+    if rows or offsets:
+        index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
+        block = shift_pair(words, index, 3)
+    keep = library.decisions(xp, block, count, key.words, threshold, device)
+    if aligned and not rows:
+        return keep[skip : skip + length]
     if aligned:
-        skip = piece.base % 8
         return xp.reshape(xp.reshape(keep, (-1, count * 8))[:, skip : skip + length], (-1,))
     # Rows begin anywhere in their blocks: each takes its own part of what was decided for it.
-    _, number = counting(words, number_of_rows, device)
     _, column = counting(words, length, device)
-    taken = xp.reshape(number, (-1, 1)) * (count * 8) + (index[1] & 7) + column
+    taken = (index[1] & 7) + column
+    if rows:
+        _, number = counting(words, math.prod(row.length for row in rows), device)
+        taken = xp.reshape(number, (-1, 1)) * (count * 8) + taken
     return xp.take(keep, xp.reshape(taken, (-1,)), axis=0)
 
 
@@ -195,11 +192,19 @@ def _row_indices(
     offsets: tuple[tuple[Any, int], ...],
     device: Any,
 ) -> Pair:
-    """Return the index of the first element of each row, as a pair of shape (rows, 1)."""
-    hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in pair(base))
-    index: Pair = (hi, lo)
-    for start, stride in offsets:
-        index = add_pairs(words, index, mul_pair(words, library.split(start, "start"), stride))
+    """Return the index of the first element of each row, as a pair of shape (rows, 1).
+
+    Of shape () where there is one row alone: libraries have a generator for one run of blocks.
+    """
+    terms = [mul_pair(words, library.split(start, "start"), stride) for start, stride in offsets]
+    if base or not terms:
+        hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in pair(base))
+        terms.append((hi, lo))
+    index, *others = terms
+    for other in others:
+        index = add_pairs(words, index, other)
+    if not rows:
+        return index
     for row in rows:
         steps = mul_pair(words, counting(words, row.length, device), row.stride)
         hi, lo = index

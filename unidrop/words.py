@@ -203,7 +203,9 @@ def mul_pair(words: Words, a: Pair, factor: int) -> Pair:
     """Multiply a 64-bit number by a Python integer below 2^64, modulo 2^64."""
     factor_hi, factor_lo = factor >> 32, factor & MASK32
     hi, lo = words.mulhilo(a[1], factor_lo)
-    cross = words.add(words.mullo(a[1], factor_hi), words.mullo(a[0], factor_lo))[1]
+    cross = words.mullo(a[0], factor_lo)
+    if factor_hi:
+        cross = words.add(words.mullo(a[1], factor_hi), cross)[1]
     return words.add(hi, cross)[1], lo
 
 

@@ -259,7 +259,9 @@ class _Record(keras.layers.Layer):
         self._count = count
 
     def build(self, input_shape: tuple[int, ...]) -> None:
-        self.seen = self.add_weight(shape=(1, *input_shape[1:]), trainable=False, name="seen")
+        # Zeros, since JAX compiles random numbers for each shape, which takes a second.
+        shape = (1, *input_shape[1:])
+        self.seen = self.add_weight(shape, "zeros", trainable=False, name="seen")
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         if training:
@@ -294,7 +296,7 @@ class _Batch(keras.utils.PyDataset):
 
 def _dataset(batch: Any) -> Any:
     """Return what `fit` takes: of TensorFlow's own where Keras would make one of it."""
-    both = batch, keras.ops.zeros_like(batch)
+    both = batch, batch  # for what it is trained is no matter
     if keras.backend.backend() != "tensorflow":
         return _Batch(*both)
     import tensorflow as tf

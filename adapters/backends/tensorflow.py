@@ -90,7 +90,7 @@ class TensorFlow(CoreBackend):
         static = (mode, p, type(p), tuple(options.items()), x.dtype, _shape(x, mode))
         if static not in self._compiled:
             self._compiled[static] = self._compile(
-                lambda x, seed, step: self._traced(x, p, seed, step, options), x, mode
+                lambda x, seed, step: self._traced(x, p, seed, step, options), x, mode, not options
             )
         return self._compiled[static](x, _word_pair(seed), tf.constant(step, tf.uint64))
 
@@ -98,7 +98,10 @@ class TensorFlow(CoreBackend):
         self._traces += 1
         return _call(x, p, Key.from_words(seed[0], seed[1]).fold_in(step), options)
 
-    def _compile(self, run: Callable[..., Any], x: Any, mode: str) -> Callable[..., Any]:
+    def _compile(
+        self, run: Callable[..., Any], x: Any, mode: str, gradients: bool
+    ) -> Callable[..., Any]:
+        """Return a function in its mode; one that is saved is so with its gradients if told."""
         signature = [
             tf.TensorSpec(_shape(x, mode), x.dtype),
             tf.TensorSpec((2,), tf.int64),
@@ -110,7 +113,7 @@ class TensorFlow(CoreBackend):
         compiled = tf.function(
             run, input_signature=signature, jit_compile=mode == _XLA, autograph=False
         )
-        return _reloaded(compiled) if mode == _SAVED else compiled
+        return _reloaded(compiled, gradients) if mode == _SAVED else compiled
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator in its mode."""
@@ -165,12 +168,12 @@ def _word_pair(number: int) -> Any:
     return tf.constant((number & 0xFFFFFFFF, number >> 32), tf.int64)
 
 
-def _reloaded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _reloaded(function: Callable[..., Any], gradients: bool) -> Callable[..., Any]:
     """Return a function as it comes out of a SavedModel."""
     module = tf.Module()
     module.run = function
     with tempfile.TemporaryDirectory() as folder:
-        options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=gradients)
         tf.saved_model.save(module, folder, options=options)
         loaded = tf.saved_model.load(folder)
     run: Callable[..., Any] = loaded.run

@@ -155,6 +155,8 @@ class TensorFlow(Library):
         mine = tf.one_hot(rank, context.num_replicas_in_sync, dtype=tf.int64)
         lengths = context.all_reduce(tf.distribute.ReduceOp.SUM, mine * tf.cast(length, tf.int64))
         start = tf.cumsum(lengths, exclusive=True)[rank]
+        if not self.is_traced(x):  # a number that is known takes fewer operations
+            start = int(start)
         longest = (1 << 64) // math.prod(max(1, n) for n in inner)
         return Replica(rank, ((longest, *inner), (start, *(0 for _ in inner))))
 
