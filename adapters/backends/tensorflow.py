@@ -18,6 +18,8 @@ from unidrop.conformance import (
     on_path_of,
     variant_of,
 )
+from unidrop.library import library_of_namespace
+from unidrop.philox import philox
 
 __all__ = ["TensorFlow"]
 
@@ -116,9 +118,25 @@ class TensorFlow(CoreBackend):
         return _reloaded(compiled, gradients) if mode == _SAVED else compiled
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
-        """Run the generator in its mode."""
-        run = self._in_mode(self._words, mode)
-        return [int(word[0]) for word in run(counter, key)]
+        """Run the generator in its mode, in which words are arguments."""
+        if mode not in _COMPILED:
+            return super().words(counter, key, mode=mode)
+        # The upper words of a counter that a mask or a key has are constants.
+        upper = tuple(counter[2:]) if counter[2] == 0 else ()
+        static = ("words", mode, upper)
+        if static not in self._compiled:
+
+            def run(words: Any) -> Any:
+                *given, lo, hi = tf.unstack(words)
+                if upper:
+                    return self._words((*given, *upper), (lo, hi))
+                c0, c1, c2, c3 = (word[None] for word in given)
+                library, xp = library_of_namespace(tf)
+                return philox((c0, c1, c2, c3), (lo, hi), library.arithmetic(xp, None))
+
+            self._compiled[static] = self._in_mode(run, mode)
+        words = tf.constant((*counter[: 4 - len(upper)], *key), tf.int64)
+        return [int(word[0]) for word in self._compiled[static](words)]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
         """Fold a step in, in its mode."""
