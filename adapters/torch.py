@@ -174,7 +174,7 @@ class Dropout(torch.nn.Module):
         if name == "key":
             # As a tensor too, so that one compiled graph serves layers of any key. It is neither a
             # parameter nor a buffer: it stays on the CPU, and no replica is given another's.
-            self.__dict__["_words"] = None if value is None else packed(value)
+            self.__dict__["_words"] = None if value is None else packed(value.held)
         # DataParallel gives each replica a buffer of its own, with the number of this call.
         if name != "calls" or self.__dict__.get("_is_replica"):
             super().__setattr__(name, value)

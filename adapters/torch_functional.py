@@ -213,7 +213,7 @@ def _dropout(
     if key is None:
         return drop_drawn(input, call, inplace)
     if isinstance(call, Recorded):
-        return drop_recorded(input, call, packed(key), inplace)
+        return drop_recorded(input, call, packed(key.held), inplace)
     return drop(input, call, key, inplace)
 
 
