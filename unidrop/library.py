@@ -256,6 +256,13 @@ class Library:
         """
         return None
 
+    def counted(self, state: Any) -> Any | None:
+        """Return a seed and a call number ``[seed, calls]`` with one call more, or None.
+
+        A library has one where what else makes the sum would be long to trace.
+        """
+        return None
+
     def replica(self, x: Any) -> Replica | None:
         """Return which of several replicas x belongs to; None where there is one alone.
 

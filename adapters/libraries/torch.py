@@ -24,9 +24,7 @@ string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # funct
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
-_BITS = {
-    getattr(torch, f"{sign}int{bits}"): bits for sign in ("", "u") for bits in (8, 16, 32, 64)
-}
+_BITS = {getattr(torch, f"{sign}int{bits}"): bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 # The most that an operator's integer can be.
 _MOST = (1 << 63) - 1
@@ -78,7 +76,10 @@ class Torch(Library):
             whole = Window.of(
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
-            return record(torch.ones(window.shape, device=like.device), packed(key.held), p, whole) != 0
+            return (
+                record(torch.ones(window.shape, device=like.device), packed(key.held), p, whole)
+                != 0
+            )
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
             packed(key.held),
             constant(p),
@@ -115,6 +116,10 @@ class Torch(Library):
         self.width(data, "data")
         folded: torch.Tensor = torch.ops.unidrop.fold_in(packed(key), data)
         return folded
+
+    def counted(self, state: torch.Tensor) -> torch.Tensor:
+        """Return a seed and a call number with one call more."""
+        return state + torch.arange(2, dtype=state.dtype, device=state.device)
 
     def memory(self, x: torch.Tensor) -> Memory | str:
         """Return where a plain tensor of the CPU lies."""
