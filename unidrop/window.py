@@ -251,7 +251,8 @@ def _starts(
 
 
 def _check_size(shape: tuple[Any, ...], name: str) -> None:
-    if set(map(type, shape)) <= _INTEGER and math.prod(shape) > _MOST_ELEMENTS:
+    size = math.prod(shape)
+    if isinstance(size, int) and size > _MOST_ELEMENTS:
         raise ValueError(f"{name} has to have at most 2**64 elements, but got {shape}")
 
 
