@@ -465,6 +465,9 @@ def test_a_batch_of_keys_of_two_tensors_drops_from_each_by_its_own(in_dims):
     ],
 )
 def test_what_is_no_word_raises_where_keys_are_recorded_too(words, error, message):
-    for run in (lambda: Key.from_words(*words), lambda: make_fx(Key.from_words)(*words)):
+    def key(lo, hi):
+        return Key.from_words(lo, hi)
+
+    for make in (key, make_fx(key)):
         with pytest.raises(error, match=message):
-            run()
+            make(*words)
