@@ -3,7 +3,6 @@
 Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
 """
 
-from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from unidrop.dropout import Call
 from unidrop.key import Key
-from unidrop.library import library_of
+from unidrop.library import Library, library_of
 from unidrop.rate import Rate
 from unidrop.window import noise_shape_axes
 from unidrop.words import checked_integer
@@ -104,10 +103,14 @@ class _Keyed(keras.layers.Layer):
     def _next_key(self, rank: Any) -> Key:
         """Return the key of this call, by replicas that don't know their windows one for each."""
         state = self.seed_generator.state.value
+        library = library_of(state)
         # A trace is of one thread, and torch.compile can't record a lock.
-        with nullcontext() if library_of(state).is_traced(state) else _COUNTING:
-            state = self._advanced()
-        if not library_of(state).is_traced(state):
+        if library.is_traced(state):
+            state = self._advanced(library, state)
+        else:
+            with _COUNTING:
+                state = self._advanced(library, self.seed_generator.state.value)
+        if not library.is_traced(state):
             state = [int(number) for number in keras.ops.convert_to_numpy(state)]
             if not 0 <= state[1] < 1 << 31:
                 self._uncount()
@@ -118,15 +121,17 @@ class _Keyed(keras.layers.Layer):
         key = Key.from_words(state[0], 0) if self._key is None else self._key
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
-    def _advanced(self) -> Any:
+    def _advanced(self, library: Library, value: Any) -> Any:
         """Return the seed and call number as they are, and count; as `SeedGenerator.next` does.
 
         Keras makes an array of NumPy on the way, which torch.compile can't record.
         """
         state = self.seed_generator.state
-        before = state.value * 1
-        # Of a list, torch.compile would record every step of how Keras makes a tensor of it.
-        state.assign(before + keras.ops.arange(2, dtype=state.dtype))
+        before = value * 1
+        counted = library.counted(before)
+        if counted is None:
+            counted = before + keras.ops.arange(2, dtype=state.dtype)
+        state.assign(counted)
         return before
 
     def _uncount(self) -> None:

@@ -9,29 +9,31 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from unidrop.adapters.libraries.torch import is_recorded
 from unidrop.adapters.libraries.torch_checkpoint import draws_here
 from unidrop.adapters.libraries.torch_func import randomness
 from unidrop.adapters.libraries.torch_operators import give_back, next_number, packed, record_key
 from unidrop.adapters.torch_functional import (
     NO_SCRIPT,
     AxesOf,
-    Recorded,
     axes1d,
     axes2d,
     axes3d,
+    axes_to_record,
     checked_call,
+    draw_to_record,
     drop,
     drop_drawn,
-    drop_recorded,
     dropout,
     dropout1d,
     dropout2d,
     dropout3d,
     no_axes,
+    record_drop,
 )
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
-from unidrop.rate import Rate
+from unidrop.rate import Rate, checked_probability
 from unidrop.words import checked_integer
 
 __all__ = [
@@ -140,15 +142,11 @@ class Dropout(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply dropout in training, and the identity in evaluation."""
+        if is_recorded():
+            return self._record(input)
         call = checked_call(input, Rate.of(self.p), self.training, self._axes)
         if call is None:
             return input
-        if isinstance(call, Recorded):
-            if self._words is None:
-                return drop_drawn(input, call, self.inplace)
-            randomness(input, self.calls)  # raises before anything is counted
-            words = record_key(self._words, self.calls)
-            return drop_recorded(input, call, words, self.inplace)
         if self.key is None:
             return drop_drawn(input, call, self.inplace)
         draws = draws_here()
@@ -158,6 +156,18 @@ class Dropout(torch.nn.Module):
         except BaseException:
             give_back(self.calls, draws)
             raise
+
+    def _record(self, input: Tensor) -> Tensor:
+        p = checked_probability(self.p)
+        axes = axes_to_record(input, p, self.training, self._axes)
+        if axes is None:
+            return input
+        if self._words is None:
+            words = draw_to_record(input)
+        else:
+            randomness(input, self.calls)  # raises before anything is counted
+            words = record_key(self._words, self.calls)
+        return record_drop(input, p, axes, words, self.inplace)
 
     def __prepare_scriptable__(self) -> Self:
         """Say, in place of the compiler of torch.jit, that it can't have this module."""
@@ -174,7 +184,7 @@ class Dropout(torch.nn.Module):
         if name == "key":
             # As a tensor too, so that one compiled graph serves layers of any key. It is neither a
             # parameter nor a buffer: it stays on the CPU, and no replica is given another's.
-            self.__dict__["_words"] = None if value is None else packed(value)
+            self.__dict__["_words"] = None if value is None else packed(value.held)
         # DataParallel gives each replica a buffer of its own, with the number of this call.
         if name != "calls" or self.__dict__.get("_is_replica"):
             super().__setattr__(name, value)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,24 +19,25 @@ from unidrop.dropout import Call
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_key
 from unidrop.library import library_of
-from unidrop.rate import Rate
+from unidrop.rate import Rate, checked_probability
 
 __all__ = [
     "NO_SCRIPT",
     "AxesOf",
-    "Recorded",
     "axes1d",
     "axes2d",
     "axes3d",
+    "axes_to_record",
     "checked_call",
+    "draw_to_record",
     "drop",
     "drop_drawn",
-    "drop_recorded",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
     "no_axes",
+    "record_drop",
 ]
 
 NO_SCRIPT = (
@@ -48,6 +48,18 @@ NO_SCRIPT = (
 # From an input, and whether it is training, to the axes along which a mask is shared.
 AxesOf = Callable[[Tensor, bool], Sequence[int]]
 
+
+# Where a compiler has to ask no more, as it then traces less.
+_DROPPED = frozenset(
+    (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    )
+)
 
 # Looked up here, since what is looked up for the first time can't be compiled.
 for _tensor in (torch.empty(0), torch.nn.Parameter(torch.empty(0))):
@@ -204,47 +216,69 @@ def _dropout(
     key: Key | None,
     axes_of: AxesOf,
 ) -> Tensor:
+    if is_recorded():
+        return _record_dropout(input, p, training, inplace, key, axes_of)
     rate = Rate.of(p)
     if key is not None:
         check_key(key)
     call = checked_call(input, rate, training, axes_of)
     if call is None:
         return input
-    if key is None:
-        return drop_drawn(input, call, inplace)
-    if isinstance(call, Recorded):
-        return drop_recorded(input, call, packed(key), inplace)
-    return drop(input, call, key, inplace)
+    return drop_drawn(input, call, inplace) if key is None else drop(input, call, key, inplace)
 
 
-class Recorded(NamedTuple):
-    """A call that is recorded or transformed: what the operator is given beside tensors.
+def _record_dropout(
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    key: Key | None,
+    axes_of: AxesOf,
+) -> Tensor:
+    p = checked_probability(p)
+    if key is not None:
+        check_key(key)
+    axes = axes_to_record(input, p, training, axes_of)
+    if axes is None:
+        return input
+    words = draw_to_record(input) if key is None else packed(key.held)
+    return record_drop(input, p, axes, words, inplace)
 
-    The operator checks the rest, which a compiler then need not trace.
-    """
 
-    rate: Rate
-    axes: Sequence[int]
-
-
-def checked_call(
-    input: Tensor, rate: Rate, training: bool, axes_of: AxesOf
-) -> Call | Recorded | None:
+def checked_call(input: Tensor, rate: Rate, training: bool, axes_of: AxesOf) -> Call | None:
     """Return the call that this is, its arguments being good; None if nothing is to be dropped."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"input has to be a torch.Tensor, but got {type(input).__name__}")
+        raise _no_tensor(input)
     axes = axes_of(input, training)
     if not training:
         return None
-    if is_recorded():
-        compute_dtype(input.dtype, "input")
-        return Recorded(rate, axes) if rate.p > 0 else None
     call = Call.of(input, rate, broadcast_axes=axes, name="input")
     if not call.drops:
         return None
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(NO_SCRIPT)
     return call
+
+
+def axes_to_record(
+    input: Tensor, p: float, training: bool, axes_of: AxesOf
+) -> Sequence[int] | None:
+    """Return the axes of a call that is recorded or transformed, as `checked_call` does of others.
+
+    The operator checks the rest, which a compiler then need not trace.
+    """
+    if not isinstance(input, Tensor):
+        raise _no_tensor(input)
+    axes = axes_of(input, training)
+    if not training:
+        return None
+    if input.dtype not in _DROPPED:
+        compute_dtype(input.dtype, "input")
+    return axes if p > 0 else None
+
+
+def _no_tensor(input: object) -> TypeError:
+    return TypeError(f"input has to be a torch.Tensor, but got {type(input).__name__}")
 
 
 def no_axes(input: Tensor, training: bool) -> tuple[int, ...]:
@@ -272,10 +306,12 @@ def drop(input: Tensor, call: Call, key: Key, inplace: bool) -> Tensor:
     return output
 
 
-def drop_recorded(input: Tensor, call: Recorded, words: Tensor, inplace: bool) -> Tensor:
+def record_drop(
+    input: Tensor, p: float, axes: Sequence[int], words: Tensor, inplace: bool
+) -> Tensor:
     """Drop under the key of a tensor of words, by an operator that is recorded or transformed."""
     output: Tensor = torch.ops.unidrop.dropout(
-        input, words, constant(call.rate.p), call.axes, random=randomness(input, words)
+        input, words, constant(p), axes, random=randomness(input, words)
     )
     if not inplace:
         return output
@@ -302,11 +338,14 @@ def _is_watched(input: Tensor) -> bool:
     )
 
 
-def drop_drawn(input: Tensor, call: Call | Recorded, inplace: bool) -> Tensor:
+def draw_to_record(input: Tensor) -> Tensor:
+    """Record that a key is drawn from the default generator, and return its words."""
+    randomness(input, None)  # raises before anything is drawn
+    return record_draw()
+
+
+def drop_drawn(input: Tensor, call: Call, inplace: bool) -> Tensor:
     """Drop under a key from the default generator, which a call that raises leaves as it was."""
-    if isinstance(call, Recorded):
-        randomness(input, None)  # raises before anything is drawn
-        return drop_recorded(input, call, record_draw(), inplace)
     if not inplace:
         return drop(input, call, key_of(draw_words()), inplace)
     state = torch.get_rng_state()

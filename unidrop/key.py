@@ -38,14 +38,13 @@ class Key:
     Key(0x4569f48a8d0f18c9)
     """
 
-    __slots__ = ("_hi", "_lo")
-    _hi: Any
-    _lo: Any
+    # A pair (lo, hi), or an array of these two that a library keeps as one.
+    __slots__ = ("_words",)
+    _words: Any
 
     def __init__(self, seed: int) -> None:
         hi, lo = divmod(checked_integer(seed, "seed"), 1 << 32)
-        object.__setattr__(self, "_hi", hi)
-        object.__setattr__(self, "_lo", lo)
+        object.__setattr__(self, "_words", (lo, hi))
 
     @classmethod
     def from_words(cls, lo: Any, hi: Any) -> Self:
@@ -68,35 +67,49 @@ class Key:
         >>> Key.from_words(0xDDCCBBAA, 0x10)
         Key(0x00000010ddccbbaa)
         """
+        for word, name in ((lo, "lo"), (hi, "hi")):
+            if not _is_index(word):
+                joined = _library_of_integer(word, name).joined(lo, hi)
+                if joined is not None:
+                    return cls.holding(joined)
         lo_word, hi_word = _word(lo, "lo"), _word(hi, "hi")
         if isinstance(lo_word, int) and isinstance(hi_word, int):
             return cls((hi_word << 32) + lo_word)
         if isinstance(lo_word, int):
-            return cls.holding(_like(lo_word, hi_word), hi_word)
-        if isinstance(hi_word, int):
-            return cls.holding(lo_word, _like(hi_word, lo_word))
-        return cls.holding(lo_word, hi_word)
+            lo_word = _like(lo_word, hi_word)
+        elif isinstance(hi_word, int):
+            hi_word = _like(hi_word, lo_word)
+        return cls.holding((lo_word, hi_word))
 
     @classmethod
-    def holding(cls, lo: Any, hi: Any) -> Self:
-        """Return the key that holds two words as they are, unchecked: for a library's own trees.
+    def holding(cls, words: Any) -> Self:
+        """Return the key that holds its words as they are, unchecked: for a library's own trees.
 
-        Whatever stands there for a word may be held, such as a batch of them, or None.
+        That is a pair (lo, hi), where whatever stands there for a word may be held, such as a batch
+        of them, or None; or an array of shape (2,).
         """
         key = cls.__new__(cls)
-        object.__setattr__(key, "_lo", lo)
-        object.__setattr__(key, "_hi", hi)
+        object.__setattr__(key, "_words", words)
         return key
 
     @property
     def words(self) -> tuple[Any, Any]:
         """The key's words ``(lo, hi)``, Python integers, or 0-d arrays of a traced key."""
-        return self._lo, self._hi
+        lo, hi = self._words
+        return lo, hi
+
+    @property
+    def held(self) -> Any:
+        """What holds the words: a pair (lo, hi), or an array of these two."""
+        return self._words
 
     @property
     def is_traced(self) -> bool:
         """Whether the key's words are arrays, whose values may be unknown yet."""
-        return not (isinstance(self._lo, int) and isinstance(self._hi, int))
+        words = self._words
+        return not (
+            isinstance(words, tuple) and isinstance(words[0], int) and isinstance(words[1], int)
+        )
 
     def fold_in(self, data: Any) -> Self:
         """Return the key made of this one and an integer or a string.
@@ -135,27 +148,28 @@ class Key:
         if _is_index(data):
             return self._fold(pair(checked_integer(data, "data")), _TAG_INTEGER, None)
         library = _library_of_integer(data, "data")
-        folded = library.folded(self.words, data)
+        folded = library.folded(self._words, data)
         if folded is not None:
-            return type(self).holding(*folded)
+            return type(self).holding(folded)
         return self._fold(library.split(data, "data"), _TAG_INTEGER, library)
 
     def _fold(self, data: tuple[Any, Any], tag: int, library: Library | None) -> Self:
         hi, lo = data
+        like = self.words[0] if self.is_traced else lo
         if self.is_traced:
-            library = library_of(self._lo)
+            library = library_of(like)
         if library is None:
-            lo, hi, _, _ = philox((lo, hi, 0, tag), (self._lo, self._hi))
+            lo, hi, _, _ = philox((lo, hi, 0, tag), self._words)
             return type(self)((hi << 32) + lo)
-        like = self._lo if self.is_traced else lo
         xp = library.namespace(like)
         lo, hi, _, _ = library.words(xp, (hi, lo), 1, self.words, tag, library.device(like))
-        return type(self).holding(xp.reshape(lo, ()), xp.reshape(hi, ()))
+        return type(self).holding((xp.reshape(lo, ()), xp.reshape(hi, ())))
 
     def __int__(self) -> int:
         if self.is_traced:
             raise TypeError("a traced Key has no value yet: use its .words")
-        return int(self._hi) << 32 | int(self._lo)
+        lo, hi = self._words
+        return int(hi) << 32 | int(lo)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Key):
@@ -165,11 +179,12 @@ class Key:
         return int(self) == int(other)
 
     def __hash__(self) -> int:
-        return id(self) if self.is_traced else hash((Key, self._hi, self._lo))
+        return id(self) if self.is_traced else hash((Key, self._words))
 
     def __repr__(self) -> str:
         if self.is_traced:
-            return f"Key.from_words(lo={self._lo!r}, hi={self._hi!r})"
+            lo, hi = self.words
+            return f"Key.from_words(lo={lo!r}, hi={hi!r})"
         return f"Key(0x{int(self):016x})"
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -180,7 +195,7 @@ class Key:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.is_traced:
-            return type(self).from_words, (self._lo, self._hi)
+            return type(self).from_words, self.words
         return type(self), (int(self),)
 
 
@@ -191,9 +206,9 @@ def check_key(key: object) -> None:
             "key has to be a unidrop.Key, such as Key(42).fold_in(step), "
             f"but got {key!r} of type {type(key).__name__}"
         )
-    if not key.is_traced:
+    if not (isinstance(key.held, tuple) and key.is_traced):
         return
-    for word in key.words:
+    for word in key.held:
         shape = () if isinstance(word, int) else library_of(word, "key").shape(word)
         if shape != ():
             raise ValueError(

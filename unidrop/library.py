@@ -240,10 +240,26 @@ class Library:
         """Return the mask as one operator of what traces an array like this, or None."""
         return None
 
-    def folded(self, key: tuple[Any, Any], data: Any) -> tuple[Any, Any] | None:
-        """Return the words of a key and an array as one operator, or None.
+    def joined(self, lo: Any, hi: Any) -> Any | None:
+        """Return the words of a key as one array of shape (2,), made by one operator, or None.
 
-        It is asked before the array is split, and raises what `width` does.
+        It is asked before the words are split, of which one at least is this library's, and raises
+        what `width` does.
+        """
+        return None
+
+    def folded(self, key: Any, data: Any) -> Any | None:
+        """Return a key and an array as the words of another, made by one operator, or None.
+
+        It is asked before the array is split, and raises what `width` does. The words are what a
+        `Key` holds: a pair, or an array of shape (2,).
+        """
+        return None
+
+    def counted(self, state: Any) -> Any | None:
+        """Return a seed and a call number ``[seed, calls]`` with one call more, or None.
+
+        A library has one where what else makes the sum would be long to trace.
         """
         return None
 

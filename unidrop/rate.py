@@ -4,7 +4,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Rate"]
+__all__ = ["Rate", "checked_probability"]
 
 _KEEP_NOTHING = 1 << 32
 
@@ -12,6 +12,19 @@ _ADVICE = (
     ": it is no data but part of what is compiled, so give the number itself, "
     "or float(...) of an array whose value is known"
 )
+
+
+def checked_probability(p: Any, name: str = "p") -> float:
+    """Return a drop rate as a float, if it is one; raises what `Rate.of` raises."""
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        raise TypeError(
+            f"dropout probability {name} has to be a Python int or float between 0 and 1 "
+            f"(float32's 0.1 is another number, with another mask), "
+            f"but got {p!r} of type {type(p).__name__}{_ADVICE if hasattr(p, 'shape') else ''}"
+        )
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability {name} has to be between 0 and 1, but got {p}")
+    return float(p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +69,7 @@ class Rate:
         >>> Rate.of(0.25)
         Rate(p=0.25, threshold=1073741824, scale=1.3333333333333333)
         """
-        if isinstance(p, bool) or not isinstance(p, int | float):
-            raise TypeError(
-                f"dropout probability {name} has to be a Python int or float between 0 and 1 "
-                f"(float32's 0.1 is another number, with another mask), "
-                f"but got {p!r} of type {type(p).__name__}{_ADVICE if hasattr(p, 'shape') else ''}"
-            )
-        if not 0 <= p <= 1:
-            raise ValueError(f"dropout probability {name} has to be between 0 and 1, but got {p}")
-        p = float(p)
+        p = checked_probability(p, name)
         # Scaling by a power of two is exact, and round() rounds half to even.
         return cls(p, round(p * 2.0**32), 1.0 / (1.0 - p) if p < 1 else 0.0)
 

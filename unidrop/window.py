@@ -6,13 +6,15 @@ mask is made in bounded memory, and how a shard gets its own part without commun
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 __all__ = ["Axis", "Piece", "Window", "noise_shape_axes"]
 
 _MOST_ELEMENTS = 1 << 64
+
+_INTEGER = frozenset((int,))
 
 
 class Axis(NamedTuple):
@@ -37,27 +39,47 @@ class Window:
     ----------
     shape : tuple of int
         The mask's shape: that of the array, with 1 along broadcast axes.
-    strides : tuple of int
-        How far apart neighbours along each axis of the array are in the numbering; 0 along
-        broadcast axes.
-    whole : Piece
-        The window itself, as its own only piece.
     broadcast_axes : tuple of int
         The axes along which the mask has length 1, counted from the first.
-    offsets : tuple of (0-d integer array, int)
-        What traced starts add to every index: the start, and the stride to multiply it by.
     global_shape, start : tuple of int, or None
         The larger array that this is a block of, and where the block begins: integers or 0-d
         arrays, and 0 along broadcast axes. None where there is no larger one.
     """
 
     shape: tuple[Any, ...]
-    strides: tuple[Any, ...]
-    whole: Piece
     broadcast_axes: tuple[int, ...] = ()
-    offsets: tuple[tuple[Any, int], ...] = ()
     global_shape: tuple[int, ...] | None = None
     start: tuple[Any, ...] | None = None
+
+    # What follows is worked out where it is asked for: a compiler that records a window, and leaves
+    # the numbering to an operator, has nothing of it to trace.
+
+    @property
+    def strides(self) -> tuple[Any, ...]:
+        """How far apart neighbours along each axis of the array are in the numbering.
+
+        0 along broadcast axes.
+        """
+        strides = _strides(self.shape if self.global_shape is None else self.global_shape)
+        return _shared(strides, self.broadcast_axes) if self.broadcast_axes else strides
+
+    @property
+    def whole(self) -> Piece:
+        """The window itself, as its own only piece."""
+        if self.global_shape is None:
+            return Piece(0, (Axis(self.size, 1),))
+        base = sum(start * stride for start, stride in self._terms() if isinstance(start, int))
+        return Piece(base, _merged(self.shape, self.global_shape))
+
+    @property
+    def offsets(self) -> tuple[tuple[Any, int], ...]:
+        """What traced starts add to every index: the start, and the stride to multiply it by."""
+        return tuple(term for term in self._terms() if not isinstance(term[0], int))
+
+    def _terms(self) -> Iterable[tuple[Any, int]]:
+        if self.global_shape is None or self.start is None:
+            return ()
+        return zip(self.start, _strides(self.global_shape), strict=True)
 
     @staticmethod
     def of(
@@ -88,7 +110,8 @@ class Window:
         """
         shape = _lengths(shape, "shape", _index_or_symbol)
         if global_shape is None and start is None and broadcast_axes == ():
-            return _whole(shape, frozenset())
+            _check_size(shape, "shape")
+            return Window(shape)
         broadcast = _normalised_axes(broadcast_axes, len(shape))
         mask_shape = tuple(1 if i in broadcast else n for i, n in enumerate(shape))
         if (global_shape is None) != (start is None):
@@ -96,17 +119,12 @@ class Window:
                 ("global_shape", "start") if global_shape is None else ("start", "global_shape")
             )
             raise ValueError(f"global_shape and start go together: got {given} without {missing}")
-        if global_shape is None or start is None:
-            return _whole(mask_shape, broadcast)
-        total = _whole_lengths(global_shape, shape, broadcast)
-        starts = _starts(start, shape, total, broadcast)
-        terms = list(zip(starts, _strides(total), strict=True))
-        base = sum(s * stride for s, stride in terms if isinstance(s, int))
-        offsets = tuple((s, stride) for s, stride in terms if not isinstance(s, int))
-        strides = _shared(_strides(total), broadcast)
-        whole = Piece(base, _merged(mask_shape, total))
         axes = tuple(sorted(broadcast))
-        return Window(mask_shape, strides, whole, axes, offsets, total, starts)
+        if global_shape is None or start is None:
+            _check_size(mask_shape, "shape")
+            return Window(mask_shape, axes)
+        total = _whole_lengths(global_shape, shape, broadcast)
+        return Window(mask_shape, axes, total, _starts(start, shape, total, broadcast))
 
     @property
     def size(self) -> Any:
@@ -116,16 +134,6 @@ class Window:
     def pieces(self, most: int) -> Iterator[Piece]:
         """Yield parts of at most ``most`` elements that follow each other in C order."""
         return _pieces(self.whole, most)
-
-
-def _whole(mask_shape: tuple[Any, ...], broadcast: frozenset[int]) -> Window:
-    """Return the window that is all there is."""
-    _check_size(mask_shape, "shape")
-    strides = _strides(mask_shape)
-    if broadcast:
-        strides = _shared(strides, broadcast)
-    whole = Piece(0, (Axis(math.prod(mask_shape), 1),))
-    return Window(mask_shape, strides, whole, tuple(sorted(broadcast)))
 
 
 def _pieces(piece: Piece, most: int) -> Iterator[Piece]:
@@ -182,7 +190,7 @@ def _lengths(
     shape: Sequence[Any], name: str, convert: Callable[[Any, str], Any] = _index
 ) -> tuple[Any, ...]:
     lengths = _sequence(shape, name)
-    if not all(type(n) is int for n in lengths):
+    if not set(map(type, lengths)) <= _INTEGER:
         lengths = tuple(convert(n, name) for n in lengths)
     for length in lengths:
         if isinstance(length, int) and length < 0:
@@ -243,7 +251,8 @@ def _starts(
 
 
 def _check_size(shape: tuple[Any, ...], name: str) -> None:
-    if all(isinstance(n, int) for n in shape) and math.prod(shape) > _MOST_ELEMENTS:
+    size = math.prod(shape)
+    if isinstance(size, int) and size > _MOST_ELEMENTS:
         raise ValueError(f"{name} has to have at most 2**64 elements, but got {shape}")
 
 
@@ -256,7 +265,7 @@ def _strides(total: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(reversed(strides))
 
 
-def _shared(strides: tuple[Any, ...], broadcast: frozenset[int]) -> tuple[Any, ...]:
+def _shared(strides: tuple[Any, ...], broadcast: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(0 if i in broadcast else stride for i, stride in enumerate(strides))
 
 

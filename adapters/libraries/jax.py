@@ -279,7 +279,7 @@ def _key_of(_: None, leaves: Any) -> Key:
     if isinstance(lo, np.uint32) and isinstance(hi, np.uint32):
         return Key.from_words(lo, hi)
     lo, hi = (_Held(leaf) if type(leaf) is int else leaf for leaf in leaves)
-    return Key.holding(lo, hi)
+    return Key.holding((lo, hi))
 
 
 jax.tree_util.register_pytree_with_keys(Key, _named_leaves, _key_of, _leaves)

@@ -9,7 +9,7 @@ JAX documentation: JAX internals, primitives; `jax.extend.core.Primitive`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from unidrop.words import Pair
 
 __all__ = ["drop", "programs"]
 
-_STATIC = ("window", "strides", "batch")
+_STATIC = ("window", "batch")
 
 
 def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) -> Any:
@@ -46,19 +46,31 @@ def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) 
     starts : sequence of (hi, lo)
         The starts of the window that are arrays, as words.
     window : Window
-        Its offsets' strides belong to the starts.
     rate : Rate
         Which keeps something.
     """
-    strides = tuple(stride for _, stride in window.offsets)
     words = [word for start in starts for word in start]
-    settings = {"window": replace(window, offsets=(), start=None), "rate": rate, "strides": strides}
+    settings = {"window": _of_known_starts(window), "rate": rate}
     # Where devices share x but not the mask, they do not share the output; and it is the transpose
     # of this cast that adds up what they each make of x's cotangent.
     axes = frozenset[Any]().union(*map(_varying, (*key, *words))) - _varying(x)
     if axes:
         x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
     return _drop_p.bind(x, *key, *words, **settings, batch=())
+
+
+def _of_known_starts(window: Window) -> Window:
+    """Return a window with None for each start that is an array."""
+    if window.start is None:
+        return window
+    return replace(window, start=tuple(s if isinstance(s, int) else None for s in window.start))
+
+
+def _with_starts(window: Window, starts: Iterator[Pair]) -> Window:
+    """Return a window with the starts that it has none of."""
+    if window.start is None:
+        return window
+    return replace(window, start=tuple(next(starts) if s is None else s for s in window.start))
 
 
 def _varying(operand: Any) -> frozenset[Any]:
@@ -72,11 +84,9 @@ def _varying(operand: Any) -> frozenset[Any]:
 _drop_p = Primitive("unidrop_dropout")
 
 
-def _rule(
-    *operands: Any, window: Window, rate: Rate, strides: tuple[int, ...], batch: tuple[Any, ...]
-) -> Any:
+def _rule(*operands: Any, window: Window, rate: Rate, batch: tuple[Any, ...]) -> Any:
     """Return what the core makes of the operands; the outermost of the batch's axes is first."""
-    rule = partial(_rule_of_one, window=window, rate=rate, strides=strides)
+    rule = partial(_rule_of_one, window=window, rate=rate)
     for differs in reversed(batch):
         rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in differs))
     # Whether the user has enabled 64-bit numbers must not matter, and the generator is quicker by
@@ -89,12 +99,9 @@ def _rule(
 _rule_of_all = jax.jit(_rule, static_argnames=("rate", *_STATIC))
 
 
-def _rule_of_one(
-    x: Any, lo: Any, hi: Any, *words: Any, window: Window, rate: Rate, strides: tuple[int, ...]
-) -> Any:
+def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, window: Window, rate: Rate) -> Any:
     starts = zip(words[::2], words[1::2], strict=True)
-    offsets = tuple(zip(starts, strides, strict=True))
-    call = Call(library_of(x), replace(window, offsets=offsets), rate, drops=True)
+    call = Call(library_of(x), _with_starts(window, starts), rate, drops=True)
     return call.select(x, call.mask(x, Key.from_words(lo, hi)))
 
 

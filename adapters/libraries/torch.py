@@ -24,6 +24,8 @@ string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # funct
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+_BITS = {getattr(torch, f"{sign}int{bits}"): bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
 # The most that an operator's integer can be.
 _MOST = (1 << 63) - 1
 
@@ -65,7 +67,7 @@ class Torch(Library):
 
     def recorded(self, x: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor:
         """Return the output of one operator, which keeps no mask."""
-        return record(x, packed(key), p, window)
+        return record(x, packed(key.held), p, window)
 
     def recorded_mask(self, like: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor:
         """Return the mask as one operator's output."""
@@ -74,9 +76,12 @@ class Torch(Library):
             whole = Window.of(
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
-            return record(torch.ones(window.shape, device=like.device), packed(key), p, whole) != 0
+            return (
+                record(torch.ones(window.shape, device=like.device), packed(key.held), p, whole)
+                != 0
+            )
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
-            packed(key),
+            packed(key.held),
             constant(p),
             window.shape,
             window.broadcast_axes,
@@ -85,8 +90,23 @@ class Torch(Library):
         )
         return mask
 
-    def folded(self, key: tuple[Any, Any], data: torch.Tensor) -> tuple[Any, Any] | None:
-        """Return the words of a key and a step as one operator's, where something records them.
+    def width(self, value: torch.Tensor, name: str) -> int:
+        """Return how many bits a 0-d integer tensor has."""
+        bits = _BITS.get(value.dtype)
+        # Only what is wrong takes the way that says so, which is longer to trace.
+        return super().width(value, name) if bits is None or value.dim() != 0 else bits
+
+    def joined(self, lo: Any, hi: Any) -> torch.Tensor | None:
+        """Return two tensors as a key's, where something records them."""
+        if not (isinstance(lo, torch.Tensor) and isinstance(hi, torch.Tensor) and is_recorded()):
+            return None
+        self.width(lo, "lo")
+        self.width(hi, "hi")
+        joined: torch.Tensor = torch.ops.unidrop.joined(lo, hi)
+        return joined
+
+    def folded(self, key: Any, data: torch.Tensor) -> torch.Tensor | None:
+        """Return the key of a key and a step as one operator's, where something records them.
 
         It takes Python's integers some microseconds, and a compiler some seconds. On another device
         it is compiled, since the operator would have to wait for the step.
@@ -94,8 +114,12 @@ class Torch(Library):
         if data.device.type != "cpu" or not is_recorded():
             return None
         self.width(data, "data")
-        lo, hi = torch.ops.unidrop.fold_in(stacked(key), data).unbind()
-        return lo, hi
+        folded: torch.Tensor = torch.ops.unidrop.fold_in(packed(key), data)
+        return folded
+
+    def counted(self, state: torch.Tensor) -> torch.Tensor:
+        """Return a seed and a call number with one call more."""
+        return state + torch.arange(2, dtype=state.dtype, device=state.device)
 
     def memory(self, x: torch.Tensor) -> Memory | str:
         """Return where a plain tensor of the CPU lies."""

@@ -28,6 +28,7 @@ from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
 from unidrop.rate import Rate
+from unidrop.words import MASK32
 
 __all__ = [
     "constant",
@@ -61,14 +62,15 @@ _library.define(
 )
 _library.define("integers(SymInt[] values) -> Tensor")
 _library.define("stacked(Tensor[] values) -> Tensor")
+_library.define("joined(Tensor lo, Tensor hi) -> Tensor")
 _library.define("fold_in(Tensor key, Tensor data) -> Tensor")
 _library.define("next_call(Tensor(a!) calls) -> Tensor")
 _library.define("draw_key(Tensor(a!) order) -> Tensor")
 
 
-def packed(key: Key) -> Tensor:
-    """Return a key as a tensor of its words."""
-    return stacked(key.words)
+def packed(held: Any) -> Tensor:
+    """Return a key as a tensor of its words, of what the key holds."""
+    return held if isinstance(held, Tensor) else stacked(held)
 
 
 def stacked(numbers: Sequence[Any]) -> Tensor:
@@ -178,7 +180,7 @@ def record_key(words: Tensor, calls: Tensor) -> Tensor:
         folded: Tensor = torch.ops.unidrop.fold_in(words, number)
         return folded
     lo, hi = words.to(calls.device).unbind()
-    return packed(Key.from_words(lo, hi).fold_in(number))
+    return packed(Key.from_words(lo, hi).fold_in(number).held)
 
 
 @_disable_dynamo
@@ -245,11 +247,17 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 
 
 @_disable_dynamo
+def _joined(lo: Tensor, hi: Tensor) -> Tensor:
+    """Return words of the low 32 bits; of a batch of keys, along a last axis."""
+    return torch.stack([lo.to(torch.int64), hi.to(lo.device, torch.int64)], -1) & MASK32
+
+
+@_disable_dynamo
 def _fold_in(key: Tensor, data: Tensor) -> Tensor:
     bits = integer_bits(data.dtype)
     assert bits is not None  # as `Library.width` has seen to
     # Extended by zeros from its width, as words are: also a negative one, and one of uint64.
-    return packed(key_of(key).fold_in(int(data.item()) & ((1 << bits) - 1)))
+    return packed(key_of(key).fold_in(int(data.item()) & ((1 << bits) - 1)).held)
 
 
 @_disable_dynamo
@@ -383,6 +391,17 @@ def _next_calls(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Tensor, 
     return torch.ops.unidrop.next_call(calls), in_dims[0]
 
 
+def _joined_each(
+    info: Any, in_dims: tuple[int | None, int | None], lo: Tensor, hi: Tensor
+) -> tuple[Tensor, int]:
+    """Join a batch of keys, whose words have no axes but that of the batch."""
+    lo, hi = (
+        word.expand(info.batch_size, *word.shape) if dim is None else word.movedim(dim, 0)
+        for word, dim in zip((lo, hi), in_dims, strict=True)
+    )
+    return torch.ops.unidrop.joined(lo, hi), 0
+
+
 def _fold_in_each(
     info: Any, in_dims: tuple[int | None, int | None], key: Tensor, data: Tensor
 ) -> tuple[Tensor, int]:
@@ -399,6 +418,7 @@ _EAGER = {
     "keep_mask": _keep_mask,
     "integers": _integers,
     "stacked": _stacked,
+    "joined": _joined,
     "fold_in": _fold_in,
     "next_call": _next_call,
     "draw_key": _draw_key,
@@ -410,6 +430,7 @@ _FAKE: dict[str, Callable[..., Tensor]] = {
     ),
     "integers": lambda values: torch.empty((len(values),), dtype=torch.int64, device="cpu"),
     "stacked": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
+    "joined": lambda lo, hi: lo.new_empty((*lo.shape, 2), dtype=torch.int64),
     "fold_in": lambda key, data: torch.empty_like(key),
     "next_call": torch.empty_like,
     "draw_key": lambda order: torch.empty((2,), dtype=torch.int64, device="cpu"),
@@ -423,4 +444,5 @@ for _name in ("next_call", "draw_key"):
 _library.impl("dropout", _differentiated, "Autograd", with_keyset=True)
 torch.library.register_vmap("unidrop::dropout", _vmapped, lib=_library)
 torch.library.register_vmap("unidrop::next_call", _next_calls, lib=_library)
+torch.library.register_vmap("unidrop::joined", _joined_each, lib=_library)
 torch.library.register_vmap("unidrop::fold_in", _fold_in_each, lib=_library)
