@@ -206,6 +206,17 @@ def _checkpointed(module: nn.Module, reentrant: bool) -> Callable[..., Tensor]:
     return lambda *inputs: checkpoint(region, *inputs, use_reentrant=reentrant)
 
 
+@torch.library.custom_op("unidrop_matrix::where_kept", mutates_args=())
+def _where_kept(upstream: Tensor, y: Tensor) -> Tensor:
+    """Return a gradient where an output is not 0: one operator, which nothing is compiled for."""
+    return torch.where(y != 0, upstream, torch.zeros_like(upstream))
+
+
+@_where_kept.register_fake
+def _(upstream: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(upstream)
+
+
 class _Kept(torch.autograd.Function):
     """The identity, which lets a gradient pass where the saved output is not 0."""
 
@@ -217,7 +228,8 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return torch.where(y != 0, upstream[0], torch.zeros_like(upstream[0]))
+        kept: Tensor = _where_kept(upstream[0], y)
+        return kept
 
 
 def _batched(module: nn.Module, *others: Tensor) -> Callable[[Tensor], Any]:
