@@ -43,6 +43,8 @@ _ENVIRONMENT: Mapping[str, str] = {
     # Who takes a whole GPU at once leaves nothing of it to the process beside it.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    # What PyTorch compiles here is so little that compiling its headers once takes longer.
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
     # Nothing but a backend lives here, and it need not import more than it uses.
     "UNIDROP_MATRIX_PROCESS": "1",
 }
@@ -133,7 +135,8 @@ class _Part:
 
 def _outcomes(names: Sequence[str], asked: _Asked, jobs: int) -> Iterator[Outcome]:
     done: SimpleQueue[str | BaseException] = SimpleQueue()
-    schedule, parts = Schedule(names), {name: _Part() for name in names}
+    # What takes long is better not begun last, and it stands late in the alphabet.
+    schedule, parts = Schedule(names[::-1]), {name: _Part() for name in names}
     pool = ThreadPoolExecutor(jobs)
     workers = [_Worker(schedule, asked, parts, done) for _ in range(jobs)]
     for worker in workers:
