@@ -277,6 +277,46 @@ class CompiledGradientOfFloat16Scale(Sound):
         return ScaleRoundedToFloat16().gradient(x, upstream, p, seed, step, mode=mode)
 
 
+class CompiledOnceForAllRates(Sound):
+    def __init__(self):
+        super().__init__()
+        self.rates = {}
+
+    def dropped(self, x, p, seed, step, **options):
+        if self.mode == "compiled" and 0 < p < 1:
+            p = self.rates.setdefault((x.shape, x.dtype, *map(repr, options.items())), p)
+        return super().dropped(x, p, seed, step, **options)
+
+    def dropout(self, x, p, seed, step, *, mode, **options):
+        self.mode = mode
+        return super().dropout(x, p, seed, step, mode=mode, **options)
+
+
+class CompiledComparisonOfFloat32(CompiledOnceForAllRates):
+    def dropped(self, x, p, seed, step, **options):
+        return Sound.dropped(self, x, p, seed, step, **options)
+
+    def decide(self, u, p):
+        if self.mode == "eager":
+            return super().decide(u, p)
+        return u.astype(np.float32) >= np.float32(round(p * 2**32))
+
+
+class TracesNotCounted(Sound):
+    def traces(self, mode):
+        return 1
+
+
+class CompiledRowsOfWindowsRoundedUp(CompiledOnceForAllRates):
+    def dropped(self, x, p, seed, step, **options):
+        return Sound.dropped(self, x, p, seed, step, **options)
+
+    def indices(self, x, axes, whole, start):
+        if self.mode == "compiled" and x.shape != whole:
+            whole = (*whole[:-1], -(-whole[-1] // 8) * 8)
+        return super().indices(x, axes, whole, start)
+
+
 class FunctionActiveInEvaluation(Sound):
     def dropped(self, x, p, seed, step, *, training=True, **options):
         return super().dropped(x, p, seed, step, **options)

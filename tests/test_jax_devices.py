@@ -90,3 +90,19 @@ def test_what_devices_share_has_the_gradients_of_all_their_masks(what_differs):
     run = [sys.executable, "-c", SHARED_BY_DEVICES, what_differs]
     came = subprocess.run(run, env=environment, check=False, capture_output=True, text=True)
     assert came.stdout.strip() == "same", came.stderr
+
+
+ASKED_FOR = """
+import jax, jax.numpy as jnp
+from unidrop import Key, keep_mask
+first, second = jax.devices()
+window = {"global_shape": (99, 8), "start": (jnp.int32(4), 0)}
+print(keep_mask((3, 8), 0.4, Key(9), xp=jnp, device=second, **window).device == second)
+"""
+
+
+def test_a_mask_is_on_the_device_that_is_asked_for_wherever_its_window_s_start_is():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    run = [sys.executable, "-c", ASKED_FOR]
+    shown = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == "True"

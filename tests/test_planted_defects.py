@@ -136,6 +136,26 @@ DEFECTS = {
         "broadcast-axes",
         "each element has a decision of its own",
     ),
+    "compiled once for all rates": (
+        planted.CompiledOnceForAllRates,
+        "threshold",
+        "mask 'threshold-",
+    ),
+    "compiled comparison of float32": (
+        planted.CompiledComparisonOfFloat32,
+        "threshold",
+        "mask 'threshold-",
+    ),
+    "compiled rows of windows rounded up": (
+        planted.CompiledRowsOfWindowsRoundedUp,
+        "windows-tile",
+        "the whole of shape",
+    ),
+    "traces not counted": (
+        planted.TracesNotCounted,
+        "traces",
+        "traces over 20 steps: 1, came 0",
+    ),
     "traced every step": (
         planted.TracedEveryStep,
         "traces",
@@ -226,7 +246,14 @@ def test_a_defect_is_caught_by_the_contract_that_names_it_and_the_others_rest_on
 
 def test_the_command_has_each_defect_of_installed_packages_in_its_contract(install, tmp_path):
     (tmp_path / "planted_backends.py").write_text(Path(planted.__file__).read_text())
-    of_compiled = planted.TracedEveryStep, planted.CompiledGradientOfFloat16Scale
+    of_compiled = (
+        planted.CompiledComparisonOfFloat32,
+        planted.CompiledGradientOfFloat16Scale,
+        planted.CompiledOnceForAllRates,
+        planted.CompiledRowsOfWindowsRoundedUp,
+        planted.TracedEveryStep,
+        planted.TracesNotCounted,
+    )
     told = [row for row in DEFECTS.values() if row[0] not in of_compiled]
     backends = [planted.Sound, *(backend for backend, *_ in told)]
     for backend in backends:

@@ -119,6 +119,14 @@ def test_a_tensor_without_data_gives_one(dtype):
     assert (y.device.type, y.dtype, y.shape) == ("meta", dtype, (3, 5))
 
 
+@pytest.mark.parametrize("whole", [(99, 8), (99, 9)], ids=str)
+def test_a_window_may_start_at_a_number_on_another_device_than_the_input(whole):
+    x = torch.empty(3, 5, device="meta")
+    start = (torch.tensor(8), 0)
+    y = unidrop.dropout(x, 0.4, KEY, global_shape=whole, start=start)
+    assert (y.device.type, y.shape) == ("meta", (3, 5))
+
+
 # --- Memory layouts ----------------------------------------------------------------------------
 
 LAYOUTS = {

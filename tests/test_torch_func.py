@@ -315,3 +315,14 @@ def test_compiled_transformations_have_the_masks_of_eager_ones(backend, layer):
         shape = ones.shape if randomness == "different" else (1, WIDTH)
         assert torch.equal(batched(ones), mask(call, *shape).expand(5, WIDTH))
     assert layer.calls == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_a_negative_word_of_any_width_is_the_same_word_under_vmap(dtype):
+    x = torch.ones(WIDTH)
+
+    def dropped(lo, hi):
+        return dropout(x, 0.3, key=Key.from_words(lo, hi))
+
+    lo, hi = torch.tensor(-1, dtype=dtype), torch.tensor(3)
+    assert torch.equal(vmap(dropped, (0, None))(lo[None], hi)[0], dropped(lo, hi))

@@ -196,13 +196,11 @@ def _row_indices(
 
     Of shape () where there is one row alone: libraries have a generator for one run of blocks.
     """
-    terms = [mul_pair(words, library.split(start, "start"), stride) for start, stride in offsets]
-    if base or not terms:
-        hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in pair(base))
-        terms.append((hi, lo))
-    index, *others = terms
-    for other in others:
-        index = add_pairs(words, index, other)
+    # Also where it is 0: the mask's device is this one, and not a start's.
+    hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in pair(base))
+    index: Pair = (hi, lo)
+    for start, stride in offsets:
+        index = add_pairs(words, index, mul_pair(words, library.split(start, "start"), stride))
     if not rows:
         return index
     for row in rows:

@@ -249,7 +249,14 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 @_disable_dynamo
 def _joined(lo: Tensor, hi: Tensor) -> Tensor:
     """Return words of the low 32 bits; of a batch of keys, along a last axis."""
-    return torch.stack([lo.to(torch.int64), hi.to(lo.device, torch.int64)], -1) & MASK32
+    return torch.stack([_low_bits(lo), _low_bits(hi).to(lo.device)], -1)
+
+
+def _low_bits(word: Tensor) -> Tensor:
+    """Return the low 32 bits of integers, which are extended by zeros from their width."""
+    bits = integer_bits(word.dtype)
+    assert bits is not None  # as `Library.width` has seen to
+    return word.to(torch.int64) & MASK32 & ((1 << bits) - 1)
 
 
 @_disable_dynamo
