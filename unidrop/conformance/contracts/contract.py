@@ -128,25 +128,20 @@ class Cell:
     ) -> NDArray[Any]:
         """Run the backend's dropout on a NumPy array and return NumPy's."""
         seed = self.seed if seed is None else seed
-        if (x.shape, p, seed, options) == (SHAPE, RATE, self.seed, {}):
-            self._note()
         y = self.backend.dropout(self.array(x), p, seed, step, mode=self.mode, **options)
         return self.backend.to_numpy(y)
 
     @property
-    def was_called(self) -> bool:
-        """Whether dropout of `SHAPE` at `RATE` has been called, so that it may be compiled."""
-        return any(at is self.backend and of == self._where for at, of in _called)
-
-    @property
-    def _where(self) -> tuple[Any, ...]:
-        return self.device, self.dtype, self.mode, self.seed
+    def is_fresh(self) -> bool:
+        """Whether no contract that calls dropout has been run in the mode, so none is traced."""
+        where = self.device, self.mode
+        return not any(at is self.backend and of == where for at, of in _used)
 
     def _note(self) -> None:
-        if _called and _called[0][0] is not self.backend:
-            _called.clear()  # or they would live for ever
-        if not self.was_called:
-            _called.append((self.backend, self._where))
+        if _used and _used[0][0] is not self.backend:
+            _used.clear()  # or they would live for ever
+        if self.is_fresh and not _OF_WORDS.intersection(self.contract.needs):
+            _used.append((self.backend, (self.device, self.mode)))
 
     def keeps(
         self, shape: tuple[int, ...], p: float, step: int = 0, **options: Any
@@ -168,11 +163,17 @@ class Cell:
 
     def check(self) -> None:
         """Run the contract, and raise ContractError or what else there is where it fails."""
-        self.contract.check(self)
+        try:
+            self.contract.check(self)
+        finally:
+            self._note()
 
 
-# Of the last backend, where dropout of SHAPE at RATE has been called.
-_called: list[tuple[Backend, tuple[Any, ...]]] = []
+# Of the last backend, on which devices and in which modes contracts have called dropout.
+_used: list[tuple[Backend, tuple[str, str]]] = []
+
+# What contracts need that call no dropout.
+_OF_WORDS = frozenset(("words", "key", "traced_key"))
 
 #: All contracts by their names, in the order in which they are shown.
 CONTRACTS: dict[str, Contract] = {}
