@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from unidrop.cli import main
 from unidrop.conformance import Missing, Progress, Result, UnavailableBackend, run_matrix
+from unidrop.conformance.remote import OWNER
 from unidrop.conformance.schedule import Work
 
 BROKEN = {
@@ -240,6 +241,32 @@ def test_who_has_nothing_to_do_helps_where_a_backend_takes_long(install, monkeyp
     assert ran == ["shared"] * 12
 
 
+def test_a_backend_that_lives_elsewhere_has_its_environment_in_the_only_process(install):
+    install(
+        "planted",
+        f"""
+        import os
+        from unidrop.adapters.backends.numpy import Numpy
+        from unidrop.conformance import RemoteBackend
+
+
+        class make(RemoteBackend):
+            name = "planted"
+            target = "planted:Served"
+            environment = {{"OF_PLANTED": "its own"}}
+
+
+        class Served(Numpy):
+            def dropout(self, x, p, seed, step, **options):
+                assert (os.environ["OF_PLANTED"], os.getppid()) == ("its own", {os.getpid()})
+                return super().dropout(x, p, seed, step, **options)
+        """,
+    )
+    outcomes = list(run_matrix(["planted"], ["mask", "threads"], jobs=1))
+    assert len(outcomes) == 4
+    assert {outcome.status for outcome in outcomes} == {"passed"}
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this platform has no /proc")
 def test_processes_end_with_a_run_that_is_given_up_and_so_does_what_they_forked(install, tmp_path):
     pids = tmp_path / "pids"
@@ -273,7 +300,7 @@ def test_unknown_names_raise_at_once(backends, contracts):
 @pytest.mark.parametrize("own", [True, False], ids=["own process", "anybody's"])
 def test_only_a_process_of_the_matrix_leaves_out_what_keras_imports_for_others(own):
     code = "import sys, unidrop.adapters.backends.keras; print('sklearn.base' in sys.modules)"
-    environment = os.environ | ({"UNIDROP_MATRIX_PROCESS": "1"} if own else {})
+    environment = os.environ | ({OWNER: "keras"} if own else {})
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(not own)]

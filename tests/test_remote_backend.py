@@ -11,6 +11,7 @@ import pytest
 from unidrop.adapters.backends.numpy import Numpy
 from unidrop.conformance import Cell, RemoteBackend, cells, run_cell
 from unidrop.conformance.process import RemoteObject
+from unidrop.conformance.remote import OWNER
 
 
 class Served(Numpy):
@@ -65,6 +66,21 @@ def test_attributes_are_those_of_the_other_process_with_its_environment(remote):
     assert remote.modes == ("eager", "fused")
     assert Served().modes == ("eager",)
     assert remote.step_limit == 1 << 64
+
+
+@pytest.mark.parametrize(
+    ("owner", "modes", "is_here"),
+    [("served", "eager fused", True), ("served", "eager", False), ("other", "eager fused", False)],
+    ids=["its own", "another environment", "another's"],
+)
+def test_a_process_that_is_its_own_is_all_that_it_needs(monkeypatch, owner, modes, is_here):
+    environment = {**Remote.environment, "MODES_OF_SERVED": modes, OWNER: owner}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    backend = Remote()
+    assert backend.modes == ("eager", "fused")
+    layer = backend.layer(0.5, 42, dtype="float32", device="cpu", mode="eager")
+    assert isinstance(layer, Counting) == is_here
 
 
 @pytest.mark.parametrize("contract", ["mask", "output", "windows", "threads", "bad-rate", "keys"])

@@ -30,6 +30,7 @@ __all__ = [
     "UntestedError",
     "backend_names",
     "load_backends",
+    "points_of",
     "variant_of",
     "why_lacking",
 ]
@@ -303,7 +304,7 @@ def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBa
         If a name is not registered; says which are.
     """
     for name in backend_names(names):
-        points = [point for point in _entry_points() if point.name == name]
+        points = points_of(name)
         try:
             yield _loaded(points)
         except KeyboardInterrupt:
@@ -327,6 +328,11 @@ def backend_names(names: Sequence[str] = ()) -> list[str]:
                 f"backend has to be one of {', '.join(sorted(known))}, but got {name!r}"
             )
     return sorted(set(names) or known)
+
+
+def points_of(name: str) -> list[EntryPoint]:
+    """Return the entry points of a name: one, unless packages disagree on whose it is."""
+    return [point for point in _entry_points() if point.name == name]
 
 
 def _entry_points() -> Iterable[EntryPoint]:

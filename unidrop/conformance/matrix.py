@@ -18,6 +18,7 @@ from typing import IO, Any
 from unidrop.conformance.backend import UnavailableBackend, backend_names, load_backends
 from unidrop.conformance.contracts import SEED, Cell
 from unidrop.conformance.process import Process, ProcessEndedError, text_of
+from unidrop.conformance.remote import OWNER, environment_of
 from unidrop.conformance.runner import Missing, Result, cells, check_names, run_cell
 from unidrop.conformance.schedule import Schedule, Work
 
@@ -45,8 +46,6 @@ _ENVIRONMENT: Mapping[str, str] = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     # What PyTorch compiles here is so little that compiling its headers once takes longer.
     "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
-    # Nothing but a backend lives here, and it need not import more than it uses.
-    "UNIDROP_MATRIX_PROCESS": "1",
 }
 
 # How much is shown of what a process printed that broke down: frameworks can be talkative.
@@ -191,27 +190,48 @@ class _Worker:
     def stop(self) -> None:
         """End the process, or don't begin it."""
         self._is_stopped = True
-        if self._process is not None:
-            self._process.kill()
+        self._end()
 
     def _run(self, work: Work, printed: IO[bytes]) -> None:
         """Load a backend, and run modes of it as long as there are any."""
-        target = f"{__name__}:{_Served.__name__}"
-        self._process = process = Process(f"backend {work.name}", target, _ENVIRONMENT, printed)
         try:
-            if not self._is_stopped and self._plan(work, printed):
+            if self._plan(work, printed):
                 while numbers := self._schedule.take(work):
                     if not all(self._ran(work, number, printed) for number in numbers):
                         return
         finally:
-            process.kill()
+            self._end()
+
+    def _begin(self, name: str, printed: IO[bytes], own: Mapping[str, str]) -> None:
+        """Start a process for a backend, with the variables that it needs of its own."""
+        target = f"{__name__}:{_Served.__name__}"
+        environment = {**_ENVIRONMENT, OWNER: name, **own}
+        self._process = Process(f"backend {name}", target, environment, printed)
+        if self._is_stopped:
+            self._process.kill()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def _loaded(self, name: str, printed: IO[bytes]) -> Sequence[tuple[str, dict[str, Any]]]:
+        """Load a backend, and return its plan."""
+        self._begin(name, printed, {})
+        own: dict[str, str] = self._call("environment", name)
+        if own:
+            self._end()
+            self._begin(name, printed, own)
+        plan: Sequence[tuple[str, dict[str, Any]]] = self._call(
+            "plan", name, list(self._asked.contracts), self._asked.seed
+        )
+        return plan
 
     def _plan(self, work: Work, printed: IO[bytes]) -> bool:
         """Load a backend, and plan it if no other process has; tell whether it can be run."""
         part, begin, is_first = self._parts[work.name], perf_counter(), not work.is_planned
-        plan: list[tuple[str, dict[str, Any]]] = []
+        plan: Sequence[tuple[str, dict[str, Any]]] = ()
         try:
-            plan = self._call("plan", work.name, list(self._asked.contracts), self._asked.seed)
+            plan = self._loaded(work.name, printed)
         except Exception as error:
             if is_first:
                 self._break(work, error, printed)
@@ -286,6 +306,14 @@ def _last_lines(printed: IO[bytes]) -> str:
 
 class _Served:
     """One backend's part of the matrix, in the process that has the backend."""
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Return the variables that the backend needs and this process does not have."""
+        try:
+            needed = environment_of(name)
+            return dict(needed.items() - os.environ.items())
+        except BaseException:  # which the plan says
+            return {}
 
     def plan(
         self, name: str, contracts: Sequence[str], seed: int

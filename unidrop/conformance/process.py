@@ -28,6 +28,7 @@ __all__ = [
     "ProcessEndedError",
     "RemoteObject",
     "forwarded",
+    "made",
     "serve",
     "text_of",
     "writable",
@@ -47,6 +48,12 @@ def forwarded(name: str) -> Callable[..., Any]:
 
     method.__name__ = name
     return method
+
+
+def made(target: str) -> Any:
+    """Return a new object of a class that is named as ``"package.module:Class"``."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)()
 
 
 def text_of(error: BaseException) -> str:
@@ -283,8 +290,7 @@ class _Server:
 
     def _object(self, number: int) -> Any:
         if number not in self._objects:
-            module, _, name = self._target.partition(":")
-            self._objects[number] = getattr(import_module(module), name)()
+            self._objects[number] = made(self._target)
         return self._objects[number]
 
     def _with_objects(self, value: Any) -> Any:

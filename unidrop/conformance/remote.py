@@ -2,16 +2,21 @@
 
 Some frameworks are one thing a process: Keras has one backend, JAX one set of devices, each chosen
 by the environment before the import. To have several of them in one matrix, all but one have to
-live elsewhere.
+live elsewhere. The matrix has a process for each backend, and there they need no other.
 """
 
+import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from unidrop.conformance.process import Process, forwarded
+from unidrop.conformance.backend import points_of
+from unidrop.conformance.process import Process, forwarded, made
 
-__all__ = ["RemoteBackend"]
+__all__ = ["OWNER", "RemoteBackend", "environment_of"]
+
+#: The variable of the environment that names the backend which has a process to itself.
+OWNER = "UNIDROP_MATRIX_BACKEND"
 
 _ATTRIBUTES = (
     "modes",
@@ -60,10 +65,18 @@ class RemoteBackend:
     _number = 0
 
     def __init__(self) -> None:
-        self._process = Process(f"backend {self.name}", self.target, self.environment)
-        weakref.finalize(self, self._process.stop)
+        self._process = self._begun()
         for attribute in _ATTRIBUTES:
             setattr(self, attribute, self._process.call(0, "__getattribute__", (attribute,), {}))
+
+    def _begun(self) -> "Process | _Here":
+        """Return what makes the calls: another process, unless this one is the backend's own."""
+        needed = {**self.environment, OWNER: self.name}
+        if needed.items() <= os.environ.items():
+            return _Here(self.target)
+        process = Process(f"backend {self.name}", self.target, self.environment)
+        weakref.finalize(self, process.stop)
+        return process
 
     dtypes = forwarded("dtypes")
     from_numpy = forwarded("from_numpy")
@@ -77,3 +90,26 @@ class RemoteBackend:
     key = forwarded("key")
     traced_key = forwarded("traced_key")
     layer = forwarded("layer")
+
+
+class _Here:
+    """Makes the calls in this process."""
+
+    def __init__(self, target: str) -> None:
+        self._backend = made(target)
+
+    def call(
+        self, number: int, method: str, args: Sequence[Any], options: Mapping[str, Any]
+    ) -> Any:
+        """Call a method of the only object there is."""
+        return getattr(self._backend, method)(*args, **options)
+
+
+def environment_of(name: str) -> Mapping[str, str]:
+    """Return the variables that a registered backend needs its process to begin with.
+
+    What its entry point may raise is raised here.
+    """
+    loaded = points_of(name)[0].load()
+    is_remote = isinstance(loaded, type) and issubclass(loaded, RemoteBackend)
+    return loaded.environment if is_remote else {}
