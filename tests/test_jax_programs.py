@@ -40,6 +40,23 @@ def test_a_backward_pass_in_a_program_of_its_own_is_given_the_key_alone():
     assert_bits(jax.jit(lambda f, u: f(u)[0])(pullback, y), wanted(y, KEY.fold_in(3)))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, key: dropout(x, RATE, key, return_mask=True),
+        lambda x, key: unidrop.keep_mask(x.shape, RATE, key, xp=jnp),
+    ],
+    ids=["returned mask", "keep_mask"],
+)
+def test_a_mask_is_made_once_and_by_the_operation(function):
+    operations = [
+        equation.primitive.name
+        for equation in jax.make_jaxpr(function)(jnp.ones((3, 70)), KEY).eqns
+    ]
+    assert operations.count("unidrop_dropout") == 1
+    assert len(operations) < 20  # the generator alone has some hundred
+
+
 STEPS = {
     "a step": (step_function, lambda n: n),
     "a Key": (lambda x, key: dropout(x, RATE, key), lambda n: KEY.fold_in(n)),

@@ -19,7 +19,7 @@ from unidrop.rate import Rate
 from unidrop.window import Axis, Piece, Window
 from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shift_pair
 
-__all__ = ["STREAM_VERSION", "keep_mask", "window_mask"]
+__all__ = ["STREAM_VERSION", "keep_mask", "portable_mask", "window_mask"]
 
 STREAM_VERSION: Final = 1
 
@@ -113,6 +113,16 @@ def window_mask(
     if kernels is not None:
         package, _, number, base = kernels
         return library.from_numpy(package.keep(window, rate, number, base), device)
+    return portable_mask(library, xp, window, rate, key, device, like)
+
+
+def portable_mask(
+    library: Library, xp: Any, window: Window, rate: Rate, key: Key, device: Any, like: Any
+) -> Any:
+    """Return the mask of a window that is not empty, by the library's operations alone.
+
+    The rate keeps something, and not everything.
+    """
     words = library.arithmetic(xp, device)
 
     def decide(piece: Piece) -> Any:

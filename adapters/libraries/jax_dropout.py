@@ -24,7 +24,8 @@ from unidrop.dropout import Call
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
 from unidrop.library import library_of
-from unidrop.path import kernels_for, only
+from unidrop.mask import portable_mask
+from unidrop.path import kernels_for
 from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Pair
@@ -91,7 +92,7 @@ def _rule(*operands: Any, window: Window, rate: Rate, batch: tuple[Any, ...]) ->
         rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in differs))
     # Whether the user has enabled 64-bit numbers must not matter, and the generator is quicker by
     # them; what they are used for is not seen by any transformation.
-    with jax.enable_x64(True), only("portable"):
+    with jax.enable_x64(True):
         return rule(*operands)
 
 
@@ -101,8 +102,9 @@ _rule_of_all = jax.jit(_rule, static_argnames=("rate", *_STATIC))
 
 def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, window: Window, rate: Rate) -> Any:
     starts = zip(words[::2], words[1::2], strict=True)
-    call = Call(library_of(x), _with_starts(window, starts), rate, drops=True)
-    return call.select(x, call.mask(x, Key.from_words(lo, hi)))
+    window = _with_starts(window, starts)
+    mask = portable_mask(library_of(x), jnp, window, rate, Key.from_words(lo, hi), None, x)
+    return Call(library_of(x), window, rate, drops=True).select(x, mask)
 
 
 class _Operands(Rate):
