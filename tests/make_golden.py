@@ -177,6 +177,20 @@ def threshold_masks() -> Iterator[Vector]:
         yield mask_vector(f"threshold-half-above-u-{element}", (2 * u + 1) * TINY, [16])
 
 
+# A step at which u is one less for an even element of 64 than for an odd one, found by search.
+NEIGHBOURS = {"step": 2449780, "even": 52, "odd": 19}
+
+
+def neighbour_masks() -> Iterator[Vector]:
+    """Yield a mask whose T is both the u of an odd element and that of an even one plus 1."""
+    step, even, odd = NEIGHBOURS.values()
+    key = reference.fold_in(SEED, step)
+    u = reference.u(key, odd)
+    assert reference.u(key, even) == u - 1
+    name = f"threshold-is-u-plus-1-even-{even}-and-equals-u-odd-{odd}"
+    yield mask_vector(name, u * 2 * TINY, [8, 8], step=step)
+
+
 # Elements of the key of SEED and STEP whose u is an extreme, found by search; {u: (even, odd)}.
 EXTREMES = {
     0: (1754467016, 1754467017),
@@ -290,6 +304,7 @@ def mask_vectors() -> list[Vector]:
         *shape_masks(),
         *rate_masks(),
         *threshold_masks(),
+        *neighbour_masks(),
         *extreme_masks(),
         *key_masks(),
         *broadcast_masks(),
