@@ -38,6 +38,31 @@ def test_a_partitioned_program_has_the_whole_mask_and_no_communication():
     assert shown.strip() == "same"
 
 
+OF_A_KEY = """
+import jax, jax.numpy as jnp, numpy as np
+import unidrop
+from unidrop import Key
+from unidrop.adapters.jax import dropout
+second = jax.devices()[1]
+x = jax.device_put(jnp.ones((3, 70)), second)
+key = jax.device_put(Key(42), second)
+def loss(x):
+    y, mask = dropout(x, 0.3, key, return_mask=True)
+    return y.sum(), mask
+_, mask = jax.grad(loss, has_aux=True)(x)
+assert mask.devices() == {second}, mask.devices()
+assert (np.asarray(mask) == unidrop.keep_mask((3, 70), 0.3, Key(42))).all()
+print("there")
+"""
+
+
+def test_a_mask_beside_a_gradient_is_where_its_key_is():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    run = [sys.executable, "-c", OF_A_KEY]
+    shown = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == "there"
+
+
 SHARED_BY_DEVICES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np

@@ -57,6 +57,11 @@ def test_a_mask_is_made_once_and_by_the_operation(function):
     assert len(operations) < 20  # the generator alone has some hundred
 
 
+def test_a_mask_in_a_program_is_refused_where_only_kernels_are_allowed():
+    with unidrop.only("fused"), pytest.raises(RuntimeError, match="only fused kernels"):
+        jax.jit(lambda: unidrop.keep_mask((33,), RATE, KEY, xp=jnp))()
+
+
 STEPS = {
     "a step": (step_function, lambda n: n),
     "a Key": (lambda x, key: dropout(x, RATE, key), lambda n: KEY.fold_in(n)),

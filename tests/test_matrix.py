@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from click.testing import CliRunner
@@ -137,6 +138,14 @@ def test_what_backends_print_does_not_stand_in_the_tables(install, capfd):
     assert "talkative" not in "".join(capfd.readouterr())
 
 
+def test_a_module_that_can_not_be_imported_is_not_tried_again(install):
+    first = "sys.imports = getattr(sys, 'imports', 0) + 1\nassert sys.imports != 1, 'the reason'\n"
+    install("planted", f"import sys\n{first}{dedent(planted('make', 'pass'))}")
+    result = run("--backend", "planted", "--contract", "mask")
+    assert "! planted is broken: AssertionError: the reason" in result.output
+    assert result.exit_code == 1
+
+
 def test_an_entry_point_of_a_module_that_is_not_there_is_broken(install, tmp_path):
     install("planted", planted("make", "pass"))
     (tmp_path / "planted.py").unlink()
@@ -246,6 +255,7 @@ def test_a_backend_that_lives_elsewhere_has_its_environment_in_the_only_process(
         "planted",
         f"""
         import os
+        from pathlib import Path
         from unidrop.adapters.backends.numpy import Numpy
         from unidrop.conformance import RemoteBackend
 
@@ -253,7 +263,7 @@ def test_a_backend_that_lives_elsewhere_has_its_environment_in_the_only_process(
         class make(RemoteBackend):
             name = "planted"
             target = "planted:Served"
-            environment = {{"OF_PLANTED": "its own"}}
+            environment = {{"OF_PLANTED": Path("its own")}}
 
 
         class Served(Numpy):

@@ -26,7 +26,12 @@ class KerasTorch(_Keras):
     """Keras on PyTorch."""
 
     name = "keras-torch"
-    environment: ClassVar[Mapping[str, str]] = {"KERAS_BACKEND": "torch"}
+    environment: ClassVar[Mapping[str, str]] = {
+        "KERAS_BACKEND": "torch",
+        # The only kernel of C++ counts one integer: it needs no vectors, for which torch would
+        # compile something first to see whether there are any.
+        "TORCHINDUCTOR_VEC_ISA_OK": "0",
+    }
 
 
 class KerasNumpy(_Keras):

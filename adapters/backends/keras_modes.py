@@ -185,12 +185,8 @@ class _Compiled(_Torch):
 
     def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
         import torch
-        import torch._inductor.config
 
         super().__init__(layer, count)
-        # The only kernel of C++ counts one integer: it needs no vectors, for which torch would
-        # compile something first to see whether there are any.
-        torch._inductor.config.cpp.vec_isa_ok = False
         # What Keras notes of a layer's first call would have it traced again at the second.
         layer(keras.Input((None,)))
         # Where the matrix has a hundred layers, torch would give up after the eighth.

@@ -23,10 +23,11 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from unidrop.adapters.libraries.jax_dropout import drop
+from unidrop.adapters.libraries.jax_dropout import drop, keep
 from unidrop.adapters.libraries.numpy import address_of, aligned_like, memory_of
 from unidrop.key import Key
 from unidrop.library import Library, Memory
+from unidrop.path import kernels_for
 from unidrop.philox import ODD_MULTIPLIER, ROUNDS, FourWords, next_round_key, philox
 from unidrop.rate import Rate
 from unidrop.words import MASK32, Narrow, Pair, Words, add_pairs
@@ -151,8 +152,11 @@ class Jax(Library):
         return drop(x, (lo, hi), starts, window, rate)
 
     def recorded_mask(self, like: Any, p: float, key: Any, window: Any) -> Any:
-        """Return where dropout of ones is not 0: its operation has the quicker generator."""
-        return self.compiled(jnp.ones(window.shape, np.float32), Rate.of(p), key, window) != 0
+        """Return the mask by the operation that drops, which has the quicker generator."""
+        kernels_for(self, like, key, window)  # raises where nothing else is allowed
+        lo, hi = map(_word, key.words)
+        starts = [self.split(start, "start") for start, _ in window.offsets]
+        return keep((lo, hi), starts, window, Rate.of(p))
 
     def memory(self, x: Any) -> Memory | str:
         """Return where an array on the first device of the CPU lies."""

@@ -30,7 +30,7 @@ from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Pair
 
-__all__ = ["drop", "programs"]
+__all__ = ["drop", "keep", "programs"]
 
 _STATIC = ("window", "batch")
 
@@ -58,6 +58,20 @@ def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) 
     if axes:
         x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
     return _drop_p.bind(x, *key, *words, **settings, batch=())
+
+
+def keep(key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) -> Any:
+    """Return the mask by which `drop` drops, of the window's shape: True where it keeps."""
+    words = [word for start in starts for word in start]
+    mask: Any = _keep(*key, *words, window=_of_known_starts(window), rate=rate)
+    return mask
+
+
+# One program, or part of one: the ones are made nowhere, and the mask is where the key is.
+@partial(jax.jit, static_argnames=("window", "rate"), inline=True)
+def _keep(lo: Any, hi: Any, *words: Any, window: Window, rate: Rate) -> Any:
+    starts = list(zip(words[::2], words[1::2], strict=True))
+    return drop(jnp.ones(window.shape, np.float32), (lo, hi), starts, window, rate) != 0
 
 
 def _of_known_starts(window: Window) -> Window:

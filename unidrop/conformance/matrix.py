@@ -15,7 +15,12 @@ from tempfile import TemporaryFile
 from time import perf_counter
 from typing import IO, Any
 
-from unidrop.conformance.backend import UnavailableBackend, backend_names, load_backends
+from unidrop.conformance.backend import (
+    UnavailableBackend,
+    backend_names,
+    load_backends,
+    points_of,
+)
 from unidrop.conformance.contracts import SEED, Cell
 from unidrop.conformance.process import Process, ProcessEndedError, text_of
 from unidrop.conformance.remote import OWNER, environment_of
@@ -309,19 +314,24 @@ def _last_lines(printed: IO[bytes]) -> str:
 class _Served:
     """One backend's part of the matrix, in the process that has the backend."""
 
+    def __init__(self) -> None:
+        self._planned: list[_Planned] = []
+
     def environment(self, name: str) -> dict[str, str]:
         """Return the variables that the backend needs and this process does not have."""
         try:
-            needed = environment_of(name)
-            return dict(needed.items() - os.environ.items())
-        except BaseException:  # which the plan says
+            return dict(environment_of(name).items() - os.environ.items())
+        except BaseException as error:
+            # Kept for the plan: what has failed to be imported is not to be imported again.
+            own = points_of(name)[0].module
+            self._planned = [UnavailableBackend.of(name, error, own=own)]
             return {}
 
     def plan(
         self, name: str, contracts: Sequence[str], seed: int
     ) -> list[tuple[str, dict[str, Any]]]:
         """Load the backend, and return its outcomes, where they are known before it runs."""
-        self._planned = _planned(name, contracts, seed)
+        self._planned = self._planned or _planned(name, contracts, seed)
         return [_described(item) for item in self._planned]
 
     def run(self, number: int) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class RemoteBackend:
 
     def _begun(self) -> "Process | _Here":
         """Return what makes the calls: another process, unless this one is the backend's own."""
-        needed = {**self.environment, OWNER: self.name}
+        needed = {**_variables(self.environment), OWNER: self.name}
         if needed.items() <= os.environ.items():
             return _Here(self.target)
         process = Process(f"backend {self.name}", self.target, self.environment)
@@ -105,11 +105,16 @@ class _Here:
         return getattr(self._backend, method)(*args, **options)
 
 
-def environment_of(name: str) -> Mapping[str, str]:
+def environment_of(name: str) -> dict[str, str]:
     """Return the variables that a registered backend needs its process to begin with.
 
     What its entry point may raise is raised here.
     """
     loaded = points_of(name)[0].load()
     is_remote = isinstance(loaded, type) and issubclass(loaded, RemoteBackend)
-    return loaded.environment if is_remote else {}
+    return _variables(loaded.environment) if is_remote else {}
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return variables as an environment has them: plain strings, also of paths and of an enum."""
+    return {name: str.__str__(os.fspath(value)) for name, value in environment.items()}
