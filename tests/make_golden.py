@@ -187,7 +187,7 @@ def neighbour_masks() -> Iterator[Vector]:
     key = reference.fold_in(SEED, step)
     u = reference.u(key, odd)
     assert reference.u(key, even) == u - 1
-    name = f"threshold-is-u-plus-1-even-{even}-and-equals-u-odd-{odd}"
+    name = f"threshold-between-even-{even}-and-odd-{odd}"
     yield mask_vector(name, u * 2 * TINY, [8, 8], step=step)
 
 

@@ -268,6 +268,18 @@ def test_golden_thresholds_decide_even_and_odd_elements(relation, decisions):
     assert seen == {"even": decisions, "odd": decisions}
 
 
+def test_golden_threshold_between_two_elements_drops_the_even_and_keeps_the_odd_one():
+    """Of the even one T is u + 1, and of the odd one u."""
+    (vector,) = (v for v in golden()["masks"] if v["name"].startswith("threshold-between-"))
+    even, odd = (int(part) for part in vector["name"].split("-") if part.isdigit())
+    threshold = vector["p"] * 2**32
+    key = int(vector["key"], 16)
+    assert [reference.u(key, i) - threshold for i in (even, odd)] == [-1, 0]
+    assert (vector["keep"][even], vector["keep"][odd]) == ("0", "1")
+    assert even % 2 == 0
+    assert odd % 2 == 1
+
+
 def test_golden_extremes_decide_the_element_in_the_middle():
     """Their names say which u it has and whether it is kept."""
     extremes = [v for v in golden()["masks"] if v["name"].endswith(("-keeps", "-drops"))]

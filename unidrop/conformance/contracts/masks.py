@@ -29,7 +29,7 @@ from unidrop.conformance.recipe import Recipe
 _TELLING = (
     "shape-0d",
     "shape-2x3x5x7",
-    "threshold-is-u-plus-1-even-52-and-equals-u-odd-19",
+    "threshold-between-even-52-and-odd-19",
     "even-u-0-rate-2^-32-drops",
     "broadcast-channel-dropout",
     "window-across-index-2^35-2d",
