@@ -6,6 +6,14 @@ import sys
 
 import pytest
 
+
+def shown_on_two_devices(code):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 TWO_DEVICES = """
 import re
 import jax, jax.numpy as jnp, numpy as np
@@ -32,10 +40,7 @@ print("same")
 
 
 def test_a_partitioned_program_has_the_whole_mask_and_no_communication():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    run = [sys.executable, "-c", TWO_DEVICES]
-    shown = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout
-    assert shown.strip() == "same"
+    assert shown_on_two_devices(TWO_DEVICES) == "same"
 
 
 OF_A_KEY = """
@@ -57,10 +62,7 @@ print("there")
 
 
 def test_a_mask_beside_a_gradient_is_where_its_key_is():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    run = [sys.executable, "-c", OF_A_KEY]
-    shown = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout
-    assert shown.strip() == "there"
+    assert shown_on_two_devices(OF_A_KEY) == "there"
 
 
 SHARED_BY_DEVICES = """

@@ -30,6 +30,7 @@ from unidrop.library import Library, Memory
 from unidrop.path import kernels_for
 from unidrop.philox import ODD_MULTIPLIER, ROUNDS, FourWords, next_round_key, philox
 from unidrop.rate import Rate
+from unidrop.window import Window
 from unidrop.words import MASK32, Narrow, Pair, Words, add_pairs
 
 __all__ = ["Jax", "generated"]
@@ -147,16 +148,17 @@ class Jax(Library):
         """Return dropout as JAX's own operation."""
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not have here and now")
-        lo, hi = map(_word, key.words)
-        starts = [self.split(start, "start") for start, _ in window.offsets]
-        return drop(x, (lo, hi), starts, window, rate)
+        return drop(x, *self._words_of(key, window), window, rate)
 
     def recorded_mask(self, like: Any, p: float, key: Any, window: Any) -> Any:
         """Return the mask by the operation that drops, which has the quicker generator."""
         kernels_for(self, like, key, window)  # raises where nothing else is allowed
+        return keep(*self._words_of(key, window), window, Rate.of(p))
+
+    def _words_of(self, key: Key, window: Window) -> tuple[Pair, list[Pair]]:
+        """Return a key's words, and those of a window's starts that are arrays."""
         lo, hi = map(_word, key.words)
-        starts = [self.split(start, "start") for start, _ in window.offsets]
-        return keep((lo, hi), starts, window, Rate.of(p))
+        return (lo, hi), [self.split(start, "start") for start, _ in window.offsets]
 
     def memory(self, x: Any) -> Memory | str:
         """Return where an array on the first device of the CPU lies."""

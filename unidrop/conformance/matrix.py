@@ -49,7 +49,7 @@ _ENVIRONMENT: Mapping[str, str] = {
     # Who takes a whole GPU at once leaves nothing of it to the process beside it.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-    # Nothing here multiplies matrices, and threads that could take the cores from the others.
+    # Its threads spin too as they wait, for matrices that nothing here multiplies.
     "OPENBLAS_NUM_THREADS": "1",
     # What PyTorch compiles here is so little that compiling its headers once takes longer.
     "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
