@@ -129,7 +129,4 @@ print(keep_mask((3, 8), 0.4, Key(9), xp=jnp, device=second, **window).device == 
 
 
 def test_a_mask_is_on_the_device_that_is_asked_for_wherever_its_window_s_start_is():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    run = [sys.executable, "-c", ASKED_FOR]
-    shown = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout
-    assert shown.strip() == "True"
+    assert shown_on_two_devices(ASKED_FOR) == "True"
