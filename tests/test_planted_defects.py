@@ -22,7 +22,6 @@ from unidrop.conformance import (
     cells,
     load_backends,
     run_cell,
-    variant_of,
 )
 from unidrop.conformance.contracts.dependence import RESTS_ON, roots
 from unidrop.conformance.diagnosis import causes_of_masks, diagnose
@@ -228,15 +227,25 @@ class Varied(planted.Sound):
 
     modes = ("eager", "compiled", "checkpoint")
     compiled_modes = ("compiled", "checkpoint")
-    mode_limits = MappingProxyType({"checkpoint": variant_of("compiled")})
+    variants = MappingProxyType({"checkpoint": "compiled"})
 
 
 def test_a_variant_of_a_mode_is_compared_in_all_that_it_can_change():
     planned = [item for item in cells(Varied()) if item.mode == "checkpoint"]
     missing = {item.contract: item.reason for item in planned if isinstance(item, Missing)}
-    assert missing == variant_of("compiled")
+    about_decisions = {name for name, contract in CONTRACTS.items() if not contract.in_variants}
+    assert missing == dict.fromkeys(
+        about_decisions, "a variant of compiled, where this is compared"
+    )
     compared = {item.contract.name for item in planned if isinstance(item, Cell)}
-    assert compared == {*CONTRACTS} - {*missing}
+    assert compared == {*CONTRACTS} - about_decisions
+
+
+def test_a_variant_of_a_mode_is_compared_in_one_dtype_of_half_the_width_beside_the_usual_one():
+    planned = [item for item in cells(Varied(), ["output"]) if isinstance(item, Cell)]
+    dtypes = {mode: [c.dtype for c in planned if c.mode == mode] for mode in Varied.modes}
+    assert dtypes["checkpoint"] == ["float16", "float32"]
+    assert len(dtypes["compiled"]) > 2
 
 
 @pytest.mark.parametrize(("backend", "contract", "tells"), DEFECTS.values(), ids=DEFECTS)
@@ -376,11 +385,12 @@ def changed(**members):
         (changed(compiled_modes=("compiled",)), "compiled_modes has to name modes"),
         (changed(mode_limits={"comp": {}}), "mode_limits has to name modes"),
         (changed(missing_modes={"eager": "why"}), "missing_modes has to name other modes"),
+        (changed(variants={"fit": "eager"}), "variants has to map compiled modes to those of []"),
     ],
     ids=[
         *("exits", "raises", "none", "name", "modes", "devices", "dtypes", "dtypes-raises"),
         *("able", "misspelt", "no reason", "no method", "modes twice", "compiled", "limits"),
-        "missing",
+        *("missing", "variants"),
     ],
 )
 def test_a_broken_backend_says_what_is_wrong_and_the_others_still_load(make, mention, monkeypatch):

@@ -11,7 +11,7 @@ from flax import nnx, serialization
 from numpy.typing import NDArray
 
 from unidrop.adapters.flax import Dropout
-from unidrop.conformance import eager_modes, missing_eager_modes, on_path_of, variant_of
+from unidrop.conformance import eager_modes, missing_eager_modes, on_path_of
 
 __all__ = ["Flax"]
 
@@ -25,9 +25,8 @@ class Flax:
     compiled_modes = _MODES
     devices = ("cpu",)
     step_limit = 1 << 32
-    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType(
-        {"nnx.remat": variant_of("nnx.jit")}
-    )
+    variants: Mapping[str, str] = MappingProxyType({"nnx.remat": "nnx.jit"})
+    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     abilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
         "windows": "a module of Flax has no windows",

@@ -19,7 +19,6 @@ from unidrop.conformance import (
     eager_modes,
     missing_eager_modes,
     on_path_of,
-    variant_of,
 )
 
 __all__ = ["Jax", "call", "folded", "step_of"]
@@ -82,9 +81,7 @@ class Jax(CoreBackend):
         "layer_gradient": "JAX has no layers of its own: Flax' are in the matrix",
         "layouts": "JAX arrays have no strides",
     }
-    mode_limits: Mapping[str, Mapping[str, str]] = dict.fromkeys(
-        ("vjp", "scan", "remat", "donated"), variant_of("jit")
-    )
+    variants: Mapping[str, str] = dict.fromkeys(("vjp", "scan", "remat", "donated"), "jit")
 
     def __init__(self) -> None:
         eager = eager_modes(jnp.ones(1))

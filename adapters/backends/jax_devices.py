@@ -4,6 +4,7 @@ A process has one set of devices, so these live `elsewhere`, in one of their own
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ class JaxOnTwoDevices(CoreBackend):
     name = "jax-2-devices"
     xp = jnp
     modes = compiled_modes = ("jit", "shard_map", "pmap")
+    variants: Mapping[str, str] = MappingProxyType({"pmap": "shard_map"})
     abilities: Mapping[str, str | None] = {
         **CoreBackend.core_abilities,
         **dict.fromkeys(("gradient", "traces")),

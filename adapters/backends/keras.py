@@ -20,6 +20,7 @@ from unidrop.adapters.backends.keras_modes import (
     MISSING,
     REMATERIALISED,
     UNFIT,
+    VARIANTS,
     compiled_modes,
     graphs,
     made_in_mode,
@@ -53,6 +54,7 @@ class Keras:
     def __init__(self) -> None:
         self._backend = keras.backend.backend()
         self.compiled_modes = compiled_modes()
+        self.variants = VARIANTS.get(self._backend, {})
         fits = () if self._backend == "numpy" else FITS[self._backend]
         eager = eager_modes(keras.ops.ones(1))
         self.modes = tuple(dict.fromkeys((*eager, *self.compiled_modes, *fits)))

@@ -41,6 +41,7 @@ class KerasOnTwoDevices(Keras):
         self.modes = ("fused" if "fused" in self.modes else "eager", _GRAPH)
         self.compiled_modes = (_GRAPH,)
         self.mode_limits = {}
+        self.variants = {}
         self.missing_modes = {
             "XLA": "XLA compiles for one device, and can't reach a replica's variables on another",
         }

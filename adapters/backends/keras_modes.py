@@ -1,5 +1,6 @@
 """How a Keras layer is run: at once, compiled as its backend compiles, or by a model's `fit`."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
@@ -10,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidrop.adapters.keras import Dropout
-from unidrop.conformance import variant_of
 
 __all__ = [
     "FITS",
@@ -18,6 +18,7 @@ __all__ = [
     "MISSING",
     "REMATERIALISED",
     "UNFIT",
+    "VARIANTS",
     "AtOnce",
     "compiled_modes",
     "graphs",
@@ -65,16 +66,21 @@ MISSING: Mapping[str, Mapping[str, str]] = {
     "numpy": {"fit": "Keras' NumPy backend has no gradient"},
 }
 
+#: The compiled modes that train with what another compiles, by the backend.
+VARIANTS: Mapping[str, Mapping[str, str]] = {
+    "tensorflow": {"fit": "tf.function", "fit XLA": "XLA"},
+    "jax": {"fit": "jit"},
+}
 
 #: What does not apply in other modes, by the backend.
 LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "tensorflow": {
-        "fit": {**UNFIT, **variant_of("tf.function")},
-        "fit XLA": {**UNFIT, **variant_of("XLA")},
+        "fit": UNFIT,
+        "fit XLA": UNFIT,
     },
     "jax": {
         "eager": {"traces": "JAX compiles single operations where it runs eagerly"},
-        "fit": {**UNFIT, **variant_of("jit"), "layer-error": _EMPTIED},
+        "fit": {**UNFIT, "layer-error": _EMPTIED},
     },
     "torch": {"torch.compile": dict.fromkeys(("bad-dtype", "layer-error"), _WRAPPED)},
 }
@@ -180,6 +186,9 @@ class _Torch(AtOnce):
         return y.detach(), lambda upstream: torch.autograd.grad(y, x, upstream)[0]
 
 
+_numbers = itertools.count()
+
+
 class _Compiled(_Torch):
     """A layer under `torch.compile`, all of it in one graph."""
 
@@ -195,8 +204,10 @@ class _Compiled(_Torch):
         def run(x: Any, training: bool) -> Any:
             return layer(x, training=training)
 
-        # Of code of its own, so that its graphs are not sought among those of other layers.
-        own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+        # Of code and a name of its own, so that its graphs are not sought among those of other
+        # layers, and torch does not take what differs between layers for what varies.
+        code = run.__code__.replace(co_name=f"run_{next(_numbers)}")
+        own = FunctionType(code, run.__globals__, closure=run.__closure__)
         self._run = torch.compile(own, fullgraph=True)
 
     def __call__(self, x: Any, *, training: bool) -> Any:

@@ -16,7 +16,6 @@ from unidrop.conformance import (
     eager_modes,
     missing_eager_modes,
     on_path_of,
-    variant_of,
 )
 from unidrop.library import library_of_namespace
 from unidrop.philox import philox
@@ -43,14 +42,13 @@ class TensorFlow(CoreBackend):
         "layouts": "TensorFlow's tensors have no strides",
     }
 
+    variants: Mapping[str, str] = {_SAVED: _UNKNOWN, _RECOMPUTED: "tf.function"}
     mode_limits: Mapping[str, Mapping[str, str]] = {
-        _SAVED: variant_of(_UNKNOWN)
-        | {
+        _SAVED: {
             "words": "a SavedModel holds whole functions, and not what they are made of",
             "traced_key": "a SavedModel holds whole functions, and not what they are made of",
         },
-        _RECOMPUTED: variant_of("tf.function")
-        | {
+        _RECOMPUTED: {
             "words": "there is no gradient to compute again",
             "traced_key": "there is no gradient to compute again",
         },

@@ -21,7 +21,6 @@ from unidrop.conformance import (
     eager_modes,
     missing_eager_modes,
     on_path_of,
-    variant_of,
 )
 
 __all__ = ["Torch"]
@@ -37,6 +36,7 @@ class Torch(CoreBackend):
         **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient", "traces")),
     }
     compiled_modes = (*COMPILED, "export")
+    variants = VARIANTS
     missing_modes: Mapping[str, str] = {
         "torch.jit": "PyTorch has retired it; it would freeze the mask, so dropout refuses it",
     }
@@ -45,7 +45,6 @@ class Torch(CoreBackend):
             ("bad-rate", "bad-dtype", "layer-error"),
             "torch.compile(fullgraph=True) raises an error of its own where what it traces raises",
         )
-        | (variant_of("compile") if mode in VARIANTS else {})
         for mode in COMPILED
     } | {
         "export": {"threads": "torch.export traces by state that all threads share"},

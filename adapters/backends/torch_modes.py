@@ -36,13 +36,12 @@ Pulled = tuple[Tensor, Callable[[Tensor], Tensor]]
 COMPILED: dict[str, dict[str, Any]] = {
     "compile": {"backend": "inductor"},
     "compile-aot_eager": {"backend": "aot_eager"},
-    "compile-eager": {"backend": "eager"},
     "compile-dynamic": {"backend": "inductor", "dynamic": True},
     "compile-checkpoint": {"backend": "inductor"},
 }
 
-#: Those that trace what "compile" does: other stages behind it, or a checkpoint around it.
-VARIANTS = ("compile-aot_eager", "compile-eager", "compile-checkpoint")
+#: Those that trace what another does: with other stages behind it, or a checkpoint around it.
+VARIANTS = dict.fromkeys(("compile-aot_eager", "compile-checkpoint"), "compile")
 
 MODES = (
     *COMPILED,

@@ -15,7 +15,6 @@ from unidrop.conformance.backend import (
     UntestedError,
     backend_names,
     load_backends,
-    variant_of,
 )
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
@@ -59,5 +58,4 @@ __all__ = [
     "on_path_of",
     "run_cell",
     "run_matrix",
-    "variant_of",
 ]

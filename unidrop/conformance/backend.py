@@ -31,7 +31,6 @@ __all__ = [
     "backend_names",
     "load_backends",
     "points_of",
-    "variant_of",
     "why_lacking",
 ]
 
@@ -90,6 +89,10 @@ class Backend(Protocol):
         Where it runs on this machine.
     compiled_modes : sequence of str
         Those of modes that trace and compile; with the ability "traces".
+    variants : mapping of str to str
+        For a compiled mode that runs what another does in something around it, such as a
+        checkpoint, that other. It has the contracts too, but not again those about which element
+        is kept and why, and of dtypes the usual one and one of half its width.
     missing_modes : mapping of str to str
         Ways in which the framework runs and this backend can't, each with the reason.
     abilities : mapping of str to str or None
@@ -104,6 +107,7 @@ class Backend(Protocol):
     name: str
     modes: Sequence[str]
     compiled_modes: Sequence[str]
+    variants: Mapping[str, str]
     missing_modes: Mapping[str, str]
     devices: Sequence[str]
     abilities: Mapping[str, str | None]
@@ -162,6 +166,7 @@ class BaseBackend:
     name: str
     modes: Sequence[str] = ("eager",)
     compiled_modes: Sequence[str] = ()
+    variants: Mapping[str, str] = MappingProxyType({})
     missing_modes: Mapping[str, str] = MappingProxyType({})
     devices: Sequence[str] = ("cpu",)
     abilities: Mapping[str, str | None] = MappingProxyType({})
@@ -206,44 +211,6 @@ def why_lacking(backend: Backend, ability: str, mode: str) -> str | None:
     """Return why a backend lacks an ability in a mode, or None if it has it."""
     reason = backend.abilities.get(ability, f"{ability} is not declared")
     return reason or backend.mode_limits.get(mode, {}).get(ability)
-
-
-# What they compare is which element a decision is for, which no variant has a part in.
-_OF_DECISIONS = (
-    "threshold",
-    "threshold-ends",
-    "broadcast-axes",
-    "windows",
-    "windows-tile",
-    "layout",
-)
-
-
-def variant_of(mode: str) -> dict[str, str]:
-    """Return the limits of a compiled mode that runs what another does, in something around it.
-
-    It is compared in most contracts all the same, but not again in those that take a program of
-    their own to see which element is kept, and why.
-
-    Parameters
-    ----------
-    mode : str
-        The other mode.
-
-    Returns
-    -------
-    dict of str to str
-        For `Backend.mode_limits`: contracts, each with the reason.
-
-    Examples
-    --------
-    >>> class Plain(BaseBackend):
-    ...     modes = compiled_modes = ("jit", "checkpoint")
-    ...     mode_limits = {"checkpoint": variant_of("jit")}
-    >>> Plain.mode_limits["checkpoint"]["windows"]
-    'a variant of jit, where this is compared'
-    """
-    return dict.fromkeys(_OF_DECISIONS, f"a variant of {mode}, where this is compared")
 
 
 class UntestedError(Exception):
@@ -353,7 +320,7 @@ def _loaded(points: Sequence[EntryPoint]) -> Backend:
     empty = [mode for mode in backend.modes if not backend.dtypes(mode)]
     if empty or not backend.modes or not backend.devices:
         raise ValueError("a backend has to have a mode, a device, and in each mode a dtype")
-    for name in ("abilities", "mode_limits", "missing_modes"):
+    for name in ("abilities", "mode_limits", "missing_modes", "variants"):
         if not isinstance(getattr(backend, name), Mapping):
             raise TypeError(f"{name} has to be a mapping, but got {getattr(backend, name)!r}")
     _check_modes(backend)
@@ -382,6 +349,13 @@ def _check_modes(backend: Backend) -> None:
         unknown = [mode for mode in getattr(backend, name) if mode not in backend.modes]
         if unknown:
             raise ValueError(f"{name} has to name modes, but got {unknown}")
+    compiled = [mode for mode in backend.compiled_modes if mode not in backend.variants]
+    for mode, base in backend.variants.items():
+        if mode not in backend.compiled_modes or base not in compiled:
+            raise ValueError(
+                f"variants has to map compiled modes to those of {compiled}, but got "
+                f"{mode!r}: {base!r}"
+            )
     both = [mode for mode in backend.missing_modes if mode in backend.modes]
     if both:
         raise ValueError(f"missing_modes has to name other modes than modes, but got {both}")

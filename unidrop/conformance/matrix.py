@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from queue import SimpleQueue
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from time import perf_counter
 from typing import IO, Any
 
@@ -51,9 +51,15 @@ _ENVIRONMENT: Mapping[str, str] = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     # Its threads spin too as they wait, for matrices that nothing here multiplies.
     "OPENBLAS_NUM_THREADS": "1",
+    # Memory that glibc gives back at once is asked for again as soon.
     # What PyTorch compiles here is so little that compiling its headers once takes longer.
     "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+    # What JAX is asked to compile in one mode, and in another again, it keeps however small it is.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
+
+# Where JAX keeps it: with the run, unless the user keeps what is compiled for longer.
+_KEPT = "JAX_COMPILATION_CACHE_DIR"
 
 # How much is shown of what a process printed that broke down: frameworks can be talkative.
 _LINES, _BYTES = 60, 1 << 16
@@ -144,23 +150,25 @@ def _outcomes(names: Sequence[str], asked: _Asked, jobs: int) -> Iterator[Outcom
     # What takes long is better not begun last, and it stands late in the alphabet.
     schedule, parts = Schedule(names[::-1]), {name: _Part() for name in names}
     pool = ThreadPoolExecutor(jobs)
-    workers = [_Worker(schedule, asked, parts, done) for _ in range(jobs)]
-    for worker in workers:
-        pool.submit(worker.work)
-    try:
-        waiting = set(names)
-        while waiting:
-            name = done.get()
-            if isinstance(name, BaseException):
-                raise name
-            if name in waiting:
-                waiting.remove(name)
-                yield from parts[name].outcomes()
-    finally:
-        schedule.stop()
-        pool.shutdown(wait=False, cancel_futures=True)
+    with TemporaryDirectory(prefix="unidrop-", ignore_cleanup_errors=True) as compiled:
+        environment = {**_ENVIRONMENT, _KEPT: os.environ.get(_KEPT, compiled)}
+        workers = [_Worker(schedule, asked, parts, done, environment) for _ in range(jobs)]
         for worker in workers:
-            worker.stop()
+            pool.submit(worker.work)
+        try:
+            waiting = set(names)
+            while waiting:
+                name = done.get()
+                if isinstance(name, BaseException):
+                    raise name
+                if name in waiting:
+                    waiting.remove(name)
+                    yield from parts[name].outcomes()
+        finally:
+            schedule.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.stop()
 
 
 class _Worker:
@@ -172,11 +180,13 @@ class _Worker:
         asked: _Asked,
         parts: Mapping[str, _Part],
         done: "SimpleQueue[str | BaseException]",
+        environment: Mapping[str, str],
     ) -> None:
         self._schedule = schedule
         self._asked = asked
         self._parts = parts
         self._done = done
+        self._environment = environment
         self._process: Process | None = None
         self._is_stopped = False
 
@@ -212,7 +222,7 @@ class _Worker:
     def _begin(self, name: str, printed: IO[bytes], own: Mapping[str, str]) -> None:
         """Start a process for a backend, with the variables that it needs of its own."""
         target = f"{__name__}:{_Served.__name__}"
-        environment = {**_ENVIRONMENT, OWNER: name, **own}
+        environment = {**self._environment, OWNER: name, **own}
         self._process = Process(f"backend {name}", target, environment, printed)
         if self._is_stopped:
             self._process.kill()

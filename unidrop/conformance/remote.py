@@ -21,6 +21,7 @@ OWNER = "UNIDROP_MATRIX_BACKEND"
 _ATTRIBUTES = (
     "modes",
     "compiled_modes",
+    "variants",
     "missing_modes",
     "devices",
     "abilities",
@@ -56,6 +57,7 @@ class RemoteBackend:
 
     modes: Sequence[str]
     compiled_modes: Sequence[str]
+    variants: Mapping[str, str]
     missing_modes: Mapping[str, str]
     devices: Sequence[str]
     abilities: Mapping[str, str | None]

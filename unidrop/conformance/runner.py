@@ -21,6 +21,8 @@ from unidrop.conformance.process import text_of, writable
 
 _PLAIN = re.compile(r"[\w '(),.:;=+/-]*", re.ASCII)
 
+_HALF = ("float16", "bfloat16")
+
 __all__ = ["Missing", "Result", "cells", "check", "check_names", "run_cell"]
 
 
@@ -121,6 +123,9 @@ def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
         reason = why_lacking(backend, need, mode)
         if reason is not None:
             return reason
+    base = backend.variants.get(mode)
+    if base is not None and not contract.in_variants:
+        return f"a variant of {base}, where this is compared"
     return backend.mode_limits.get(mode, {}).get(contract.name)
 
 
@@ -221,4 +226,10 @@ def _dtypes(contract: Contract, backend: Backend, mode: str) -> Sequence[str]:
         return [one]
     if mode not in backend.compiled_modes:
         return dtypes
-    return [dtype for dtype in dtypes if dtype == one or dtype in contract.compiled_dtypes]
+    compared = [dtype for dtype in dtypes if dtype == one or dtype in contract.compiled_dtypes]
+    if mode not in backend.variants:
+        return compared
+    # What is around it can round a product once more, or not at all where it should be: that shows
+    # in any of half the width.
+    half = next((dtype for dtype in compared if dtype in _HALF), one)
+    return [dtype for dtype in compared if dtype in (one, half)]

@@ -59,6 +59,9 @@ class Contract:
         For which dtypes it is run in compiled modes, where each takes a compilation, beside one.
     compiled_only : bool
         Whether it is about compiled modes.
+    in_variants : bool
+        Whether it is run in modes that are variants of another, which have no part in what about
+        an element decides whether it is kept.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Contract:
     every_dtype: bool
     compiled_dtypes: Collection[str]
     compiled_only: bool
+    in_variants: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +191,7 @@ def contract(
     every_dtype: bool = False,
     compiled_dtypes: Collection[str] = (),
     compiled_only: bool = False,
+    in_variants: bool = True,
 ) -> Callable[[Callable[[Cell], None]], Callable[[Cell], None]]:
     """Register the check of a contract, whose attributes are those of `Contract`.
 
@@ -200,7 +205,14 @@ def contract(
 
     def register(check: Callable[[Cell], None]) -> Callable[[Cell], None]:
         CONTRACTS[name] = Contract(
-            name, promise, check, needs, every_dtype, compiled_dtypes, compiled_only
+            name,
+            promise,
+            check,
+            needs,
+            every_dtype,
+            compiled_dtypes,
+            compiled_only,
+            in_variants,
         )
         return check
 

@@ -105,7 +105,11 @@ def _step_keys(cell: Cell) -> None:
             raise error.explained(causes, cell.diff(recipe)) from None
 
 
-@contract("threshold", "An element is kept where u >= T: at u = T kept, at u = T - 1 dropped.")
+@contract(
+    "threshold",
+    "An element is kept where u >= T: at u = T kept, at u = T - 1 dropped.",
+    in_variants=False,
+)
 def _threshold(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: _is_threshold_case(g) and g.global_shape is None)
 
@@ -114,6 +118,7 @@ def _threshold(cell: Cell) -> None:
     "threshold-ends",
     "That is so at the ends too, where u is 0, 1 or 2^32 - 1, in windows that hold such elements.",
     ("windows",),
+    in_variants=False,
 )
 def _threshold_ends(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: _is_threshold_case(g) and g.global_shape is not None)
@@ -123,6 +128,7 @@ def _threshold_ends(cell: Cell) -> None:
     "broadcast-axes",
     "Along broadcast axes one decision is shared, and the mask is numbered without them.",
     ("broadcast_axes",),
+    in_variants=False,
 )
 def _broadcast_axes(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: bool(g.broadcast_axes) and g.global_shape is None)
@@ -132,12 +138,13 @@ def _broadcast_axes(cell: Cell) -> None:
     "windows",
     "A window gets its block of the whole mask, also beyond 2^32 elements.",
     ("windows", "broadcast_axes"),
+    in_variants=False,
 )
 def _windows(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: g.global_shape is not None and not _is_threshold_case(g))
 
 
-@contract("windows-tile", "Windows of any cut tile the whole.", ("windows",))
+@contract("windows-tile", "Windows of any cut tile the whole.", ("windows",), in_variants=False)
 def _windows_tile(cell: Cell) -> None:
     whole = (6, 5, 11)
     expected = by_core(unidrop.keep_mask, whole, 0.3, cell.key(5))
@@ -188,7 +195,12 @@ def _mask_dtype(cell: Cell) -> None:
     check_equal(cell.backend.to_numpy(mask).dtype, np.dtype(bool), "dtype of the mask")
 
 
-@contract("layout", "The mask follows logical indices, whatever the memory layout.", ("layouts",))
+@contract(
+    "layout",
+    "The mask follows logical indices, whatever the memory layout.",
+    ("layouts",),
+    in_variants=False,
+)
 def _layout(cell: Cell) -> None:
     x = cell.values((4, 6, 5, 3))
     recipe = Recipe(cell.seed, (4,), 0.4, x.shape)
@@ -200,7 +212,7 @@ def _layout(cell: Cell) -> None:
         check_output_of(recipe, y, expected, x, f"output of layout {name!r}")
 
 
-@contract("threads", "Calls from many threads give the masks of their keys.")
+@contract("threads", "Calls from many threads give the masks of their keys.", in_variants=False)
 def _threads(cell: Cell) -> None:
     shape, p, others = ((65, 33), 0.2, 7)
     if cell.is_compiled:  # where a layer of each thread is another program
