@@ -277,6 +277,40 @@ def test_a_backend_that_lives_elsewhere_has_its_environment_in_the_only_process(
     assert {outcome.status for outcome in outcomes} == {"passed"}
 
 
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+@pytest.mark.parametrize("own", ["", "of the user"])
+def test_what_jax_compiles_is_kept_for_a_run_and_longer_only_where_the_user_keeps_it(
+    install, tmp_path, monkeypatch, own
+):
+    folder, noted = tmp_path / "own", tmp_path / "noted"
+    monkeypatch.delenv(CACHE, raising=False)
+    if own:
+        monkeypatch.setenv(CACHE, str(folder))
+    compiled = f"""
+    import os
+    import jax
+    from unidrop.adapters.backends.numpy import Numpy
+
+
+    class make(Numpy):
+        name = "planted"
+
+        def dropout(self, x, p, seed, step, **options):
+            jax.jit(lambda v: v * 2)(x)
+            cache = os.environ[{CACHE!r}]
+            assert os.listdir(cache)
+            open({str(noted)!r}, "w").write(cache)
+            return super().dropout(x, p, seed, step, **options)
+    """
+    install("planted", compiled)
+    (outcome, *_) = run_matrix(["planted"], ["rate"], jobs=1)
+    assert outcome.status == "passed", outcome
+    cache = Path(noted.read_text())
+    assert (cache == folder, cache.exists()) == (bool(own), bool(own))
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this platform has no /proc")
 def test_processes_end_with_a_run_that_is_given_up_and_so_does_what_they_forked(install, tmp_path):
     pids = tmp_path / "pids"
