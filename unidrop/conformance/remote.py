@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from unidrop.conformance.backend import points_of
+from unidrop.conformance.backend import Backend, points_of
 from unidrop.conformance.process import Process, forwarded, made
 
 __all__ = ["OWNER", "RemoteBackend", "environment_of"]
@@ -18,16 +18,8 @@ __all__ = ["OWNER", "RemoteBackend", "environment_of"]
 #: The variable of the environment that names the backend which has a process to itself.
 OWNER = "UNIDROP_MATRIX_BACKEND"
 
-_ATTRIBUTES = (
-    "modes",
-    "compiled_modes",
-    "variants",
-    "missing_modes",
-    "devices",
-    "abilities",
-    "mode_limits",
-    "step_limit",
-)
+# What a backend says of itself, beside its name.
+_ATTRIBUTES = tuple(name for name in Backend.__annotations__ if name != "name")
 
 
 class RemoteBackend:
