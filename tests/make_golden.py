@@ -17,7 +17,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
-from itertools import chain, count, cycle, product
+from itertools import chain, count, cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -410,7 +410,7 @@ def output_vector(name: str, dtype: str, p: float, x: Sequence[int]) -> Vector:
 
 def special_outputs() -> Iterator[Vector]:
     """Yield 64 elements for each dtype and rate, half of them special cases."""
-    rates = RATES | {"0": 0.0, "1": 1.0}
+    rates = RATES | {"0": 0.0, "1": 1.0, "0.4": 0.4}
     for dtype, (rate, p) in product([*reference.FORMATS, *reference.COMPONENTS], rates.items()):
         keep = output_keep(64, p)
         columns = [component_patterns(dtype, p, keep, c) for c in range(components(dtype))]
@@ -430,7 +430,8 @@ def rounding_outputs() -> Iterator[Vector]:
         one = fmt.encode(Fraction(1))
         binade = range(one, one + fmt.normal)
         first = {"float16": 209, "bfloat16": 37}[dtype]  # found by trying them all
-        yield output_vector(f"{dtype}-halfway-rate-0.4", dtype, 0.4, binade[first::12][:64])
+        halfway = list(islice(cycle(binade[first::12]), 64))
+        yield output_vector(f"{dtype}-halfway-rate-0.4", dtype, 0.4, halfway)
         yield output_vector(f"{dtype}-halfway-rate-1-over-3", dtype, 1 / 3, binade[1::4][:64])
 
 

@@ -302,6 +302,22 @@ class CompiledComparisonOfFloat32(CompiledOnceForAllRates):
         return u.astype(np.float32) >= np.float32(round(p * 2**32))
 
 
+class ProductRoundedOnce(Sound):
+    def scaled(self, x, p):
+        if x.dtype.itemsize > 2:
+            return super().scaled(x, p)
+        # Exact in float64, and rounded once from there.
+        return (x.astype(np.float64) * np.float64(np.float32(1 / (1 - p)))).astype(x.dtype)
+
+
+class CompiledProductRoundedOnce(CompiledOnceForAllRates, ProductRoundedOnce):
+    def dropped(self, x, p, seed, step, **options):
+        return Sound.dropped(self, x, p, seed, step, **options)
+
+    def scaled(self, x, p):
+        return super().scaled(x, p) if self.mode == "compiled" else Sound.scaled(self, x, p)
+
+
 class TracesNotCounted(Sound):
     def traces(self, mode):
         return 1

@@ -60,6 +60,11 @@ DEFECTS = {
         "scale",
         "the scale is rounded to float16 before the product",
     ),
+    "product rounded once": (
+        planted.ProductRoundedOnce,
+        "scale",
+        "the product with the float32 scale is rounded once, to float16",
+    ),
     "multiply instead of select": (
         planted.MultiplyForSelect,
         "dropped-is-zero",
@@ -109,6 +114,11 @@ DEFECTS = {
         planted.CompiledGradientOfFloat16Scale,
         "gradient",
         "rounded to float16 before the product",
+    ),
+    "compiled product rounded once": (
+        planted.CompiledProductRoundedOnce,
+        "output",
+        "the product with the float32 scale is rounded once, to float16",
     ),
     "function active in evaluation": (
         planted.FunctionActiveInEvaluation,
@@ -264,6 +274,7 @@ def test_the_command_has_each_defect_of_installed_packages_in_its_contract(insta
         planted.CompiledComparisonOfFloat32,
         planted.CompiledGradientOfFloat16Scale,
         planted.CompiledOnceForAllRates,
+        planted.CompiledProductRoundedOnce,
         planted.CompiledRowsOfWindowsRoundedUp,
         planted.TracedEveryStep,
         planted.TracesNotCounted,
@@ -377,6 +388,7 @@ def changed(**members):
         (changed(devices=()), "a device"),
         (changed(dtypes=lambda self, mode: ()), "a dtype"),
         (changed(dtypes=lambda self, mode: 1 / 0), "division by zero"),
+        (changed(dtypes=("float64",)), "dtypes has to be a method of a mode, but got ('float64',)"),
         (changed(abilities=None), "abilities"),
         (changed(abilities={"window": None}), "but got ['window']"),
         (changed(abilities={"windows": ""}), "an empty reason"),
@@ -388,7 +400,17 @@ def changed(**members):
         (changed(variants={"fit": "eager"}), "variants has to map compiled modes to those of []"),
     ],
     ids=[
-        *("exits", "raises", "none", "name", "modes", "devices", "dtypes", "dtypes-raises"),
+        *(
+            "exits",
+            "raises",
+            "none",
+            "name",
+            "modes",
+            "devices",
+            "dtypes",
+            "dtypes-raises",
+            "dtypes-tuple",
+        ),
         *("able", "misspelt", "no reason", "no method", "modes twice", "compiled", "limits"),
         *("missing", "variants"),
     ],

@@ -62,8 +62,8 @@ def dropout(
     -------
     y : array
         Of x's shape, dtype and device. Kept elements are x times the scale, computed in float32
-        (float64 for float64 and complex128) and rounded once; dropped ones are +0, NaN and
-        infinities included. x itself where p is 0 or training is False.
+        (float64 for float64 and complex128) and then rounded to x's dtype; dropped ones are +0, NaN
+        and infinities included. x itself where p is 0 or training is False.
     mask : array of bool
         Only with ``return_mask``: True where kept, of x's shape with 1 along ``broadcast_axes``.
 

@@ -317,6 +317,8 @@ def _loaded(points: Sequence[EntryPoint]) -> Backend:
         raise TypeError(f"it lacks {', '.join(missing)}: see unidrop.conformance.Backend")
     if backend.name != points[0].name:
         raise ValueError(f"name has to be that of the entry point, but got {backend.name!r}")
+    if not callable(backend.dtypes):
+        raise TypeError(f"dtypes has to be a method of a mode, but got {backend.dtypes!r}")
     empty = [mode for mode in backend.modes if not backend.dtypes(mode)]
     if empty or not backend.modes or not backend.devices:
         raise ValueError("a backend has to have a mode, a device, and in each mode a dtype")

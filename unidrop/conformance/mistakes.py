@@ -240,6 +240,9 @@ def mistakes_of_product(x: NDArray[Any], p: float) -> Iterator[tuple[str, NDArra
     yield "p is narrowed to float32 for the scale", times(x, compute, 1 / (1 - float(narrow_p)))
     yield "the scale is computed in float32", times(x, compute, float(one / (one - narrow_p)))
     yield "kept elements are scaled twice", times(times(x, compute, s), compute, s)
+    if components(x).dtype.itemsize < compute.itemsize:
+        what = f"the product with the {compute} scale is rounded once, to {dtype_name(x.dtype)}"
+        yield what, times(x, np.float64, float(compute.type(s)))
     yield "the product is computed in float64 and rounded once", times(x, np.float64, s)
     for dtype in dict.fromkeys((dtype_name(components(x).dtype), compute.name, "float64")):
         quotients = times(x, numpy_dtype(dtype), 1 - p, np.divide)
@@ -251,6 +254,21 @@ def times(
 ) -> NDArray[Any]:
     """Return x times a factor, in a dtype and rounded to x's own; complex numbers by component."""
     parts = components(x)
-    product = operation(parts.astype(dtype), np.dtype(dtype).type(factor)).astype(parts.dtype)
+    product = _rounded(operation(parts.astype(dtype), np.dtype(dtype).type(factor)), parts.dtype)
     products: NDArray[Any] = product.view(x.dtype).reshape(x.shape)
     return products
+
+
+def _rounded(product: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return a product rounded once: ml_dtypes makes a float32 of a float64 on the way."""
+    if product.dtype != np.float64 or dtype.itemsize > 2:
+        return product.astype(dtype)
+    # What lies between two float32 numbers goes to the one that is odd, and so is halfway between
+    # two of half the width only where it was so before.
+    near = product.astype(np.float32)
+    bits = near.view(np.uint32)
+    beyond = np.abs(near.astype(np.float64)) > np.abs(product)
+    odd = np.where(near == product, bits, bits - beyond | np.uint32(1)).astype(np.uint32)
+    return (
+        np.where(np.isfinite(product), odd, bits).astype(np.uint32).view(np.float32).astype(dtype)
+    )

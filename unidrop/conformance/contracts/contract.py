@@ -34,7 +34,7 @@ SEED = 42
 
 #: What contracts are of that may be of any shape and rate: a compiled mode, where each would take
 #: another program, then has one for all of them. It is the golden outputs' too.
-SHAPE, RATE = (8, 8), 0.1
+SHAPE, RATE = (8, 8), 0.4
 
 #: How many steps a compiled mode has to take with what it traced at the first.
 STEPS = 20

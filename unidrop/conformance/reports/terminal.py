@@ -39,7 +39,8 @@ def print_report(report: Report, console: Console, *, tracebacks: bool = False) 
         if tracebacks:
             _print_traceback(console, result.details)
     if not report.results:
-        console.print("nothing was run: no chosen backend has what the chosen contracts need")
+        what = "no chosen backend that is here has what the chosen contracts need"
+        console.print(f"nothing was run: {what}")
     style = "bold green" if report.is_good else "bold red"
     for line in (*map(str, report.beginnings()), report.summary):
         console.print(Text(line, style=style), soft_wrap=True)
