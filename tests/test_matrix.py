@@ -288,6 +288,7 @@ def test_what_jax_compiles_is_kept_for_a_run_and_longer_only_where_the_user_keep
     monkeypatch.delenv(CACHE, raising=False)
     if own:
         monkeypatch.setenv(CACHE, str(folder))
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     compiled = f"""
     import os
     import jax

@@ -251,11 +251,44 @@ def test_a_variant_of_a_mode_is_compared_in_all_that_it_can_change():
     assert compared == {*CONTRACTS} - about_decisions
 
 
-def test_a_variant_of_a_mode_is_compared_in_one_dtype_of_half_the_width_beside_the_usual_one():
+def test_a_variant_is_compared_in_all_dtypes():
     planned = [item for item in cells(Varied(), ["output"]) if isinstance(item, Cell)]
     dtypes = {mode: [c.dtype for c in planned if c.mode == mode] for mode in Varied.modes}
-    assert dtypes["checkpoint"] == ["float16", "float32"]
-    assert len(dtypes["compiled"]) > 2
+    assert dtypes["checkpoint"] == dtypes["compiled"] == dtypes["eager"]
+
+
+def test_a_variant_is_compared_in_what_the_other_mode_can_not_be_and_gives_its_own_reasons():
+    class Limited(Varied):
+        mode_limits = MappingProxyType(
+            {"compiled": {"windows": "none yet"}, "checkpoint": {"threshold": "its own reason"}}
+        )
+
+    planned = [c for c in cells(Limited(), ["windows", "threshold"]) if c.mode == "checkpoint"]
+    assert [str(item) for item in planned if isinstance(item, Cell)] == [
+        "windows-sound-cpu-float32-checkpoint"
+    ]
+    reasons = {item.contract: item.reason for item in planned if isinstance(item, Missing)}
+    assert reasons == {"threshold": "its own reason"}
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        {"eager": "compiled"},
+        {"compiled": "eager"},
+        {"checkpoint": "checkpoint"},
+        {"other": "eager"},
+    ],
+    ids=["not compiled", "of none compiled", "of itself", "no mode"],
+)
+def test_variants_of_backends_that_are_no_entry_points_are_checked_too(variants):
+    class Odd(Varied):
+        pass
+
+    Odd.variants = variants
+    ((mode, base),) = variants.items()
+    with pytest.raises(ValueError, match=f"but got '{mode}': '{base}'"):
+        list(cells(Odd()))
 
 
 @pytest.mark.parametrize(("backend", "contract", "tells"), DEFECTS.values(), ids=DEFECTS)
@@ -397,7 +430,7 @@ def changed(**members):
         (changed(compiled_modes=("compiled",)), "compiled_modes has to name modes"),
         (changed(mode_limits={"comp": {}}), "mode_limits has to name modes"),
         (changed(missing_modes={"eager": "why"}), "missing_modes has to name other modes"),
-        (changed(variants={"fit": "eager"}), "variants has to map compiled modes to those of []"),
+        (changed(variants={"fit": "eager"}), "variants has to map a compiled mode to one that"),
     ],
     ids=[
         *(

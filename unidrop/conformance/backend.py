@@ -29,6 +29,7 @@ __all__ = [
     "UnavailableBackend",
     "UntestedError",
     "backend_names",
+    "check_variants",
     "load_backends",
     "points_of",
     "why_lacking",
@@ -91,8 +92,8 @@ class Backend(Protocol):
         Those of modes that trace and compile; with the ability "traces".
     variants : mapping of str to str
         For a compiled mode that runs what another does in something around it, such as a
-        checkpoint, that other. It has the contracts too, but not again those about which element
-        is kept and why, and of dtypes the usual one and one of half its width.
+        checkpoint, that other. It has the contracts too, but those that look closer at what decides
+        about an element only if the other has not.
     missing_modes : mapping of str to str
         Ways in which the framework runs and this backend can't, each with the reason.
     abilities : mapping of str to str or None
@@ -351,13 +352,18 @@ def _check_modes(backend: Backend) -> None:
         unknown = [mode for mode in getattr(backend, name) if mode not in backend.modes]
         if unknown:
             raise ValueError(f"{name} has to name modes, but got {unknown}")
+    check_variants(backend)
+    both = [mode for mode in backend.missing_modes if mode in backend.modes]
+    if both:
+        raise ValueError(f"missing_modes has to name other modes than modes, but got {both}")
+
+
+def check_variants(backend: Backend) -> None:
+    """Raise ValueError where a variant, or what it is one of, is no compiled mode by itself."""
     compiled = [mode for mode in backend.compiled_modes if mode not in backend.variants]
     for mode, base in backend.variants.items():
         if mode not in backend.compiled_modes or base not in compiled:
             raise ValueError(
-                f"variants has to map compiled modes to those of {compiled}, but got "
-                f"{mode!r}: {base!r}"
+                f"variants has to map a compiled mode to one that is no variant, such as "
+                f"{compiled}, but got {mode!r}: {base!r}"
             )
-    both = [mode for mode in backend.missing_modes if mode in backend.modes]
-    if both:
-        raise ValueError(f"missing_modes has to name other modes than modes, but got {both}")

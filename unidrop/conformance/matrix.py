@@ -51,15 +51,9 @@ _ENVIRONMENT: Mapping[str, str] = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     # Its threads spin too as they wait, for matrices that nothing here multiplies.
     "OPENBLAS_NUM_THREADS": "1",
-    # Memory that glibc gives back at once is asked for again as soon.
     # What PyTorch compiles here is so little that compiling its headers once takes longer.
     "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
-    # What JAX is asked to compile in one mode, and in another again, it keeps however small it is.
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-
-# Where JAX keeps it: with the run, unless the user keeps what is compiled for longer.
-_KEPT = "JAX_COMPILATION_CACHE_DIR"
 
 # How much is shown of what a process printed that broke down: frameworks can be talkative.
 _LINES, _BYTES = 60, 1 << 16
@@ -151,7 +145,7 @@ def _outcomes(names: Sequence[str], asked: _Asked, jobs: int) -> Iterator[Outcom
     schedule, parts = Schedule(names[::-1]), {name: _Part() for name in names}
     pool = ThreadPoolExecutor(jobs)
     with TemporaryDirectory(prefix="unidrop-", ignore_cleanup_errors=True) as compiled:
-        environment = {**_ENVIRONMENT, _KEPT: os.environ.get(_KEPT, compiled)}
+        environment = {**_ENVIRONMENT, **_kept_in(compiled)}
         workers = [_Worker(schedule, asked, parts, done, environment) for _ in range(jobs)]
         for worker in workers:
             pool.submit(worker.work)
@@ -169,6 +163,17 @@ def _outcomes(names: Sequence[str], asked: _Asked, jobs: int) -> Iterator[Outcom
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
                 worker.stop()
+
+
+def _kept_in(folder: str) -> dict[str, str]:
+    """Return what makes JAX keep all that one mode compiles for the others, for the run.
+
+    Who has a folder for what JAX compiles has said what is kept there, and for how long.
+    """
+    where = "JAX_COMPILATION_CACHE_DIR"
+    if where in os.environ:
+        return {}
+    return {where: folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 class _Worker:

@@ -12,6 +12,7 @@ from unidrop.conformance.backend import (
     ABILITIES,
     Backend,
     UnavailableBackend,
+    check_variants,
     load_backends,
     why_lacking,
 )
@@ -20,8 +21,6 @@ from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
 from unidrop.conformance.process import text_of, writable
 
 _PLAIN = re.compile(r"[\w '(),.:;=+/-]*", re.ASCII)
-
-_HALF = ("float16", "bfloat16")
 
 __all__ = ["Missing", "Result", "cells", "check", "check_names", "run_cell"]
 
@@ -123,13 +122,16 @@ def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
         reason = why_lacking(backend, need, mode)
         if reason is not None:
             return reason
+    reason = backend.mode_limits.get(mode, {}).get(contract.name)
     base = backend.variants.get(mode)
-    if base is not None and not contract.in_variants:
-        return f"a variant of {base}, where this is compared"
-    return backend.mode_limits.get(mode, {}).get(contract.name)
+    if reason is not None or base is None or contract.in_variants:
+        return reason
+    compared = _why_not(contract, backend, base) is None
+    return f"a variant of {base}, where this is compared" if compared else None
 
 
 def _check_limits(backend: Backend) -> None:
+    check_variants(backend)
     for mode, limits in backend.mode_limits.items():
         unknown = [name for name in limits if name not in ABILITIES and name not in CONTRACTS]
         if unknown:
@@ -226,10 +228,4 @@ def _dtypes(contract: Contract, backend: Backend, mode: str) -> Sequence[str]:
         return [one]
     if mode not in backend.compiled_modes:
         return dtypes
-    compared = [dtype for dtype in dtypes if dtype == one or dtype in contract.compiled_dtypes]
-    if mode not in backend.variants:
-        return compared
-    # What is around it can round a product once more, or not at all where it should be: that shows
-    # in any of half the width.
-    half = next((dtype for dtype in compared if dtype in _HALF), one)
-    return [dtype for dtype in compared if dtype in (one, half)]
+    return [dtype for dtype in dtypes if dtype == one or dtype in contract.compiled_dtypes]

@@ -60,8 +60,8 @@ class Contract:
     compiled_only : bool
         Whether it is about compiled modes.
     in_variants : bool
-        Whether it is run in modes that are variants of another, which have no part in what about
-        an element decides whether it is kept.
+        Whether it is run in a mode that is a variant of another, in which it is: not if it only
+        looks closer at what decides about an element, in which a variant has no part.
     """
 
     name: str

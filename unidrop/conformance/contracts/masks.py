@@ -212,7 +212,7 @@ def _layout(cell: Cell) -> None:
         check_output_of(recipe, y, expected, x, f"output of layout {name!r}")
 
 
-@contract("threads", "Calls from many threads give the masks of their keys.", in_variants=False)
+@contract("threads", "Calls from many threads give the masks of their keys.")
 def _threads(cell: Cell) -> None:
     shape, p, others = ((65, 33), 0.2, 7)
     if cell.is_compiled:  # where a layer of each thread is another program
