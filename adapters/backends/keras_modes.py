@@ -42,6 +42,12 @@ _OWN = "fit takes the gradients itself, and gives none away"
 #: What does not apply where a model is trained.
 UNFIT: Mapping[str, str] = dict.fromkeys(("gradient", "layer_gradient"), _OWN)
 
+# Each takes a model or two, of which XLA compiles the whole training step.
+_OF_FIT = dict.fromkeys(
+    ("layer-resumes", "layer-traces", "step-keys", "threads"),
+    "compared in fit, which keeps state and traces in the same way, and in XLA",
+)
+
 _WRAPPED = (
     "torch can't record how Keras rewords an error of its layers, and raises one of its own kind"
 )
@@ -76,7 +82,7 @@ VARIANTS: Mapping[str, Mapping[str, str]] = {
 LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "tensorflow": {
         "fit": UNFIT,
-        "fit XLA": UNFIT,
+        "fit XLA": {**UNFIT, **_OF_FIT},
     },
     "jax": {
         "eager": {"traces": "JAX compiles single operations where it runs eagerly"},
