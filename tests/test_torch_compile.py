@@ -15,7 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 import unidrop
 from unidrop import Key, keep_mask
+from unidrop.adapters.backends.torch import Torch
 from unidrop.adapters.torch import Dropout, Dropout1d, Dropout2d, Dropout3d, dropout
+from unidrop.conformance.compare import check_output
+from unidrop.conformance.golden import golden_outputs
+from unidrop.dtypes import DTYPES
 
 # Inductor imports what torch.jit has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -62,6 +66,21 @@ def test_a_seeded_module_is_one_graph_over_100_calls(make, backend):
         assert torch.equal(y, expected)
         assert torch.equal(gradient(y, x), gradient(expected, x))
     assert (backend.frame_count, int(module.calls)) == (1, 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_and_gradients_are_those_of_the_golden_vectors_at_every_dtype(dtype, backend):
+    matrix, p = Torch(), 0.4
+    call = compiled(lambda x, step: dropout(x, p, key=Key(42).fold_in(step)), backend)
+    chosen = [g for g in golden_outputs() if (g.dtype, g.p, g.seed) == (dtype, p, 42)]
+    assert chosen
+    for golden in chosen:
+        x = matrix.from_numpy(golden.x, "cpu", "compile").requires_grad_()
+        y = call(x, torch.tensor(golden.step))
+        (came,) = torch.autograd.grad(y, x, x.detach())
+        for array in (y, came):
+            check_output(matrix.to_numpy(array), golden.y, golden.x, golden.name)
+    assert backend.frame_count == 1
 
 
 def test_a_step_that_is_a_tensor_is_one_graph_over_100_steps(backend):

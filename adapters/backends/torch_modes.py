@@ -35,13 +35,12 @@ Pulled = tuple[Tensor, Callable[[Tensor], Tensor]]
 #: The options of torch.compile in each mode that compiles.
 COMPILED: dict[str, dict[str, Any]] = {
     "compile": {"backend": "inductor"},
-    "compile-aot_eager": {"backend": "aot_eager"},
     "compile-dynamic": {"backend": "inductor", "dynamic": True},
     "compile-checkpoint": {"backend": "inductor"},
 }
 
-#: Those that trace what another does: with other stages behind it, or a checkpoint around it.
-VARIANTS = dict.fromkeys(("compile-aot_eager", "compile-checkpoint"), "compile")
+#: Those that trace what another does: with a checkpoint around it.
+VARIANTS = {"compile-checkpoint": "compile"}
 
 MODES = (
     *COMPILED,
