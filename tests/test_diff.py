@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import ml_dtypes
@@ -19,7 +18,6 @@ from unidrop.cli import main
 from unidrop.conformance.compare import numpy_dtype
 from unidrop.conformance.diagnosis import diagnose
 from unidrop.conformance.golden import golden_masks, golden_outputs
-from unidrop.conformance.mistakes import times
 from unidrop.conformance.recipe import Recipe
 
 SHAPE = (6, 50)
@@ -428,20 +426,6 @@ WRONG_OUTPUTS = {
         "p is narrowed to float32 for the scale",
     ),
 }
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("p", [0.1, 1 / 3, 0.4])
-def test_a_product_that_is_tried_as_rounded_once_is_rounded_once(dtype, p):
-    fmt, factor = reference.FORMATS[dtype], np.float32(1 / (1 - p))
-    magnitudes = range(fmt.infinity + 1)
-    x = np.array(magnitudes, dtype=np.uint16).view(numpy_dtype(dtype))
-    exact = Fraction(float(factor))
-    once = [fmt.encode(fmt.decode(m) * exact) for m in magnitudes[:-1]] + [fmt.infinity]
-    for sign in (1, -1):
-        with np.errstate(over="ignore"):
-            came = times(sign * x, np.float64, float(factor)) * sign
-        assert came.view(np.uint16).tolist() == once
 
 
 @pytest.mark.parametrize(

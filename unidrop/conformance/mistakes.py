@@ -268,7 +268,5 @@ def _rounded(product: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     near = product.astype(np.float32)
     bits = near.view(np.uint32)
     beyond = np.abs(near.astype(np.float64)) > np.abs(product)
-    odd = np.where(near == product, bits, bits - beyond | np.uint32(1)).astype(np.uint32)
-    return (
-        np.where(np.isfinite(product), odd, bits).astype(np.uint32).view(np.float32).astype(dtype)
-    )
+    odd = np.where(near == product, bits, bits - beyond | np.uint32(1))
+    return odd.view(np.float32).astype(dtype)
