@@ -277,7 +277,7 @@ def test_a_backend_that_lives_elsewhere_has_its_environment_in_the_only_process(
     assert {outcome.status for outcome in outcomes} == {"passed"}
 
 
-CACHE = "JAX_COMPILATION_CACHE_DIR"
+CACHE, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 @pytest.mark.parametrize("own", ["", "of the user"])
@@ -288,7 +288,7 @@ def test_what_jax_compiles_is_kept_for_a_run_and_longer_only_where_the_user_keep
     monkeypatch.delenv(CACHE, raising=False)
     if own:
         monkeypatch.setenv(CACHE, str(folder))
-        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        monkeypatch.setenv(LEAST, "0.00")
     compiled = f"""
     import os
     import jax
@@ -302,6 +302,7 @@ def test_what_jax_compiles_is_kept_for_a_run_and_longer_only_where_the_user_keep
             jax.jit(lambda v: v * 2)(x)
             cache = os.environ[{CACHE!r}]
             assert os.listdir(cache)
+            assert os.environ[{LEAST!r}] == {"0.00" if own else "0"!r}
             open({str(noted)!r}, "w").write(cache)
             return super().dropout(x, p, seed, step, **options)
     """

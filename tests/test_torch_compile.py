@@ -70,16 +70,16 @@ def test_a_seeded_module_is_one_graph_over_100_calls(make, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_and_gradients_are_those_of_the_golden_vectors_at_every_dtype(dtype, backend):
-    matrix, p = Torch(), 0.4
+    column, p = Torch(), 0.4
     call = compiled(lambda x, step: dropout(x, p, key=Key(42).fold_in(step)), backend)
     chosen = [g for g in golden_outputs() if (g.dtype, g.p, g.seed) == (dtype, p, 42)]
     assert chosen
     for golden in chosen:
-        x = matrix.from_numpy(golden.x, "cpu", "compile").requires_grad_()
+        x = column.from_numpy(golden.x, "cpu", "compile").requires_grad_()
         y = call(x, torch.tensor(golden.step))
         (came,) = torch.autograd.grad(y, x, x.detach())
         for array in (y, came):
-            check_output(matrix.to_numpy(array), golden.y, golden.x, golden.name)
+            check_output(column.to_numpy(array), golden.y, golden.x, golden.name)
     assert backend.frame_count == 1
 
 

@@ -146,7 +146,7 @@ def draw_words() -> Tensor:
     if draws is None:
         return words
     if draws.are_again:
-        return draws.take()  # type: ignore[no-any-return] # what was kept below
+        return draws.take()  # type: ignore[no-any-return] # the words that were kept below
     draws.keep(words)
     return words
 
@@ -336,7 +336,7 @@ def _differentiated(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
     if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()):
         return _below_autograd(torch.ops.unidrop.dropout.default, keyset, x, *rest)
     with enable_single_level_autograd_function():
-        output: Tensor = _Dropout.apply(keyset, x, *rest)  # type: ignore[attr-defined] # it has
+        output: Tensor = _Dropout.apply(keyset, x, *rest)  # type: ignore[attr-defined] # made in C
     return output
 
 
