@@ -12,9 +12,9 @@ from flax import nnx, serialization
 from jax import numpy as jnp
 
 from unidrop.adapters.jax import as_key, dropout
-from unidrop.dropout import Call
+from unidrop.dropout import DropoutPlan
 from unidrop.key import Key
-from unidrop.library import library_of
+from unidrop.library import get_library
 from unidrop.rate import Rate
 from unidrop.words import checked_integer
 
@@ -123,7 +123,7 @@ class Dropout(nnx.Dropout):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         seed: int | Key | None = None,
     ) -> None:
-        Rate.of(rate, "rate")
+        Rate.from_p(rate, "rate")
         super().__init__(
             rate,
             broadcast_dims=broadcast_dims,
@@ -187,7 +187,9 @@ class Dropout(nnx.Dropout):
     def _check(self, inputs: Any) -> None:
         """Raise what is wrong with the inputs, before a call is counted or a key drawn."""
         x = inputs if isinstance(inputs, jax.Array) else jnp.asarray(inputs)
-        Call.of(x, Rate.of(self.rate, "rate"), broadcast_axes=self.broadcast_dims, name="inputs")
+        DropoutPlan.from_args(
+            x, Rate.from_p(self.rate, "rate"), broadcast_axes=self.broadcast_dims, name="inputs"
+        )
 
     def _drop(self, inputs: Any, key: Any) -> Any:
         return dropout(inputs, self.rate, key, broadcast_dims=self.broadcast_dims)
@@ -239,5 +241,5 @@ def _call_number(value: Any) -> jax.Array:
     if not isinstance(value, jax.Array):
         return jnp.asarray(checked_integer(value, "calls", bits=32), jnp.uint32)
     # Looked at only for its type and shape: it may be traced, as a global step is.
-    _, lo = library_of(value).split(value, "calls")
+    _, lo = get_library(value).split(value, "calls")
     return jnp.asarray(lo)

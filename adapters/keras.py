@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from unidrop.dropout import Call
+from unidrop.dropout import DropoutPlan
 from unidrop.key import Key
-from unidrop.library import Library, library_of
+from unidrop.library import Library, get_library
 from unidrop.rate import Rate
 from unidrop.window import noise_shape_axes
 from unidrop.words import checked_integer
@@ -24,7 +24,7 @@ _STATE = "seed_generator_state"
 _COUNTING = Lock()
 
 
-class _Keyed(keras.layers.Layer):
+class _SeededLayerMixin(keras.layers.Layer):
     """What our layers put before Keras' own: the mask of a key, and a call number that is saved.
 
     The call number is the second element of the layer's own `keras.random.SeedGenerator`, which
@@ -37,10 +37,10 @@ class _Keyed(keras.layers.Layer):
         self._key = Key(seed) if isinstance(seed, int) else seed
         # Looked up here, since what is looked up for the first time can't be compiled by torch, and
         # has it compile again what it has: NumPy's arrays too, which users compare with.
-        library_of(np.zeros(0))
-        library_of(keras.ops.convert_to_tensor(0))
+        get_library(np.zeros(0))
+        get_library(keras.ops.convert_to_tensor(0))
         if self.rate > 0:
-            library_of(self.seed_generator.state.value)
+            get_library(self.seed_generator.state.value)
 
     @property
     def calls(self) -> int:
@@ -69,14 +69,14 @@ class _Keyed(keras.layers.Layer):
             inputs = keras.ops.convert_to_tensor(
                 inputs, dtype=dtype and keras.backend.standardize_dtype(dtype)
             )
-        library = library_of(inputs, "inputs")
+        library = get_library(inputs, "inputs")
         axes = noise_shape_axes(self._noise_shape(inputs), library.shape(inputs))
         replica = library.replica(inputs)
         rank, window = (None, None) if replica is None else replica
         global_shape, start = window or (None, None)
-        call = Call.of(
+        call = DropoutPlan.from_args(
             inputs,
-            Rate.of(self.rate, "rate"),
+            Rate.from_p(self.rate, "rate"),
             broadcast_axes=axes,
             global_shape=global_shape,
             start=start,
@@ -86,7 +86,7 @@ class _Keyed(keras.layers.Layer):
         try:
             return call.drop(inputs, key)
         except BaseException:
-            self._uncount()
+            self._rollback_call()
             raise
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ class _Keyed(keras.layers.Layer):
     def _next_key(self, rank: Any) -> Key:
         """Return the key of this call, by replicas that don't know their windows one for each."""
         state = self.seed_generator.state.value
-        library = library_of(state)
+        library = get_library(state)
         # A trace is of one thread, and torch.compile can't record a lock.
         if library.is_traced(state):
             state = self._advanced(library, state)
@@ -113,7 +113,7 @@ class _Keyed(keras.layers.Layer):
         if not library.is_traced(state):
             state = [int(number) for number in keras.ops.convert_to_numpy(state)]
             if not 0 <= state[1] < 1 << 31:
-                self._uncount()
+                self._rollback_call()
                 raise ValueError(
                     "calls has to be below 2**31, which is as far as Keras' own state counts: give "
                     "the layer another seed, and set its calls to 0"
@@ -134,11 +134,11 @@ class _Keyed(keras.layers.Layer):
         state.assign(counted)
         return before
 
-    def _uncount(self) -> None:
+    def _rollback_call(self) -> None:
         """Take back a call that raised; one that raised while it was traced was never counted."""
         with _COUNTING:
             state = self.seed_generator.state.value
-            if not library_of(state).is_traced(state):
+            if not get_library(state).is_traced(state):
                 seed, calls = keras.ops.convert_to_numpy(state)
                 self._set_state(seed, calls - 1)
 
@@ -180,12 +180,12 @@ def _keras_seed(seed: Any) -> int | None:
 def _checked_rate(rate: Any) -> Any:
     """Raise for a type that is no rate; Keras checks the range, with its own message."""
     if isinstance(rate, bool) or not isinstance(rate, int | float):
-        Rate.of(rate, "rate")
+        Rate.from_p(rate, "rate")
     return rate
 
 
 @keras.saving.register_keras_serializable(package="unidrop")
-class Dropout(_Keyed, keras.layers.Dropout):
+class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     """Set input units to 0 with a frequency of ``rate`` at each training step.
 
     As `keras.layers.Dropout`, and its replacement: kept inputs are scaled by ``1 / (1 - rate)``,
@@ -252,7 +252,7 @@ class Dropout(_Keyed, keras.layers.Dropout):
         self._set_key(seed)
 
 
-class _Spatial(_Keyed):
+class _Spatial(_SeededLayerMixin):
     """What the three spatial layers share: Keras' own noise shape, of whole feature maps."""
 
     def __init__(

@@ -6,15 +6,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unidrop.dropout import Call
+from unidrop.dropout import DropoutPlan
 from unidrop.key import Key, check_key
+from unidrop.library import Library, Memory
 from unidrop.rate import Rate
 
-__all__ = ["dropout", "dropout_backward"]
+__all__ = ["NumPy", "aligned_like", "dropout", "dropout_backward", "get_address", "locate_array"]
 
 Rng = int | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
 
 _DEFAULT_P = 0.5
+
+# What TensorFlow and XLA ask of memory that they are to use: a line of the cache.
+_ALIGNMENT = 64
 
 
 def dropout(
@@ -84,14 +88,14 @@ def dropout(
     array([ True, False, False, False])
     """
     x = np.asarray(x)
-    rate = _rate_of(p, keep_prob)
+    rate = _get_rate(p, keep_prob)
     if key is not None:
         check_key(key)
         if rng is not None:
             raise ValueError(f"give either key or rng, but got key={key!r} and rng={rng!r}")
     _check_out(out, x)
-    call = Call.of(x, rate, training=training, broadcast_axes=broadcast_axes)
-    generator = _generator_of(rng) if key is None else None
+    call = DropoutPlan.from_args(x, rate, training=training, broadcast_axes=broadcast_axes)
+    generator = _get_generator(rng) if key is None else None
     if not call.drops:
         output, mask = _written(out, x), call.ones(x)
     else:
@@ -156,11 +160,13 @@ def dropout_backward(
     array([2., 0., 0., 0.])
     """
     grad = np.asarray(grad)
-    rate = _rate_of(p, keep_prob)
+    rate = _get_rate(p, keep_prob)
     if key is not None:
         check_key(key)
     _check_out(out, grad)
-    call = Call.of(grad, rate, training=training, broadcast_axes=broadcast_axes, name="grad")
+    call = DropoutPlan.from_args(
+        grad, rate, training=training, broadcast_axes=broadcast_axes, name="grad"
+    )
     if call.drops and (key is None) == (mask is None):
         raise ValueError(
             f"give the forward call's key or its mask, but got key={key!r} and mask={mask!r}"
@@ -172,8 +178,8 @@ def dropout_backward(
     return _written(out, call.select(grad, _checked_mask(mask, call.window.shape)))
 
 
-def _rate_of(p: float, keep_prob: float | None) -> Rate:
-    rate = Rate.of(p)
+def _get_rate(p: float, keep_prob: float | None) -> Rate:
+    rate = Rate.from_p(p)
     if keep_prob is None:
         return rate
     if rate.p != _DEFAULT_P:
@@ -181,7 +187,7 @@ def _rate_of(p: float, keep_prob: float | None) -> Rate:
     return Rate.from_keep_prob(keep_prob)
 
 
-def _generator_of(rng: Rng) -> np.random.Generator:
+def _get_generator(rng: Rng) -> np.random.Generator:
     if isinstance(rng, bool):
         raise TypeError(f"rng has to be what default_rng takes, and no bool, but got {rng!r}")
     try:
@@ -225,3 +231,48 @@ def _checked_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool]:
     if checked.shape != shape:
         raise ValueError(f"mask has to have shape {shape}, but got {checked.shape}")
     return checked
+
+
+class NumPy(Library):
+    """NumPy's own arrays, memory-mapped ones included; what subclasses them takes no short cut."""
+
+    def memory(self, x: Any) -> Memory | str:
+        """Return where a plain array lies, if its elements are this machine's numbers."""
+        if type(x) is not np.ndarray and type(x) is not np.memmap:
+            return f"a {type(x).__name__} is no plain numpy.ndarray"
+        return locate_array(x)
+
+    def allocate_like(self, x: Any) -> tuple[Any, Memory]:
+        """Return an empty array, of x's layout as far as that has no gaps."""
+        y = np.empty_like(x, subok=False)
+        return y, Memory(get_address(y), _steps(y))
+
+
+def locate_array(x: np.ndarray[Any, Any]) -> Memory | str:
+    """Return where a NumPy array lies, or why a kernel can't read it there."""
+    if not x.dtype.isnative:
+        return "it is not in this machine's byte order"
+    if not x.flags.aligned or any(step % x.itemsize for step in x.strides):
+        return "its elements are not aligned"
+    return Memory(get_address(x), _steps(x))
+
+
+def aligned_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return an empty array of x's shape and dtype, in memory that other libraries can share."""
+    room = np.empty(x.nbytes + _ALIGNMENT, dtype=np.uint8)
+    first = -get_address(room) % _ALIGNMENT
+    aligned: np.ndarray[Any, Any]
+    aligned = room[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
+    return aligned
+
+
+def get_address(x: np.ndarray[Any, Any]) -> int:
+    """Return the address of a NumPy array's first element."""
+    address: int = x.__array_interface__["data"][0]
+    return address
+
+
+def _steps(x: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
+    if x.flags.c_contiguous:
+        return None
+    return tuple(step // x.itemsize for step in x.strides)

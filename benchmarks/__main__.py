@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import runner
-from benchmarks.effort import DEFAULT, QUICK, Effort, full
+from benchmarks.config import DEFAULT, QUICK, Effort, full
 from benchmarks.machine import facts
 from benchmarks.plot import plot
 from benchmarks.report import Report

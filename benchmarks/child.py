@@ -8,12 +8,12 @@ from pathlib import Path
 
 from benchmarks.rows import UnavailableError
 
-__all__ = ["last_line_of"]
+__all__ = ["get_last_line"]
 
 _ROOT = Path(__file__).parents[1]
 
 
-def last_line_of(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
+def get_last_line(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """Run Python at the clone's root, and return the last line that it prints.
 
     Raises

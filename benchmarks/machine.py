@@ -28,7 +28,7 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "unidrop": unidrop.__version__,
         "unidrop_threads": unidrop.get_num_threads(),
-        "unidrop_path": str(unidrop.explain(np.ones(1, dtype=np.float32))),
+        "unidrop_path": str(unidrop.explain_path(np.ones(1, dtype=np.float32))),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
     }

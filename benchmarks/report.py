@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.effort import Effort, Shape
+from benchmarks.config import Effort, Shape
 from benchmarks.rows import Outcome
 from benchmarks.runner import Skipped
 

@@ -1,4 +1,4 @@
-"""Rows: what is measured side by side, and what came of it."""
+"""Rows: what is measured side by side, and what actual of it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.effort import Effort, Shape
-from benchmarks.targets import Target, Verdict
+from benchmarks.config import Effort, Shape
+from benchmarks.thresholds import Target, Verdict
 from benchmarks.timing import Candidate, median_seconds
 
 __all__ = ["Outcome", "Row", "UnavailableError", "timed"]
@@ -66,7 +66,7 @@ def timed(build: Callable[..., Sequence[Candidate]], *arguments: Any) -> Measure
 
 
 class Outcome:
-    """What came of a row: a value of each candidate in each of the runs, at least one.
+    """What actual of a row: a value of each candidate in each of the runs, at least one.
 
     Figures are computed within a run, where candidates took turns, and of these the median is
     taken over runs.
@@ -94,7 +94,7 @@ class Outcome:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """What came of each target."""
+        """What actual of each target."""
         return [target.judge(self._over_runs(target.figure)) for target in self.row.targets]
 
     def _over_runs(self, figure: Callable[[Mapping[str, float]], float]) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from benchmarks.effort import Effort
+from benchmarks.config import Effort
 from benchmarks.rows import Outcome, Row, UnavailableError
 
 __all__ = ["GROUPS", "Skipped", "load", "run"]

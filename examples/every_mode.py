@@ -50,7 +50,7 @@ def numpy_curve() -> Curve:
     return np.array(losses)
 
 
-def curves_of(script: str, environment: Mapping[str, str], part: str, folder: str) -> dict:
+def get_curves(script: str, environment: Mapping[str, str], part: str, folder: str) -> dict:
     """Return the losses that a process prints, by the mode's name."""
     finished = subprocess.run(
         [sys.executable, Path(__file__).with_name(script), part, folder],
@@ -68,8 +68,8 @@ def started_and_resumed(
 ) -> dict[str, tuple[Curve, Curve]]:
     """Return for each mode the losses of all steps, and of the later half in a new process."""
     with TemporaryDirectory() as folder:
-        started = curves_of(script, environment, "start", folder)
-        resumed = curves_of(script, environment, "resume", folder)
+        started = get_curves(script, environment, "start", folder)
+        resumed = get_curves(script, environment, "resume", folder)
     return {name: (started[name], resumed[name]) for name in started}
 
 

@@ -54,12 +54,12 @@ def same_batches() -> Iterator[tuple[Floats, Labels]]:
     return batches(digits.x_train, digits.y_train, BATCH, STEPS)
 
 
-def numpy_curve(dropouts_of: Callable[[int], tuple[Dropout, Dropout]]) -> Curve:
+def numpy_curve(get_dropouts: Callable[[int], tuple[Dropout, Dropout]]) -> Curve:
     """Train with hand-written backpropagation; its dropouts are given the step."""
     parameters = initial_parameters(HIDDEN)
     curve = []
     for step, (x, labels) in enumerate(same_batches()):
-        loss, gradients = loss_and_gradients(parameters, x, labels, *dropouts_of(step))
+        loss, gradients = loss_and_gradients(parameters, x, labels, *get_dropouts(step))
         descend(parameters, gradients, LEARNING_RATE)
         curve.append(loss)
     return np.array(curve)

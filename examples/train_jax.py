@@ -14,7 +14,7 @@ from unidrop.adapters.jax import dropout
 Parameters = list[Array]
 
 
-def loss_of(parameters: Parameters, step: Array, x: Array, labels: Array) -> Array:
+def get_loss(parameters: Parameters, step: Array, x: Array, labels: Array) -> Array:
     """Return the mean cross-entropy of a batch, with the dropout of a step."""
     w1, b1, w2, b2 = parameters
     (input_rate, input_key), (hidden_rate, hidden_key) = SITES
@@ -30,7 +30,7 @@ def descend(
     parameters: Parameters, step: Array, x: Array, labels: Array
 ) -> tuple[Parameters, Array]:
     """Return the parameters after a step of gradient descent, and the loss before it."""
-    loss, gradients = jax.value_and_grad(loss_of)(parameters, step, x, labels)
+    loss, gradients = jax.value_and_grad(get_loss)(parameters, step, x, labels)
     return [p - LEARNING_RATE * g for p, g in zip(parameters, gradients, strict=True)], loss
 
 

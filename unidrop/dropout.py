@@ -13,15 +13,15 @@ from typing import Any, Self
 
 import numpy
 
+from unidrop.dispatch import find_kernels
 from unidrop.dtypes import compute_dtype, dtype_name
 from unidrop.key import Key, check_key
-from unidrop.library import Library, library_of
+from unidrop.library import Library, get_library
 from unidrop.mask import PIECE, window_mask
-from unidrop.path import kernels_for
 from unidrop.rate import Rate
 from unidrop.window import Window
 
-__all__ = ["Call", "dropout"]
+__all__ = ["DropoutPlan", "dropout"]
 
 
 def dropout(
@@ -88,9 +88,9 @@ def dropout(
     array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
     check_key(key)
-    call = Call.of(
+    call = DropoutPlan.from_args(
         x,
-        Rate.of(p),
+        Rate.from_p(p),
         training=training,
         broadcast_axes=broadcast_axes,
         global_shape=global_shape,
@@ -105,7 +105,7 @@ def dropout(
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class DropoutPlan:
     """A call whose arguments are valid and whose key is still to come.
 
     An adapter that draws a key, or counts its calls, does so after this has been made: a call
@@ -123,7 +123,7 @@ class Call:
     drops: bool
 
     @classmethod
-    def of(
+    def from_args(
         cls,
         x: Any,
         rate: Rate,
@@ -138,9 +138,9 @@ class Call:
 
         ``name`` is what the caller's users know the array as, for the messages.
         """
-        library = library_of(x, name)
+        library = get_library(x, name)
         compute_dtype(x.dtype, name)
-        window = Window.of(library.shape(x), broadcast_axes, global_shape, start)
+        window = Window.from_args(library.shape(x), broadcast_axes, global_shape, start)
         drops = bool(training) and rate.p > 0
         return cls(library, window, rate, drops)
 
@@ -180,7 +180,7 @@ class Call:
 
     def _drop(self, x: Any, key: Key, mask: Any, out: Any) -> Any:
         if not self.rate.keeps_nothing and 0 not in x.shape:
-            kernels = kernels_for(self.library, x, key, self.window)
+            kernels = find_kernels(self.library, x, key, self.window)
             if kernels is not None:
                 package, memory, number, base = kernels
                 return package.drop(
@@ -208,7 +208,7 @@ def _select(library: Library, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
     if library.is_traced(x):
         return _select_part(library, xp, x, mask, rate)
     if math.prod(x.shape) <= PIECE:
-        return library.laid_out_like(_select_part(library, xp, x, mask, rate), x)
+        return library.match_strides(_select_part(library, xp, x, mask, rate), x)
     if not library.is_mutable(xp.empty((0,))):
         return _select_and_join(library, xp, x, mask, rate)
     y = xp.empty_like(x)

@@ -3,9 +3,9 @@
 import hashlib
 from typing import Any, Self
 
-from unidrop.library import Library, library_of
+from unidrop.library import Library, get_library
 from unidrop.philox import philox
-from unidrop.words import checked_integer, pair
+from unidrop.words import checked_integer, split64
 
 __all__ = ["Key", "check_key", "string_data"]
 
@@ -144,9 +144,9 @@ class Key:
         Key(0xa1951b70d619276d)
         """
         if isinstance(data, str):
-            return self._fold(pair(string_data(data)), _TAG_STRING, None)
+            return self._fold(split64(string_data(data)), _TAG_STRING, None)
         if _is_index(data):
-            return self._fold(pair(checked_integer(data, "data")), _TAG_INTEGER, None)
+            return self._fold(split64(checked_integer(data, "data")), _TAG_INTEGER, None)
         library = _library_of_integer(data, "data")
         folded = library.folded(self._words, data)
         if folded is not None:
@@ -157,7 +157,7 @@ class Key:
         hi, lo = data
         like = self.words[0] if self.is_traced else lo
         if self.is_traced:
-            library = library_of(like)
+            library = get_library(like)
         if library is None:
             lo, hi, _, _ = philox((lo, hi, 0, tag), self._words)
             return type(self)((hi << 32) + lo)
@@ -209,7 +209,7 @@ def check_key(key: object) -> None:
     if not (isinstance(key.held, tuple) and key.is_traced):
         return
     for word in key.held:
-        shape = () if isinstance(word, int) else library_of(word, "key").shape(word)
+        shape = () if isinstance(word, int) else get_library(word, "key").shape(word)
         if shape != ():
             raise ValueError(
                 f"key has to be one key, but got a batch of them, of shape {shape}: map the "
@@ -234,7 +234,7 @@ def _is_index(value: object) -> bool:
 
 def _like(word: int, array: Any) -> Any:
     """Return a Python word as an array like another word."""
-    library = library_of(array)
+    library = get_library(array)
     words = library.arithmetic(library.namespace(array), library.device(array))
     return (array & 0) | words.constant(word)
 
@@ -268,4 +268,4 @@ def _library_of_integer(value: Any, name: str) -> Library:
             f"{name} has to be an integer, a string or a 0-d integer array, "
             f"but got {value!r} of type {type(value).__name__}"
         )
-    return library_of(value)
+    return get_library(value)

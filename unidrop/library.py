@@ -19,13 +19,13 @@ import array_api_compat
 import numpy
 
 from unidrop.dtypes import integer_bits
-from unidrop.philox import FourWords, decide, philox
-from unidrop.words import Narrow, Pair, Words, add_pairs, counting, words_of
+from unidrop.philox import PhiloxBlock, keep_flags, philox
+from unidrop.words import Pair, Uint32Words, Words, add_pairs, arange64, get_words
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["Library", "Memory", "Replica", "library_of", "library_of_namespace"]
+__all__ = ["Library", "Memory", "Replica", "get_library", "get_namespace_library"]
 
 
 class Memory(NamedTuple):
@@ -63,7 +63,7 @@ class Library:
     """A library that follows the array API standard; the base class of those that differ.
 
     The last five methods are for libraries whose arrays lie in this process's memory, so that
-    fused kernels can read and write them; `output_like`, `finished` and `from_numpy` are called
+    fused kernels can read and write them; `allocate_like`, `finished` and `from_numpy` are called
     only where `memory` has returned a `Memory`.
     """
 
@@ -92,11 +92,11 @@ class Library:
 
     def arithmetic(self, xp: Any, device: Any) -> Words:
         """Return how this library's integers hold words."""
-        return words_of(xp, device)
+        return get_words(xp, device)
 
     def words(
         self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
-    ) -> FourWords:
+    ) -> PhiloxBlock:
         """Return the words of consecutive Philox blocks.
 
         Parameters
@@ -121,11 +121,11 @@ class Library:
         """
         words = self.arithmetic(xp, device)
         base = tuple(words.constant(w) if isinstance(w, int) else w for w in first)
-        hi, lo = add_pairs(words, base, counting(words, count, device))
+        hi, lo = add_pairs(words, base, arange64(words, count, device))
         zero = xp.zeros((1,), dtype=words.dtype, device=device)
         return philox((lo, hi, zero, zero + words.constant(tag)), key, words)
 
-    def decisions(
+    def keep_flags(
         self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], threshold: int, device: Any
     ) -> Any:
         """Return the decisions of consecutive blocks of a mask, flat: eight a block.
@@ -149,7 +149,7 @@ class Library:
         is_one_run = isinstance(first[0], int) or self.shape(first[0]) == ()
         args = (xp, first, count, key, 0, device)
         four = self.words(*args) if is_one_run else Library.words(self, *args)
-        return decide(xp, self.arithmetic(xp, device), four, threshold)
+        return keep_flags(xp, self.arithmetic(xp, device), four, threshold)
 
     def width(self, value: Any, name: str) -> int:
         """Return how many bits a 0-d integer array has.
@@ -178,7 +178,7 @@ class Library:
         """
         bits = self.width(value, name)
         words = self.arithmetic(self.namespace(value), self.device(value))
-        if bits == 64 and isinstance(words, Narrow):
+        if bits == 64 and isinstance(words, Uint32Words):
             raise ValueError(
                 f"{name} has dtype {value.dtype}, but there are no 64-bit integers here and now: "
                 "give it as a 32-bit one"
@@ -205,7 +205,7 @@ class Library:
         xp.imag(z)[...] = imag
         return z
 
-    def laid_out_like(self, y: Any, x: Any) -> Any:
+    def match_strides(self, y: Any, x: Any) -> Any:
         """Return y in x's memory layout, where the library's users expect that to be kept."""
         return y
 
@@ -275,12 +275,12 @@ class Library:
         """Return where the elements of x lie, or why they can't be reached."""
         return "its library does not say where an array's elements lie"
 
-    def output_like(self, x: Any) -> tuple[Any, Memory]:
+    def allocate_like(self, x: Any) -> tuple[Any, Memory]:
         """Return something like x to be written, and where; neither gaps nor values are in it."""
         raise TypeError(f"{type(self).__name__} has no memory, and so no output in it")
 
     def finished(self, output: Any, x: Any) -> Any:
-        """Return the array of what `output_like` returned for x, now that it is written."""
+        """Return the array of what `allocate_like` returned for x, now that it is written."""
         return output
 
     def assign(self, out: Any, x: Any) -> None:
@@ -292,7 +292,7 @@ class Library:
         return mask
 
 
-_NO_ARRAY = (
+_NOT_AN_ARRAY = (
     "{name} has to be an array of NumPy, PyTorch, TensorFlow, JAX or another library that follows "
     "the array API standard, but got {kind}"
 )
@@ -300,7 +300,7 @@ _STANDARD = Library()
 _by_type: dict[type, Library] = {}
 
 
-def library_of(x: Any, name: str = "x") -> Library:
+def get_library(x: Any, name: str = "x") -> Library:
     """Return the library of an array.
 
     Raises
@@ -315,33 +315,33 @@ def library_of(x: Any, name: str = "x") -> Library:
     return library
 
 
-def library_of_namespace(xp: Any) -> tuple[Library, Any]:
+def get_namespace_library(xp: Any) -> tuple[Library, Any]:
     """Return the library of a namespace as users name it, and the namespace the core uses.
 
     Examples
     --------
     >>> import numpy
-    >>> _, xp = library_of_namespace(numpy)
+    >>> _, xp = get_namespace_library(numpy)
     >>> xp.__name__
     'array_api_compat.numpy'
     """
     if not hasattr(xp, "zeros"):
         raise TypeError(f"xp has to be an array namespace such as numpy or torch, but got {xp!r}")
     probe = xp.zeros((0,))
-    library = library_of(probe, "xp.zeros((0,))")
+    library = get_library(probe, "xp.zeros((0,))")
     return library, library.namespace(probe)
 
 
 def _find(x: Any, name: str) -> Library:
     if not (hasattr(x, "dtype") and hasattr(x, "shape")):
-        raise TypeError(_NO_ARRAY.format(name=name, kind=type(x).__name__))
+        raise TypeError(_NOT_AN_ARRAY.format(name=name, kind=type(x).__name__))
     roots = [base.__module__.partition(".")[0] for base in type(x).__mro__]
     for root in roots:
         if root in _registered():
             return _load(_registered()[root].value)
     if array_api_compat.is_array_api_obj(x):
         return _STANDARD
-    raise TypeError(_NO_ARRAY.format(name=name, kind=type(x).__name__))
+    raise TypeError(_NOT_AN_ARRAY.format(name=name, kind=type(x).__name__))
 
 
 @cache

@@ -12,12 +12,12 @@ from typing import Any, Final
 
 import numpy
 
+from unidrop.dispatch import find_kernels
 from unidrop.key import Key, check_key
-from unidrop.library import Library, library_of_namespace
-from unidrop.path import kernels_for
+from unidrop.library import Library, get_namespace_library
 from unidrop.rate import Rate
 from unidrop.window import Axis, Piece, Window
-from unidrop.words import Pair, Words, add_pairs, counting, mul_pair, pair, shift_pair
+from unidrop.words import Pair, Words, add_pairs, arange64, mul_pair, shift_pair, split64
 
 __all__ = ["STREAM_VERSION", "keep_mask", "portable_mask", "window_mask"]
 
@@ -85,10 +85,10 @@ def keep_mask(
     >>> keep_mask((1, 3), 0.5, Key(42), global_shape=(2, 3), start=(1, 0)).astype(int)
     array([[0, 0, 1]])
     """
-    rate = Rate.of(p)
+    rate = Rate.from_p(p)
     check_key(key)
-    window = Window.of(shape, broadcast_axes, global_shape, start)
-    library, xp = library_of_namespace(numpy if xp is None else xp)
+    window = Window.from_args(shape, broadcast_axes, global_shape, start)
+    library, xp = get_namespace_library(numpy if xp is None else xp)
     if not training:
         return xp.ones(window.shape, dtype=xp.bool, device=device)
     return window_mask(library, xp, window, rate, key, device, xp.zeros((0,), device=device))
@@ -109,7 +109,7 @@ def window_mask(
         recorded = library.recorded_mask(like, rate.p, key, window)
         if recorded is not None:
             return recorded
-    kernels = kernels_for(library, like, key, window)
+    kernels = find_kernels(library, like, key, window)
     if kernels is not None:
         package, _, number, base = kernels
         return library.from_numpy(package.keep(window, rate, number, base), device)
@@ -125,21 +125,21 @@ def portable_mask(
     """
     words = library.arithmetic(xp, device)
 
-    def decide(piece: Piece) -> Any:
+    def keep_flags(piece: Piece) -> Any:
         return _piece_mask(library, xp, words, piece, window.offsets, rate.threshold, key, device)
 
     values = (like, *key.words, *(value for value, _ in window.offsets))
     if any(library.is_traced(value) for value in values if not isinstance(value, int)):
-        return xp.reshape(decide(window.whole), window.shape)
+        return xp.reshape(keep_flags(window.whole), window.shape)
     pieces = list(window.pieces(_piece_size(window)))
     if len(pieces) == 1:
-        return xp.reshape(decide(pieces[0]), window.shape)
+        return xp.reshape(keep_flags(pieces[0]), window.shape)
     if not library.is_mutable(xp.empty((0,))):
-        return xp.reshape(xp.concat([decide(piece) for piece in pieces]), window.shape)
+        return xp.reshape(xp.concat([keep_flags(piece) for piece in pieces]), window.shape)
     flat = xp.empty((window.size,), dtype=xp.bool, device=device)
     done = 0
     for piece in pieces:
-        keep = decide(piece)
+        keep = keep_flags(piece)
         flat[done : done + keep.shape[0]] = keep
         done += keep.shape[0]
     return xp.reshape(flat, window.shape)
@@ -174,21 +174,21 @@ def _piece_mask(
     aligned = all(stride % 8 == 0 for stride in strides)
     skip = piece.base % 8
     count = (skip + length + 7) // 8 if aligned else (length + 14) // 8
-    block: Pair = pair(piece.base // 8)
-    index: Pair = pair(piece.base)
+    block: Pair = split64(piece.base // 8)
+    index: Pair = split64(piece.base)
     if rows or offsets:
         index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
         block = shift_pair(words, index, 3)
-    keep = library.decisions(xp, block, count, key.words, threshold, device)
+    keep = library.keep_flags(xp, block, count, key.words, threshold, device)
     if aligned and not rows:
         return keep[skip : skip + length]
     if aligned:
         return xp.reshape(xp.reshape(keep, (-1, count * 8))[:, skip : skip + length], (-1,))
     # Rows begin anywhere in their blocks: each takes its own part of what was decided for it.
-    _, column = counting(words, length, device)
+    _, column = arange64(words, length, device)
     taken = (index[1] & 7) + column
     if rows:
-        _, number = counting(words, math.prod(row.length for row in rows), device)
+        _, number = arange64(words, math.prod(row.length for row in rows), device)
         taken = xp.reshape(number, (-1, 1)) * (count * 8) + taken
     return xp.take(keep, xp.reshape(taken, (-1,)), axis=0)
 
@@ -207,14 +207,14 @@ def _row_indices(
     Of shape () where there is one row alone: libraries have a generator for one run of blocks.
     """
     # Also where it is 0: the mask's device is this one, and not a start's.
-    hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in pair(base))
+    hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in split64(base))
     index: Pair = (hi, lo)
     for start, stride in offsets:
         index = add_pairs(words, index, mul_pair(words, library.split(start, "start"), stride))
     if not rows:
         return index
     for row in rows:
-        steps = mul_pair(words, counting(words, row.length, device), row.stride)
+        steps = mul_pair(words, arange64(words, row.length, device), row.stride)
         hi, lo = index
         index = add_pairs(words, (xp.expand_dims(hi, axis=-1), xp.expand_dims(lo, axis=-1)), steps)
     return xp.reshape(index[0], (-1, 1)), xp.reshape(index[1], (-1, 1))

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from unidrop.words import MASK32, Words
 
-__all__ = ["ODD_MULTIPLIER", "ROUNDS", "FourWords", "decide", "next_round_key", "philox"]
+__all__ = ["ODD_MULTIPLIER", "ROUNDS", "PhiloxBlock", "keep_flags", "next_round_key", "philox"]
 
 ROUNDS: Final = 10
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
@@ -18,15 +18,15 @@ KEY_INCREMENTS: Final = (0x9E3779B9, 0xBB67AE85)
 #: A word decides two elements of a mask: the even one as it is, the odd one times this, mod 2^32.
 ODD_MULTIPLIER: Final = 0x6C078965
 
-FourWords = tuple[Any, Any, Any, Any]
+PhiloxBlock = tuple[Any, Any, Any, Any]
 
 
 def philox(
-    counter: FourWords,
+    counter: PhiloxBlock,
     key: tuple[Any, Any],
     words: Words | None = None,
     rounds: int = ROUNDS,
-) -> FourWords:
+) -> PhiloxBlock:
     """Return the four words that Philox4x32-10 makes of a counter under a key.
 
     Parameters
@@ -61,7 +61,7 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _of_integers(counter: FourWords, key: tuple[int, int], rounds: int) -> FourWords:
+def _of_integers(counter: PhiloxBlock, key: tuple[int, int], rounds: int) -> PhiloxBlock:
     """Return what `philox` does for Python's integers, whose products are exact.
 
     A layer folds its call number into its key at every call, and in a third of the time so.
@@ -76,7 +76,7 @@ def _of_integers(counter: FourWords, key: tuple[int, int], rounds: int) -> FourW
     return c0, c1, c2, c3
 
 
-def decide(xp: Any, words: Words, four: FourWords, threshold: int) -> Any:
+def keep_flags(xp: Any, words: Words, four: PhiloxBlock, threshold: int) -> Any:
     """Return the eight decisions of each block, flat: whether what decides is at least a threshold.
 
     Parameters

@@ -15,7 +15,7 @@ _ADVICE = (
 
 
 def checked_probability(p: Any, name: str = "p") -> float:
-    """Return a drop rate as a float, if it is one; raises what `Rate.of` raises."""
+    """Return a drop rate as a float, if it is one; raises what `Rate.from_p` raises."""
     if isinstance(p, bool) or not isinstance(p, int | float):
         raise TypeError(
             f"dropout probability {name} has to be a Python int or float between 0 and 1 "
@@ -46,7 +46,7 @@ class Rate:
     scale: float
 
     @classmethod
-    def of(cls, p: Any, name: str = "p") -> "Rate":
+    def from_p(cls, p: Any, name: str = "p") -> "Rate":
         """Validate a drop rate.
 
         Parameters
@@ -66,7 +66,7 @@ class Rate:
 
         Examples
         --------
-        >>> Rate.of(0.25)
+        >>> Rate.from_p(0.25)
         Rate(p=0.25, threshold=1073741824, scale=1.3333333333333333)
         """
         p = checked_probability(p, name)
@@ -87,7 +87,7 @@ class Rate:
         >>> Rate.from_keep_prob(0.75).p
         0.25
         """
-        return cls.of(1.0 - cls.of(keep_prob, "keep_prob").p)
+        return cls.from_p(1.0 - cls.from_p(keep_prob, "keep_prob").p)
 
     @property
     def keeps_all(self) -> bool:

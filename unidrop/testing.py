@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from unidrop.conformance import Backend, Cell, UnavailableBackend
+    from unidrop.conformance import Backend, BackendNotRun, Cell
 
 __all__ = ["parametrize_with_contracts"]
 
@@ -30,7 +30,7 @@ def parametrize_with_contracts(
     The test takes one argument, ``cell``, and calls ``cell.check()``. Items are named as the matrix
     names them, such as ``output-mine-cpu-float32-eager``. A contract that does not apply for a
     reason that the backend declares is one item for a mode, such as ``layout-mine-eager``, and is
-    skipped with that reason; for an ability that is not declared at all there is no item. A backend
+    skipped with that reason; for a capability that is not declared at all there is no item. A backend
     that is named, here or by an option, and whose library is not installed or can't be run on this
     machine, is one item with its name, skipped with the reason; one that is broken is an error. The
     options ``--unidrop-backend`` (may be repeated) and ``--unidrop-seed``, or the variables
@@ -109,12 +109,12 @@ def _parameters(
     expected: Mapping[str, str],
 ) -> list[object]:
     """Return what a decorated test is run with."""
-    from unidrop.conformance import UnavailableBackend
+    from unidrop.conformance import BackendNotRun
 
     chosen = _chosen(test.config)
     loaded = list(_loaded(chosen, named))
-    missing = [backend for backend in loaded if isinstance(backend, UnavailableBackend)]
-    present = [backend for backend in loaded if not isinstance(backend, UnavailableBackend)]
+    missing = [backend for backend in loaded if isinstance(backend, BackendNotRun)]
+    present = [backend for backend in loaded if not isinstance(backend, BackendNotRun)]
     items = _items(test.config, present, contracts)
     wanted = [(cell, reason) for cell, reason in items if where(cell)]
     found = [cell for cell, reason in wanted if reason is None]
@@ -153,7 +153,7 @@ def _items(
                 yield item, None
                 continue
             contract = CONTRACTS[item.contract]
-            if all(need in backend.abilities for need in contract.needs):
+            if all(need in backend.capabilities for need in contract.needs):
                 dtype = _dtype(backend, item.mode)
                 device = backend.devices[0]
                 yield Cell(contract, backend, device, dtype, item.mode, seed), item.reason
@@ -174,9 +174,9 @@ def _chosen(config: pytest.Config) -> set[str]:
 
 def _loaded(
     chosen: set[str], backends: "tuple[str | Backend, ...] | None"
-) -> "Iterator[Backend | UnavailableBackend]":
+) -> "Iterator[Backend | BackendNotRun]":
     """Yield backends, and what stands for those that are named and can't be run here."""
-    from unidrop.conformance import UnavailableBackend, backend_names, load_backends
+    from unidrop.conformance import BackendNotRun, backend_names, load_backends
 
     known = backend_names() if backends is None else backends
     names = [backend if isinstance(backend, str) else backend.name for backend in known]
@@ -190,7 +190,7 @@ def _loaded(
             yield backend
             continue
         (loaded,) = load_backends([name])
-        if not isinstance(loaded, UnavailableBackend):
+        if not isinstance(loaded, BackendNotRun):
             yield loaded
         elif not loaded.is_missing:
             raise pytest.UsageError(f"backend {name} could not be loaded: {loaded.error}")

@@ -82,7 +82,7 @@ class Window:
         return zip(self.start, _strides(self.global_shape), strict=True)
 
     @staticmethod
-    def of(
+    def from_args(
         shape: Sequence[Any],
         broadcast_axes: Sequence[int] = (),
         global_shape: Sequence[int] | None = None,

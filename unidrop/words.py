@@ -17,17 +17,17 @@ from unidrop.dtypes import integer_bits
 
 __all__ = [
     "MASK32",
-    "Narrow",
+    "Int64Words",
     "Pair",
-    "Wide",
+    "Uint32Words",
     "Words",
     "add_pairs",
+    "arange64",
     "checked_integer",
-    "counting",
+    "get_words",
     "mul_pair",
-    "pair",
     "shift_pair",
-    "words_of",
+    "split64",
 ]
 
 MASK32: Final = 0xFFFFFFFF
@@ -36,7 +36,7 @@ _MASK16: Final = 0xFFFF
 Pair = tuple[Any, Any]
 
 
-class Wide:
+class Int64Words:
     """Words in ``int64`` arrays.
 
     A multiplier of 2^31 or more is taken as itself minus 2^32, so that the product of a word and
@@ -87,7 +87,7 @@ class Wide:
         return (self.shift_right(value, 32) & MASK32 if bits == 64 else lo * 0), lo
 
 
-class Narrow:
+class Uint32Words:
     """Words in ``uint32`` arrays, multiplied by 16-bit limbs."""
 
     def __init__(self, xp: Any, device: Any = None) -> None:
@@ -139,7 +139,7 @@ class Narrow:
         return self.shift_left(hi & _MASK16, 16) | (lo & _MASK16)
 
 
-Words = Wide | Narrow
+Words = Int64Words | Uint32Words
 
 
 def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
@@ -175,21 +175,21 @@ def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
     return number
 
 
-def pair(value: int) -> tuple[int, int]:
+def split64(value: int) -> tuple[int, int]:
     """Split a Python integer below 2^64 into its ``(hi, lo)`` words."""
     return value >> 32, value & MASK32
 
 
-def words_of(xp: Any, device: Any = None) -> Words:
-    """Return the word arithmetic of a namespace's device: `Wide` wherever it has ``int64``."""
+def get_words(xp: Any, device: Any = None) -> Words:
+    """Return the word arithmetic of a namespace's device: `Int64Words` wherever it has ``int64``."""
     signed = xp.__array_namespace_info__().dtypes(device=device, kind="signed integer")
-    return Wide(xp) if "int64" in signed else Narrow(xp, device)
+    return Int64Words(xp) if "int64" in signed else Uint32Words(xp, device)
 
 
-def counting(words: Words, count: Any, device: Any = None) -> Pair:
+def arange64(words: Words, count: Any, device: Any = None) -> Pair:
     """Return 0, 1, 2, ... below count as a pair."""
     numbers = words.xp.arange(count, dtype=words.dtype, device=device)
-    return words.split(numbers, 64 if isinstance(words, Wide) else 32)
+    return words.split(numbers, 64 if isinstance(words, Int64Words) else 32)
 
 
 def add_pairs(words: Words, a: Pair, b: Pair) -> Pair:

@@ -10,11 +10,11 @@ import jax
 from jax import numpy as jnp
 
 import unidrop
-from benchmarks.effort import LARGE, MIDDLE, SMALL, Effort, Shape
+from benchmarks.config import LARGE, MIDDLE, SMALL, Effort, Shape
+from benchmarks.fixtures import KEEP, SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
-from benchmarks.targets import faster
+from benchmarks.thresholds import faster
 from benchmarks.timing import Candidate
-from benchmarks.work import KEEP, SCALE, P, key, uniform
 from unidrop.adapters.jax import dropout
 
 __all__ = ["rows"]

@@ -6,11 +6,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from benchmarks.effort import LARGE, MIDDLE, Effort, Shape
+from benchmarks.config import LARGE, MIDDLE, Effort, Shape
+from benchmarks.fixtures import SCALE, P, uniform
 from benchmarks.rows import Row, UnavailableError, timed
-from benchmarks.targets import faster
+from benchmarks.thresholds import faster
 from benchmarks.timing import Candidate
-from benchmarks.work import SCALE, P, uniform
 from unidrop.adapters.keras import Dropout
 
 __all__ = ["rows"]

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 
-from benchmarks.child import last_line_of
-from benchmarks.effort import Effort
-from benchmarks.held import NUMPY, TORCH
+from benchmarks.child import get_last_line
+from benchmarks.config import Effort
+from benchmarks.memory import NUMPY, TORCH
 from benchmarks.rows import Row, UnavailableError
-from benchmarks.targets import Target, below
+from benchmarks.thresholds import Target, below
 
 __all__ = ["rows"]
 
@@ -53,6 +53,6 @@ def _row(
 @cache
 def _measured(library: str, candidate: str, elements: int) -> Mapping[str, float]:
     """Return all figures of a candidate: measured once, for unlike time they hardly vary."""
-    printed = last_line_of("-m", "benchmarks.held", library, candidate, str(elements))
+    printed = get_last_line("-m", "benchmarks.memory", library, candidate, str(elements))
     values: Mapping[str, float] = json.loads(printed)
     return values

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import unidrop
-from benchmarks.effort import LARGE, Effort, Shape
+from benchmarks.config import LARGE, Effort, Shape
+from benchmarks.fixtures import KEEP, SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
-from benchmarks.targets import Target, at_most, faster
+from benchmarks.thresholds import Target, at_most, faster
 from benchmarks.timing import Candidate
-from benchmarks.work import KEEP, SCALE, P, key, uniform
 from unidrop.adapters.numpy import dropout
 
 __all__ = ["rows"]
@@ -56,7 +56,7 @@ def _forward(shape: Shape) -> Sequence[Candidate]:
 
     return (
         Candidate("unidrop", drop),
-        Candidate("portable", drop, lambda: unidrop.only("portable")),
+        Candidate("portable", drop, lambda: unidrop.force_path("portable")),
         Candidate("multiply", lambda step: np.multiply(x, scale, out=y)),
         Candidate(_RAND, lambda step: np.random.rand(*shape) < KEEP),
         Candidate(_NAIVE, lambda step: x * (np.random.rand(*shape) < KEEP) / KEEP),

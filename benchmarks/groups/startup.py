@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from tempfile import TemporaryDirectory
 
-from benchmarks.child import last_line_of
-from benchmarks.effort import SMALL, Effort
+from benchmarks.child import get_last_line
+from benchmarks.config import SMALL, Effort
 from benchmarks.rows import Row
-from benchmarks.targets import at_most_more, below
+from benchmarks.thresholds import at_most_more, below
 from benchmarks.timing import interleaved
 
 __all__ = ["rows"]
@@ -32,7 +32,7 @@ import numpy as np
 import unidrop
 x = np.ones({SMALL}, dtype=np.float32)
 begin = perf_counter()
-with unidrop.only("{{path}}"):
+with unidrop.force_path("{{path}}"):
     unidrop.dropout(x, 0.1, unidrop.Key(42))
 print(perf_counter() - begin)
 """
@@ -52,7 +52,7 @@ def rows(effort: Effort) -> Iterator[Row]:
         "startup",
         "frameworks and Numba imported",
         None,
-        lambda effort: {"unidrop": float(last_line_of("-c", _IMPORTED))},
+        lambda effort: {"unidrop": float(get_last_line("-c", _IMPORTED))},
         base=None,
         unit="modules",
         targets=(below(0, "unidrop", "none imported"),),
@@ -62,7 +62,7 @@ def rows(effort: Effort) -> Iterator[Row]:
 
 def _imports(effort: Effort) -> Mapping[str, float]:
     def seconds(module: str) -> float:
-        return float(last_line_of("-c", _IMPORT.format(module=module)))
+        return float(get_last_line("-c", _IMPORT.format(module=module)))
 
     seconds("unidrop")  # writes the bytecode
     samples = {name: lambda name=name: seconds(name) for name in ("unidrop", "numpy")}
@@ -74,7 +74,7 @@ def _first_calls(effort: Effort) -> Mapping[str, float]:
 
         def seconds(path: str, folder: str) -> float:
             code = _FIRST_CALL.format(path=path)
-            return float(last_line_of("-c", code, environment={"NUMBA_CACHE_DIR": folder}))
+            return float(get_last_line("-c", code, environment={"NUMBA_CACHE_DIR": folder}))
 
         def ever() -> float:
             with TemporaryDirectory() as empty:

@@ -5,10 +5,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.effort import LARGE, MIDDLE, Effort, Shape
+from benchmarks.config import LARGE, MIDDLE, Effort, Shape
+from benchmarks.fixtures import SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
 from benchmarks.timing import Candidate
-from benchmarks.work import SCALE, P, key, uniform
 from unidrop.adapters.tensorflow import dropout
 
 __all__ = ["rows"]

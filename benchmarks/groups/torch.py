@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import unidrop
-from benchmarks.effort import LARGE, MIDDLE, SMALL, Effort, Shape
+from benchmarks.config import LARGE, MIDDLE, SMALL, Effort, Shape
+from benchmarks.fixtures import SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
-from benchmarks.targets import Target, at_most, faster
+from benchmarks.thresholds import Target, at_most, faster
 from benchmarks.timing import Candidate
-from benchmarks.work import SCALE, P, key, uniform
 from unidrop import Key
 from unidrop.adapters.torch import Dropout, dropout
 
@@ -85,7 +85,7 @@ def _candidates(
     return (
         Candidate("unidrop", drop),
         Candidate("unidrop module", lambda step: finish(module(x))),
-        Candidate("portable", drop, lambda: unidrop.only("portable")),
+        Candidate("portable", drop, lambda: unidrop.force_path("portable")),
         Candidate("multiply", lambda step: finish(x * SCALE)),
         Candidate(_OWN, lambda step: finish(functional.dropout(x, P))),
     )

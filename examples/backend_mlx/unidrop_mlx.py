@@ -83,13 +83,13 @@ class MlxBackend(CoreBackend):
     xp = mx
     modes = ("eager", "compile")
     compiled_modes = ("compile",)
-    abilities: Mapping[str, str | None] = {
-        **CoreBackend.core_abilities,
+    capabilities: Mapping[str, str | None] = {
+        **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "layouts", "traces")),
         "layer": "this example has no module for mlx.nn",
         "layer_gradient": "this example has no module for mlx.nn",
     }
-    mode_limits: Mapping[str, Mapping[str, str]] = {"eager": {"traces": "nothing is traced"}}
+    mode_exclusions: Mapping[str, Mapping[str, str]] = {"eager": {"traces": "nothing is traced"}}
 
     def __init__(self):
         self._compiled = {}
@@ -111,7 +111,7 @@ class MlxBackend(CoreBackend):
             return np.array(y.view(mx.uint16)).view(ml_dtypes.bfloat16)
         return np.array(y)
 
-    def device_of(self, y):
+    def get_device(self, y):
         """Return what operations run on."""
         return mx.default_device().type.name
 

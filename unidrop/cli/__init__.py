@@ -4,8 +4,8 @@ try:
     import click
 
     import unidrop
+    from unidrop.cli.conformance import conformance
     from unidrop.cli.masks import diff, mask
-    from unidrop.cli.matrix import conformance
     from unidrop.cli.vectors import vectors
 except ModuleNotFoundError as error:
     raise SystemExit(

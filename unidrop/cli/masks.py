@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import unidrop
-from unidrop.conformance import CONTRACTS, Cell, UnavailableBackend, load_backends
-from unidrop.conformance.backend import why_lacking
-from unidrop.conformance.diagnosis import diagnose
-from unidrop.conformance.process import text_of
-from unidrop.conformance.recipe import Recipe
+from unidrop.conformance import CONTRACTS, BackendNotRun, Cell, load_backends
+from unidrop.conformance.backend import missing_capability
+from unidrop.conformance.diagnosis.search import diagnose
+from unidrop.conformance.diagnosis.stream_model import StreamModel
+from unidrop.conformance.process import error_text
 from unidrop.rate import Rate
 from unidrop.window import Window
 
@@ -140,12 +140,18 @@ def _recipe(
     axes: tuple[int, ...] | None,
     global_shape: tuple[int, ...] | None,
     start: tuple[int, ...] | None,
-) -> Recipe:
+) -> StreamModel:
     """Return what a mask's options say, or raise as the core does."""
     folded = tuple(data for data in (site, step) if data is not None)
-    window = Window.of(shape, axes or (), global_shape, start)
-    recipe = Recipe(
-        seed, folded, Rate.of(p).p, shape, window.broadcast_axes, window.global_shape, window.start
+    window = Window.from_args(shape, axes or (), global_shape, start)
+    recipe = StreamModel(
+        seed,
+        folded,
+        Rate.from_p(p).p,
+        shape,
+        window.broadcast_axes,
+        window.global_shape,
+        window.start,
     )
     int(recipe.key)
     return recipe
@@ -236,7 +242,7 @@ def diff(
     sys.exit(any(differ))
 
 
-def _checked_recipe(**which: Any) -> Recipe:
+def _checked_recipe(**which: Any) -> StreamModel:
     try:
         return _recipe(**which)
     except (TypeError, ValueError) as error:
@@ -256,15 +262,15 @@ def _cell(
         (loaded,) = load_backends([backend])
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--backend") from None
-    if isinstance(loaded, UnavailableBackend):
+    if isinstance(loaded, BackendNotRun):
         raise click.ClickException(f"backend {backend} could not be loaded: {loaded.error}")
-    mode = _one_of(loaded.modes, mode, "--mode")
-    device = _one_of(loaded.devices, device, "--device")
+    mode = _get_one(loaded.modes, mode, "--mode")
+    device = _get_one(loaded.devices, device, "--device")
     # A contract that is run for one dtype is run for this one.
     dtypes = sorted(loaded.dtypes(mode), key=lambda name: name != "float32")
-    taken = _one_of(dtypes, dtype, "--dtype")
+    taken = _get_one(dtypes, dtype, "--dtype")
     if x is not None:
-        taken = _one_of(dtypes, x.dtype.name, "--input")
+        taken = _get_one(dtypes, x.dtype.name, "--input")
         if dtype not in (None, taken):
             raise click.BadParameter(
                 f"{dtype!r} is not that of --input, {taken}", param_hint="--dtype"
@@ -272,7 +278,7 @@ def _cell(
     return Cell(CONTRACTS["mask"], loaded, device, taken, mode, seed)
 
 
-def _one_of(known: Sequence[str], given: str | None, option: str) -> str:
+def _get_one(known: Sequence[str], given: str | None, option: str) -> str:
     if given is not None and given not in known:
         raise click.BadParameter(f"{given!r} is none of {', '.join(known)}", param_hint=option)
     return given or known[0]
@@ -285,7 +291,7 @@ def _ones(cell: Cell, shape: tuple[int, ...]) -> NDArray[Any]:
         raise click.BadParameter(str(error), param_hint="--shape") from None
 
 
-def _compare_backend(cell: Cell, x: NDArray[Any], recipe: Recipe) -> bool:
+def _compare_backend(cell: Cell, x: NDArray[Any], recipe: StreamModel) -> bool:
     """Print how what a backend gives for a recipe differs, and return whether it does."""
     name = f"{cell.backend.name}, {cell.device}, {cell.dtype}, {cell.mode}"
     step, options = _call(cell, recipe)
@@ -294,7 +300,7 @@ def _compare_backend(cell: Cell, x: NDArray[Any], recipe: Recipe) -> bool:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # one that exits must not end this as if it conformed
-        text = " ".join(text_of(error).split())
+        text = " ".join(error_text(error).split())
         raise click.ClickException(f"{cell.backend.name} raised {text}") from None
     unlike = _unlike(y, x)
     if unlike is None:
@@ -303,7 +309,7 @@ def _compare_backend(cell: Cell, x: NDArray[Any], recipe: Recipe) -> bool:
     return True
 
 
-def _call(cell: Cell, recipe: Recipe) -> tuple[int, dict[str, Any]]:
+def _call(cell: Cell, recipe: StreamModel) -> tuple[int, dict[str, Any]]:
     """Return the step and the options of a call that a recipe means, if the backend takes them."""
     match recipe.folded:
         case (int(step),):
@@ -320,8 +326,8 @@ def _call(cell: Cell, recipe: Recipe) -> tuple[int, dict[str, Any]]:
     return step, options
 
 
-def _check_able(cell: Cell, ability: str, option: str) -> None:
-    lacking = why_lacking(cell.backend, ability, cell.mode)
+def _check_able(cell: Cell, capability: str, option: str) -> None:
+    lacking = missing_capability(cell.backend, capability, cell.mode)
     if lacking is not None:
         raise click.UsageError(
             f"{cell.backend.name} takes no {option} in mode {cell.mode}: {lacking}"
@@ -376,7 +382,7 @@ def _compare_two(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return True
 
 
-def _compare(name: str, array: NDArray[Any], x: NDArray[Any] | None, recipe: Recipe) -> bool:
+def _compare(name: str, array: NDArray[Any], x: NDArray[Any] | None, recipe: StreamModel) -> bool:
     """Print how an array differs from the specification, and why, and return whether it does."""
     if x is not None and (x.shape, x.dtype) != (array.shape, array.dtype):
         raise click.BadParameter(
@@ -404,7 +410,7 @@ def _compare(name: str, array: NDArray[Any], x: NDArray[Any] | None, recipe: Rec
         pairs = "" if diagnosis.is_small else ", nor two together,"
         click.echo(f"no mistake that is known here{pairs} explains it")
     elif len(diagnosis.causes) > 1:
-        click.echo("what came does not tell these apart")
+        click.echo("what actual does not tell these apart")
     if diagnosis.is_small:
         click.echo(
             "so small a dump may fit a mistake by chance, and two together are not tried: "

@@ -6,13 +6,13 @@ a backend is.
 """
 
 from unidrop.conformance.backend import (
-    ABILITIES,
-    AbleBackend,
+    CAPABILITIES,
     Backend,
+    BackendNotRun,
+    BackendUnavailableError,
     BaseBackend,
+    CapableBackend,
     Layer,
-    UnavailableBackend,
-    UntestedError,
     backend_names,
     load_backends,
 )
@@ -23,39 +23,39 @@ from unidrop.conformance.core_backend import (
     CoreBackend,
     eager_modes,
     missing_eager_modes,
-    on_path_of,
+    use_mode_path,
 )
 from unidrop.conformance.matrix import Outcome, Progress, run_matrix
 from unidrop.conformance.remote import RemoteBackend
-from unidrop.conformance.runner import Missing, Result, cells, check, run_cell
+from unidrop.conformance.runner import NotApplicable, Result, cells, check, run_cell
 
 __all__ = [
-    "ABILITIES",
+    "CAPABILITIES",
     "CONTRACTS",
     "FUSED",
     "SEED",
-    "AbleBackend",
     "Backend",
+    "BackendNotRun",
+    "BackendUnavailableError",
     "BaseBackend",
+    "CapableBackend",
     "Cell",
     "Contract",
     "ContractError",
     "CoreBackend",
     "Layer",
-    "Missing",
+    "NotApplicable",
     "Outcome",
     "Progress",
     "RemoteBackend",
     "Result",
-    "UnavailableBackend",
-    "UntestedError",
     "backend_names",
     "cells",
     "check",
     "eager_modes",
     "load_backends",
     "missing_eager_modes",
-    "on_path_of",
     "run_cell",
     "run_matrix",
+    "use_mode_path",
 ]

@@ -2,11 +2,11 @@
 
 A backend says how to reach an implementation of dropout: how to build its arrays from NumPy's and
 give them back, and how to call it. That much already gets the contracts that need no more. Each
-further ability is a method, and `abilities` says which of them there are; the matrix shows a
+further capability is a method, and `capabilities` says which of them there are; the matrix shows a
 reason for each that is missing.
 
 Backends are found through the entry-point group ``unidrop.backends``; an entry point's object is
-called without arguments and returns a `Backend`, or raises `UntestedError` where it can't be run.
+called without arguments and returns a `Backend`, or raises `BackendUnavailableError` where it can't be run.
 """
 
 import traceback
@@ -18,25 +18,25 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from numpy.typing import NDArray
 
-from unidrop.conformance.process import text_of, writable
+from unidrop.conformance.process import error_text, writable
 
 __all__ = [
-    "ABILITIES",
-    "AbleBackend",
+    "CAPABILITIES",
     "Backend",
+    "BackendNotRun",
+    "BackendUnavailableError",
     "BaseBackend",
+    "CapableBackend",
     "Layer",
-    "UnavailableBackend",
-    "UntestedError",
     "backend_names",
-    "check_variants",
+    "check_derived_modes",
+    "entry_points_named",
     "load_backends",
-    "points_of",
-    "why_lacking",
+    "missing_capability",
 ]
 
-#: Every ability that a contract may ask for, and what it means.
-ABILITIES: Mapping[str, str] = {
+#: Every capability that a contract may ask for, and what it means.
+CAPABILITIES: Mapping[str, str] = {
     "broadcast_axes": "dropout takes broadcast_axes",
     "windows": "dropout takes global_shape and start",
     "mask": "dropout takes return_mask",
@@ -66,7 +66,7 @@ class Layer(Protocol):
         """Restore what another layer's `save` returned."""
 
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
-        """Apply the layer in training; with the ability "layer_gradient".
+        """Apply the layer in training; with the capability "layer_gradient".
 
         Returns
         -------
@@ -89,18 +89,18 @@ class Backend(Protocol):
     devices : sequence of str
         Where it runs on this machine.
     compiled_modes : sequence of str
-        Those of modes that trace and compile; with the ability "traces".
-    variants : mapping of str to str
+        Those of modes that trace and compile; with the capability "traces".
+    derived_modes : mapping of str to str
         For a compiled mode that runs what another does in something around it, such as a
         checkpoint, that other. It has the contracts too, but those that look closer at what decides
         about an element only if the other has not.
     missing_modes : mapping of str to str
         Ways in which the framework runs and this backend can't, each with the reason.
-    abilities : mapping of str to str or None
-        For each of `ABILITIES` that it has, None; for one it lacks, why. One that is not
+    capabilities : mapping of str to str or None
+        For each of `CAPABILITIES` that it has, None; for one it lacks, why. One that is not
         mentioned is lacking without a reason.
-    mode_limits : mapping of str to mapping of str to str
-        For a mode, which abilities or contracts, by name, do not apply in it, each with the reason.
+    mode_exclusions : mapping of str to mapping of str to str
+        For a mode, which capabilities or contracts, by name, do not apply in it, each with the reason.
     step_limit : int
         Steps are below this: 2^64, unless they are an array's or a layer's narrower integers.
     """
@@ -108,11 +108,11 @@ class Backend(Protocol):
     name: str
     modes: Sequence[str]
     compiled_modes: Sequence[str]
-    variants: Mapping[str, str]
+    derived_modes: Mapping[str, str]
     missing_modes: Mapping[str, str]
     devices: Sequence[str]
-    abilities: Mapping[str, str | None]
-    mode_limits: Mapping[str, Mapping[str, str]]
+    capabilities: Mapping[str, str | None]
+    mode_exclusions: Mapping[str, Mapping[str, str]]
     step_limit: int
 
     def dtypes(self, mode: str) -> Sequence[str]:
@@ -128,13 +128,13 @@ class Backend(Protocol):
     def to_numpy(self, y: Any) -> NDArray[Any]:
         """Return the NumPy array of a backend's, bfloat16 as ``ml_dtypes.bfloat16``."""
 
-    def device_of(self, y: Any) -> str:
+    def get_device(self, y: Any) -> str:
         """Return which of `devices` an array is on."""
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Return dropout of x under ``Key(seed).fold_in(step)``.
 
-        ``options`` are ``training=`` and, as abilities allow, ``broadcast_axes=``,
+        ``options`` are ``training=`` and, as capabilities allow, ``broadcast_axes=``,
         ``global_shape=`` with ``start=``, and ``return_mask=``, as `unidrop.dropout` has them. In
         compiled modes the step has to be an argument of what is compiled, not a constant.
         """
@@ -167,24 +167,24 @@ class BaseBackend:
     name: str
     modes: Sequence[str] = ("eager",)
     compiled_modes: Sequence[str] = ()
-    variants: Mapping[str, str] = MappingProxyType({})
+    derived_modes: Mapping[str, str] = MappingProxyType({})
     missing_modes: Mapping[str, str] = MappingProxyType({})
     devices: Sequence[str] = ("cpu",)
-    abilities: Mapping[str, str | None] = MappingProxyType({})
-    mode_limits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    capabilities: Mapping[str, str | None] = MappingProxyType({})
+    mode_exclusions: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     step_limit = 1 << 64
 
     def dtypes(self, mode: str) -> Sequence[str]:
         """Return float32."""
         return ("float32",)
 
-    def device_of(self, y: Any) -> str:
+    def get_device(self, y: Any) -> str:
         """Return the only device."""
         return self.devices[0]
 
 
-class AbleBackend(Backend, Protocol):
-    """The methods that abilities promise, by the ability's name."""
+class CapableBackend(Backend, Protocol):
+    """The methods that capabilities promise, by the capability's name."""
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Return the gradient with respect to x, under ``Key(seed).fold_in(step)``."""
@@ -208,13 +208,13 @@ class AbleBackend(Backend, Protocol):
         """Return a new layer, in training call n of which the key is ``Key(seed).fold_in(n)``."""
 
 
-def why_lacking(backend: Backend, ability: str, mode: str) -> str | None:
-    """Return why a backend lacks an ability in a mode, or None if it has it."""
-    reason = backend.abilities.get(ability, f"{ability} is not declared")
-    return reason or backend.mode_limits.get(mode, {}).get(ability)
+def missing_capability(backend: Backend, capability: str, mode: str) -> str | None:
+    """Return why a backend lacks a capability in a mode, or None if it has it."""
+    reason = backend.capabilities.get(capability, f"{capability} is not declared")
+    return reason or backend.mode_exclusions.get(mode, {}).get(capability)
 
 
-class UntestedError(Exception):
+class BackendUnavailableError(Exception):
     """Raised by a backend as it is made, where its library is installed and can't be run.
 
     Its message says what this machine lacks, such as a GPU. The matrix shows it as untested, which
@@ -223,7 +223,7 @@ class UntestedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class UnavailableBackend:
+class BackendNotRun:
     """Stands in the matrix for a backend that could not be loaded, or has broken down.
 
     Attributes
@@ -244,25 +244,25 @@ class UnavailableBackend:
     is_missing: bool = False
 
     @classmethod
-    def of(cls, name: str, error: BaseException, own: str = "") -> Self:
+    def from_error(cls, name: str, error: BaseException, own: str = "") -> Self:
         """Return what stands for a backend, the loading of which raised an error.
 
         A module that is not found is a library that is not installed, unless it is the backend's
         own, of a package that names a wrong one.
         """
         details = writable("".join(traceback.format_exception(error)))
-        if isinstance(error, UntestedError):
+        if isinstance(error, BackendUnavailableError):
             return cls(name, writable(f"untested: {error}"), details, is_missing=True)
         is_missing = isinstance(error, ModuleNotFoundError) and (error.name or "") != own
-        return cls(name, text_of(error), details, is_missing)
+        return cls(name, error_text(error), details, is_missing)
 
 
-def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBackend]:
+def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | BackendNotRun]:
     """Load the registered backends, or those named, in the order of their names.
 
     Yields
     ------
-    Backend or UnavailableBackend
+    Backend or BackendNotRun
         The latter for one whose library is not installed, that can't be run on this machine, or
         that is broken in any way, so that the others still run.
 
@@ -272,13 +272,13 @@ def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | UnavailableBa
         If a name is not registered; says which are.
     """
     for name in backend_names(names):
-        points = points_of(name)
+        points = entry_points_named(name)
         try:
             yield _loaded(points)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # even one that exits must not take the others with it
-            yield UnavailableBackend.of(name, error, own=points[0].module)
+            yield BackendNotRun.from_error(name, error, own=points[0].module)
 
 
 def backend_names(names: Sequence[str] = ()) -> list[str]:
@@ -298,7 +298,7 @@ def backend_names(names: Sequence[str] = ()) -> list[str]:
     return sorted(set(names) or known)
 
 
-def points_of(name: str) -> list[EntryPoint]:
+def entry_points_named(name: str) -> list[EntryPoint]:
     """Return the entry points of a name: one, unless packages disagree on whose it is."""
     return [point for point in _entry_points() if point.name == name]
 
@@ -323,47 +323,49 @@ def _loaded(points: Sequence[EntryPoint]) -> Backend:
     empty = [mode for mode in backend.modes if not backend.dtypes(mode)]
     if empty or not backend.modes or not backend.devices:
         raise ValueError("a backend has to have a mode, a device, and in each mode a dtype")
-    for name in ("abilities", "mode_limits", "missing_modes", "variants"):
+    for name in ("capabilities", "mode_exclusions", "missing_modes", "derived_modes"):
         if not isinstance(getattr(backend, name), Mapping):
             raise TypeError(f"{name} has to be a mapping, but got {getattr(backend, name)!r}")
     _check_modes(backend)
-    _check_abilities(backend)
+    _check_capabilities(backend)
     return backend
 
 
-def _check_abilities(backend: Backend) -> None:
-    """Raise ValueError for an ability that there is not, or that lacks its method."""
-    unknown = [name for name in backend.abilities if name not in ABILITIES]
+def _check_capabilities(backend: Backend) -> None:
+    """Raise ValueError for a capability that there is not, or that lacks its method."""
+    unknown = [name for name in backend.capabilities if name not in CAPABILITIES]
     if unknown:
-        raise ValueError(f"abilities has to name {', '.join(ABILITIES)}, but got {unknown}")
-    for name, reason in backend.abilities.items():
+        raise ValueError(f"capabilities has to name {', '.join(CAPABILITIES)}, but got {unknown}")
+    for name, reason in backend.capabilities.items():
         if reason == "":
-            raise ValueError(f"abilities has to say why {name} is lacking, but got an empty reason")
-        method = ABILITIES[name].partition("(")[0]
+            raise ValueError(
+                f"capabilities has to say why {name} is lacking, but got an empty reason"
+            )
+        method = CAPABILITIES[name].partition("(")[0]
         if reason is None and method == name and not hasattr(backend, name):
-            raise ValueError(f"abilities declares {name}, but there is no method {name}")
+            raise ValueError(f"capabilities declares {name}, but there is no method {name}")
 
 
 def _check_modes(backend: Backend) -> None:
     """Raise ValueError for what would be passed over without a word, such as a misspelt mode."""
     if len(set(backend.modes)) != len(backend.modes):
         raise ValueError(f"modes has to name each mode once, but got {tuple(backend.modes)}")
-    for name in ("compiled_modes", "mode_limits"):
+    for name in ("compiled_modes", "mode_exclusions"):
         unknown = [mode for mode in getattr(backend, name) if mode not in backend.modes]
         if unknown:
             raise ValueError(f"{name} has to name modes, but got {unknown}")
-    check_variants(backend)
+    check_derived_modes(backend)
     both = [mode for mode in backend.missing_modes if mode in backend.modes]
     if both:
         raise ValueError(f"missing_modes has to name other modes than modes, but got {both}")
 
 
-def check_variants(backend: Backend) -> None:
+def check_derived_modes(backend: Backend) -> None:
     """Raise ValueError where a variant, or what it is one of, is no compiled mode by itself."""
-    compiled = [mode for mode in backend.compiled_modes if mode not in backend.variants]
-    for mode, base in backend.variants.items():
+    compiled = [mode for mode in backend.compiled_modes if mode not in backend.derived_modes]
+    for mode, base in backend.derived_modes.items():
         if mode not in backend.compiled_modes or base not in compiled:
             raise ValueError(
-                f"variants has to map a compiled mode to one that is no variant, such as "
+                f"derived_modes has to map a compiled mode to one that is no variant, such as "
                 f"{compiled}, but got {mode!r}: {base!r}"
             )

@@ -25,7 +25,7 @@ __all__ = [
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SHOWN = 4
 
-# How many mistakes that what came does not tell apart are still worth a look.
+# How many mistakes that what actual does not tell apart are still worth a look.
 _CAUSES = 3
 
 
@@ -34,65 +34,65 @@ class ContractError(AssertionError):
 
     Attributes
     ----------
-    expected, came : str
+    expected, actual : str
     cause : str
-        The mistake that explains what came, or several that do; empty where none is known.
+        The mistake that explains what actual, or several that do; empty where none is known.
     diff : str
         The command that says more of it; empty where there is none.
     """
 
-    def __init__(self, expected: str, came: str, *, cause: str = "", diff: str = "") -> None:
+    def __init__(self, expected: str, actual: str, *, cause: str = "", diff: str = "") -> None:
         because = f": {cause}" if cause else ""
-        super().__init__(f"expected {expected}, but {came} came{because}")
+        super().__init__(f"expected {expected}, but {actual} actual{because}")
         self.expected = expected
-        self.came = came
+        self.actual = actual
         self.cause = cause
         self.diff = diff
 
     def explained(self, causes: Sequence[str], diff: str = "") -> Self:
         """Return the error with the mistakes that explain it; many together explain nothing."""
         cause = "; or ".join(causes) if len(causes) <= _CAUSES else ""
-        return type(self)(self.expected, self.came, cause=cause, diff=diff)
+        return type(self)(self.expected, self.actual, cause=cause, diff=diff)
 
 
-def check_equal(came: object, expected: object, what: str) -> None:
+def check_equal(actual: object, expected: object, what: str) -> None:
     """Raise ContractError unless two plain values are equal."""
-    if came != expected:
-        raise ContractError(f"{what} {expected}", f"{came}")
+    if actual != expected:
+        raise ContractError(f"{what} {expected}", f"{actual}")
 
 
-def check_mask(came: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+def check_mask(actual: NDArray[Any], expected: NDArray[Any], what: str) -> None:
     """Raise ContractError unless two masks are equal in shape and every element."""
-    check_equal(came.shape, expected.shape, f"{what}: shape")
-    differing = np.flatnonzero(came != expected)
+    check_equal(actual.shape, expected.shape, f"{what}: shape")
+    differing = np.flatnonzero(actual != expected)
     if differing.size:
         shown = differing[:_SHOWN]
         raise ContractError(
             f"{what}: keep={expected.ravel()[shown].astype(int).tolist()} "
             f"at flat index {shown.tolist()}",
-            f"{came.ravel()[shown].astype(int).tolist()} "
+            f"{actual.ravel()[shown].astype(int).tolist()} "
             f"({differing.size} of {expected.size} differ)",
         )
 
 
-def check_output(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any], what: str) -> None:
+def check_output(actual: NDArray[Any], expected: NDArray[Any], x: NDArray[Any], what: str) -> None:
     """Raise ContractError unless an output is, under the output rule, the one expected for x."""
-    check_equal(came.shape, expected.shape, f"{what}: shape")
-    check_equal(came.dtype, expected.dtype, f"{what}: dtype")
-    _check_none(differing(came, expected, x), came, expected, x, what)
+    check_equal(actual.shape, expected.shape, f"{what}: shape")
+    check_equal(actual.dtype, expected.dtype, f"{what}: dtype")
+    _check_none(differing(actual, expected, x), actual, expected, x, what)
 
 
-def check_unchanged(came: NDArray[Any], x: NDArray[Any], what: str) -> None:
+def check_unchanged(actual: NDArray[Any], x: NDArray[Any], what: str) -> None:
     """Raise ContractError unless an array is x to the bit, NaN's payload too."""
-    check_equal(came.shape, x.shape, f"{what}: shape")
-    check_equal(came.dtype, x.dtype, f"{what}: dtype")
-    wrong = np.flatnonzero(_bits(components(came)) != _bits(components(x)))
-    _check_none(wrong, came, x, x, what)
+    check_equal(actual.shape, x.shape, f"{what}: shape")
+    check_equal(actual.dtype, x.dtype, f"{what}: dtype")
+    wrong = np.flatnonzero(_bits(components(actual)) != _bits(components(x)))
+    _check_none(wrong, actual, x, x, what)
 
 
 def _check_none(
     wrong: NDArray[np.int64],
-    came: NDArray[Any],
+    actual: NDArray[Any],
     expected: NDArray[Any],
     x: NDArray[Any],
     what: str,
@@ -103,23 +103,23 @@ def _check_none(
         raise ContractError(
             f"{what}: {_shown(components(expected)[shown])} "
             f"for x = {_shown(components(x)[shown])} at flat component {shown.tolist()}",
-            f"{_shown(components(came)[shown])} ({wrong.size} of {expected.size} differ)",
+            f"{_shown(components(actual)[shown])} ({wrong.size} of {expected.size} differ)",
         )
 
 
-def differing(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> NDArray[np.int64]:
+def differing(actual: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> NDArray[np.int64]:
     """Return which components of an output are not, under the output rule, those expected."""
-    return np.flatnonzero(~_conforms(components(came), components(expected), components(x)))
+    return np.flatnonzero(~_conforms(components(actual), components(expected), components(x)))
 
 
-def _conforms(came: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> NDArray[np.bool]:
-    same = _bits(came) == _bits(expected)
-    both_nan = np.isnan(came) & np.isnan(expected)
+def _conforms(actual: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> NDArray[np.bool]:
+    same = _bits(actual) == _bits(expected)
+    both_nan = np.isnan(actual) & np.isnan(expected)
     compute = np.float64 if x.dtype == np.float64 else np.float32
     tiny = np.finfo(compute).tiny
     with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN all the same
         magnitude = np.abs(x.astype(np.float64))
-    flushed = (magnitude < tiny) & (came == 0) & (np.signbit(came) == np.signbit(x))
+    flushed = (magnitude < tiny) & (actual == 0) & (np.signbit(actual) == np.signbit(x))
     conforms: NDArray[np.bool] = same | both_nan | (flushed & (expected != 0))
     return conforms
 

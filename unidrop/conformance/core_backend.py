@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 import unidrop
 from unidrop.conformance.backend import BaseBackend
-from unidrop.library import library_of_namespace
+from unidrop.library import get_namespace_library
 from unidrop.philox import philox
 
-__all__ = ["FUSED", "CoreBackend", "eager_modes", "missing_eager_modes", "on_path_of"]
+__all__ = ["FUSED", "CoreBackend", "eager_modes", "missing_eager_modes", "use_mode_path"]
 
 #: The mode in which arrays take the fused kernels wherever those can take them.
 FUSED = "fused"
@@ -20,7 +20,7 @@ FUSED = "fused"
 
 def eager_modes(array: Any) -> tuple[str, ...]:
     """Return the modes of what runs at once: "eager", and "fused" if kernels take such an array."""
-    return ("eager", FUSED) if unidrop.explain(array).name == FUSED else ("eager",)
+    return ("eager", FUSED) if unidrop.explain_path(array).name == FUSED else ("eager",)
 
 
 def missing_eager_modes(array: Any) -> dict[str, str]:
@@ -29,29 +29,29 @@ def missing_eager_modes(array: Any) -> dict[str, str]:
     Examples
     --------
     >>> import numpy as np
-    >>> with unidrop.only("portable"):
+    >>> with unidrop.force_path("portable"):
     ...     missing_eager_modes(np.ones(1))
-    {'fused': 'unidrop.only says so'}
+    {'fused': 'unidrop.force_path says so'}
     """
-    path = unidrop.explain(array)
+    path = unidrop.explain_path(array)
     return {} if path.name == FUSED else {FUSED: path.reason}
 
 
-def on_path_of(mode: str) -> AbstractContextManager[None]:
+def use_mode_path(mode: str) -> AbstractContextManager[None]:
     """Return the context in which arrays take a mode's path; eager modes are the portable one."""
-    return unidrop.only("portable") if mode.startswith("eager") else nullcontext()
+    return unidrop.force_path("portable") if mode.startswith("eager") else nullcontext()
 
 
 class CoreBackend(BaseBackend):
     """Calls `unidrop.dropout` eagerly; a subclass says how to reach its arrays.
 
-    It has to define ``name``, ``xp`` (the namespace as users name it), ``dtypes`` and ``abilities``
-    (`core_abilities` and what it adds), and may override the rest.
+    It has to define ``name``, ``xp`` (the namespace as users name it), ``dtypes`` and ``capabilities``
+    (`core_capabilities` and what it adds), and may override the rest.
     """
 
     xp: Any
 
-    core_abilities: ClassVar[dict[str, str | None]] = {
+    core_capabilities: ClassVar[dict[str, str | None]] = {
         **dict.fromkeys(("broadcast_axes", "windows", "mask", "words", "key", "traced_key")),
         "traces": "it only runs eagerly",
     }
@@ -64,13 +64,13 @@ class CoreBackend(BaseBackend):
         """Return a NumPy array."""
         return np.asarray(y)
 
-    def device_of(self, y: Any) -> str:
+    def get_device(self, y: Any) -> str:
         """Return the device's name."""
         return str(y.device)
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the core."""
-        with on_path_of(mode):
+        with use_mode_path(mode):
             return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
@@ -78,7 +78,7 @@ class CoreBackend(BaseBackend):
         return [int(self.to_numpy(word)[0]) for word in self._words(counter, key)]
 
     def _words(self, counter: Sequence[int], key: Sequence[int]) -> Sequence[Any]:
-        library, xp = library_of_namespace(self.xp)
+        library, xp = get_namespace_library(self.xp)
         lo, hi, reserved, tag = counter
         if reserved == 0:
             return library.words(xp, (hi, lo), 1, (key[0], key[1]), tag, None)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.conformance.recipe import Recipe
+from unidrop.conformance.diagnosis.stream_model import StreamModel
 from unidrop.mask import STREAM_VERSION
 
 __all__ = [
@@ -61,10 +61,12 @@ class GoldenMask:
         return options
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> StreamModel:
         """How the mask is made."""
         window = self.global_shape, self.start
-        return Recipe(self.seed, (self.step,), self.p, self.shape, self.broadcast_axes, *window)
+        return StreamModel(
+            self.seed, (self.step,), self.p, self.shape, self.broadcast_axes, *window
+        )
 
     @property
     def command(self) -> str:
@@ -89,9 +91,9 @@ class GoldenOutput:
         return replace(self, x=self.x.reshape(shape), y=self.y.reshape(shape))
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> StreamModel:
         """How the mask is made."""
-        return Recipe(self.seed, (self.step,), self.p, self.x.shape)
+        return StreamModel(self.seed, (self.step,), self.p, self.x.shape)
 
 
 @cache

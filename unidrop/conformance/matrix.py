@@ -16,29 +16,29 @@ from time import perf_counter
 from typing import IO, Any
 
 from unidrop.conformance.backend import (
-    UnavailableBackend,
+    BackendNotRun,
     backend_names,
+    entry_points_named,
     load_backends,
-    points_of,
 )
 from unidrop.conformance.contracts import SEED, Cell
-from unidrop.conformance.process import Process, ProcessEndedError, text_of
-from unidrop.conformance.remote import OWNER, environment_of
-from unidrop.conformance.runner import Missing, Result, cells, check_names, run_cell
+from unidrop.conformance.process import Process, ProcessEndedError, error_text
+from unidrop.conformance.remote import BACKEND_ENV_VAR, get_environment
+from unidrop.conformance.runner import NotApplicable, Result, cells, check_names, run_cell
 from unidrop.conformance.schedule import Schedule, Work
 
-__all__ = ["Outcome", "Progress", "backend_of", "run_matrix"]
+__all__ = ["Outcome", "Progress", "get_backend_name", "run_matrix"]
 
-Outcome = Result | Missing | UnavailableBackend
+Outcome = Result | NotApplicable | BackendNotRun
 
 
-def backend_of(outcome: Outcome) -> str:
+def get_backend_name(outcome: Outcome) -> str:
     """Return the name of the backend that an outcome is of."""
-    return outcome.name if isinstance(outcome, UnavailableBackend) else outcome.backend
+    return outcome.name if isinstance(outcome, BackendNotRun) else outcome.backend
 
 
-_KNOWN: Mapping[str, type[Missing | UnavailableBackend]] = {
-    kind.__name__: kind for kind in (Missing, UnavailableBackend)
+_KNOWN: Mapping[str, type[NotApplicable | BackendNotRun]] = {
+    kind.__name__: kind for kind in (NotApplicable, BackendNotRun)
 }
 
 _ENVIRONMENT: Mapping[str, str] = {
@@ -125,16 +125,16 @@ class _Part:
     """What there is of one backend so far: its plan, outcomes by its numbers, and its end."""
 
     plan: "Sequence[tuple[str, dict[str, Any]]]" = ()
-    came: dict[int, Outcome] = field(default_factory=dict)
-    broken: UnavailableBackend | None = None
+    actual: dict[int, Outcome] = field(default_factory=dict)
+    broken: BackendNotRun | None = None
 
     def outcomes(self) -> Iterator[Outcome]:
         """Yield the outcomes in the order of the plan, and how the backend broke down, if so."""
-        for number in sorted(self.came):
-            yield self.came[number]
+        for number in sorted(self.actual):
+            yield self.actual[number]
         if self.broken is None:
             return
-        left = len(self.plan) - len(self.came)
+        left = len(self.plan) - len(self.actual)
         rest = f"; {left} more were not run" if self.plan else ""
         yield replace(self.broken, error=self.broken.error + rest)
 
@@ -227,7 +227,7 @@ class _Worker:
     def _begin(self, name: str, printed: IO[bytes], own: Mapping[str, str]) -> None:
         """Start a process for a backend, with the variables that it needs of its own."""
         target = f"{__name__}:{_Served.__name__}"
-        environment = {**self._environment, OWNER: name, **own}
+        environment = {**self._environment, BACKEND_ENV_VAR: name, **own}
         self._process = Process(f"backend {name}", target, environment, printed)
         if self._is_stopped:
             self._process.kill()
@@ -278,7 +278,7 @@ class _Worker:
         except Exception as error:
             _, planned = self._parts[work.name].plan[number]
             self._break(work, error, printed)
-            what = {"expected": "an answer", "came": self._how(work, error)}
+            what = {"expected": "an answer", "actual": self._how(work, error)}
             failed = Result(**planned, status="failed", seconds=0, seed=self._asked.seed, **what)
             self._came(work, number, failed)
             return False
@@ -288,16 +288,16 @@ class _Worker:
 
     def _came(self, work: Work, number: int, outcome: Outcome) -> None:
         part = self._parts[work.name]
-        part.came[number] = outcome
+        part.actual[number] = outcome
         self._asked.progress.ran(work.name)
-        if len(part.came) == len(part.plan):
+        if len(part.actual) == len(part.plan):
             self._done.put(work.name)
 
     def _break(self, work: Work, error: Exception, printed: IO[bytes]) -> None:
         """Note how a backend broke down, and give it up."""
         part = self._parts[work.name]
         what = self._how(work, error), _last_lines(printed)
-        part.broken = part.broken or UnavailableBackend(work.name, *what)
+        part.broken = part.broken or BackendNotRun(work.name, *what)
         self._schedule.give_up(work)
 
     def _call(self, method: str, *args: Any) -> Any:
@@ -308,7 +308,7 @@ class _Worker:
         if isinstance(error, TimeoutError):
             within = f"{self._asked.timeout:g} s"
             return f"the process of backend {work.name} gave no answer within {within}"
-        return str(error) if isinstance(error, ProcessEndedError) else text_of(error)
+        return str(error) if isinstance(error, ProcessEndedError) else error_text(error)
 
 
 def _modes(plan: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[int]]:
@@ -335,11 +335,11 @@ class _Served:
     def environment(self, name: str) -> dict[str, str]:
         """Return the variables that the backend needs and this process does not have."""
         try:
-            return dict(environment_of(name).items() - os.environ.items())
+            return dict(get_environment(name).items() - os.environ.items())
         except BaseException as error:
             # Kept for the plan: what has failed to be imported is not to be imported again.
-            own = points_of(name)[0].module
-            self._planned = [UnavailableBackend.of(name, error, own=own)]
+            own = entry_points_named(name)[0].module
+            self._planned = [BackendNotRun.from_error(name, error, own=own)]
             return {}
 
     def plan(
@@ -356,21 +356,21 @@ class _Served:
         try:
             return asdict(run_cell(cell))
         except KeyboardInterrupt as error:  # raised by the backend: nobody interrupts this process
-            what = {"expected": "no error", "came": text_of(error)}
-            return asdict(Result.of(cell, "failed", 0, **what))
+            what = {"expected": "no error", "actual": error_text(error)}
+            return asdict(Result.from_cell(cell, "failed", 0, **what))
 
 
-_Planned = Cell | Missing | UnavailableBackend
+_Planned = Cell | NotApplicable | BackendNotRun
 
 
 def _planned(name: str, contracts: Sequence[str], seed: int) -> list[_Planned]:
     try:
         (backend,) = load_backends([name])
-        if isinstance(backend, UnavailableBackend):
+        if isinstance(backend, BackendNotRun):
             return [backend]
         return list(cells(backend, contracts, seed=seed))
     except BaseException as error:  # of what it says of itself, or an interrupt of its own
-        return [UnavailableBackend.of(name, error)]
+        return [BackendNotRun.from_error(name, error)]
 
 
 def _described(item: _Planned) -> tuple[str, dict[str, Any]]:

@@ -27,10 +27,10 @@ __all__ = [
     "Process",
     "ProcessEndedError",
     "RemoteObject",
+    "error_text",
     "forwarded",
     "made",
     "serve",
-    "text_of",
     "writable",
 ]
 
@@ -56,7 +56,7 @@ def made(target: str) -> Any:
     return getattr(import_module(module), name)()
 
 
-def text_of(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return an error's type and text, whatever they hold, as text that can be written anywhere."""
     try:
         text = f"{type(error).__name__}: {error}"
@@ -307,14 +307,14 @@ class _Server:
 def _portable(error: BaseException) -> BaseException:
     """Return an error as one that the caller has too, who may lack the framework's own."""
     kind = next(base for base in type(error).__mro__ if base.__module__ in _OF_BOTH_ENDS)
-    text = text_of(error)
+    text = error_text(error)
     if kind is type(error):
         text = text.partition(": ")[2]
     try:
         portable: BaseException = kind(text)
         return portable
     except TypeError:  # one that is made of more than a text
-        return RuntimeError(text_of(error))
+        return RuntimeError(error_text(error))
 
 
 def _write(stream: BinaryIO, message: object) -> None:

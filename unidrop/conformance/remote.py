@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from unidrop.conformance.backend import Backend, points_of
+from unidrop.conformance.backend import Backend, entry_points_named
 from unidrop.conformance.process import Process, forwarded, made
 
-__all__ = ["OWNER", "RemoteBackend", "environment_of"]
+__all__ = ["BACKEND_ENV_VAR", "RemoteBackend", "get_environment"]
 
 #: The variable of the environment that names the backend which has a process to itself.
-OWNER = "UNIDROP_MATRIX_BACKEND"
+BACKEND_ENV_VAR = "UNIDROP_MATRIX_BACKEND"
 
 # What a backend says of itself, beside its name.
 _ATTRIBUTES = tuple(name for name in Backend.__annotations__ if name != "name")
@@ -40,7 +40,7 @@ class RemoteBackend:
     ------
     Exception
         On construction, what loading the backend raises there: a `ModuleNotFoundError` where its
-        library is not installed, an `UntestedError` where it can't be run on this machine.
+        library is not installed, an `BackendUnavailableError` where it can't be run on this machine.
     """
 
     name: str
@@ -49,11 +49,11 @@ class RemoteBackend:
 
     modes: Sequence[str]
     compiled_modes: Sequence[str]
-    variants: Mapping[str, str]
+    derived_modes: Mapping[str, str]
     missing_modes: Mapping[str, str]
     devices: Sequence[str]
-    abilities: Mapping[str, str | None]
-    mode_limits: Mapping[str, Mapping[str, str]]
+    capabilities: Mapping[str, str | None]
+    mode_exclusions: Mapping[str, Mapping[str, str]]
     step_limit: int
 
     _number = 0
@@ -65,7 +65,7 @@ class RemoteBackend:
 
     def _begun(self) -> "Process | _Here":
         """Return what makes the calls: another process, unless this one is the backend's own."""
-        needed = {**_variables(self.environment), OWNER: self.name}
+        needed = {**_variables(self.environment), BACKEND_ENV_VAR: self.name}
         if needed.items() <= os.environ.items():
             return _Here(self.target)
         process = Process(f"backend {self.name}", self.target, self.environment)
@@ -75,7 +75,7 @@ class RemoteBackend:
     dtypes = forwarded("dtypes")
     from_numpy = forwarded("from_numpy")
     to_numpy = forwarded("to_numpy")
-    device_of = forwarded("device_of")
+    get_device = forwarded("get_device")
     dropout = forwarded("dropout")
     gradient = forwarded("gradient")
     layouts = forwarded("layouts")
@@ -99,12 +99,12 @@ class _Here:
         return getattr(self._backend, method)(*args, **options)
 
 
-def environment_of(name: str) -> dict[str, str]:
+def get_environment(name: str) -> dict[str, str]:
     """Return the variables that a registered backend needs its process to begin with.
 
     What its entry point may raise is raised here.
     """
-    loaded = points_of(name)[0].load()
+    loaded = entry_points_named(name)[0].load()
     is_remote = isinstance(loaded, type) and issubclass(loaded, RemoteBackend)
     return _variables(loaded.environment) if is_remote else {}
 

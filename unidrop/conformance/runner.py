@@ -9,24 +9,24 @@ from time import perf_counter
 from typing import Self
 
 from unidrop.conformance.backend import (
-    ABILITIES,
+    CAPABILITIES,
     Backend,
-    UnavailableBackend,
-    check_variants,
+    BackendNotRun,
+    check_derived_modes,
     load_backends,
-    why_lacking,
+    missing_capability,
 )
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
-from unidrop.conformance.process import text_of, writable
+from unidrop.conformance.process import error_text, writable
 
 _PLAIN = re.compile(r"[\w '(),.:;=+/-]*", re.ASCII)
 
-__all__ = ["Missing", "Result", "cells", "check", "check_names", "run_cell"]
+__all__ = ["NotApplicable", "Result", "cells", "check", "check_names", "run_cell"]
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
+class NotApplicable:
     """Why a contract does not apply to a backend in a mode: what it lacks there."""
 
     contract: str
@@ -37,7 +37,7 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a cell gave: status is "passed" or "failed"; what was expected, what came, and why.
+    """What a cell gave: status is "passed" or "failed"; what was expected, what actual, and why.
 
     ``cause`` is the mistake that explains it, ``diff`` the command that says more, where there are
     such; ``details`` is where it was raised.
@@ -51,7 +51,7 @@ class Result:
     status: str
     seconds: float
     expected: str = ""
-    came: str = ""
+    actual: str = ""
     cause: str = ""
     diff: str = ""
     details: str = ""
@@ -61,7 +61,7 @@ class Result:
         return "-".join((self.contract, self.backend, self.device, self.dtype, self.mode))
 
     @classmethod
-    def of(cls, cell: Cell, status: str, seconds: float, **what: str) -> Self:
+    def from_cell(cls, cell: Cell, status: str, seconds: float, **what: str) -> Self:
         """Return the result of a cell."""
         return cls(**cell.names(), status=status, seconds=seconds, seed=cell.seed, **what)
 
@@ -81,7 +81,7 @@ class Result:
 
 def cells(
     backend: Backend, contracts: Sequence[str] = (), *, seed: int = SEED
-) -> Iterator[Cell | Missing]:
+) -> Iterator[Cell | NotApplicable]:
     """Yield the cells of a backend, and what is missing for the others.
 
     Parameters
@@ -99,12 +99,12 @@ def cells(
     """
     check_names(contracts)
     chosen = [CONTRACTS[name] for name in contracts] or list(CONTRACTS.values())
-    _check_limits(backend)
+    _check_exclusions(backend)
     for contract in chosen:
         for mode in backend.modes:
             lacking = _why_not(contract, backend, mode)
             if lacking is not None:
-                yield Missing(contract.name, backend.name, mode, lacking)
+                yield NotApplicable(contract.name, backend.name, mode, lacking)
                 continue
             if contract.compiled_only and mode not in backend.compiled_modes:
                 continue
@@ -113,30 +113,30 @@ def cells(
                     yield Cell(contract, backend, device, dtype, mode, seed)
     for mode, reason in backend.missing_modes.items():
         for contract in chosen:
-            yield Missing(contract.name, backend.name, mode, reason)
+            yield NotApplicable(contract.name, backend.name, mode, reason)
 
 
 def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
     """Return why a contract does not apply to a backend in a mode, or None if it does."""
     for need in contract.needs:
-        reason = why_lacking(backend, need, mode)
+        reason = missing_capability(backend, need, mode)
         if reason is not None:
             return reason
-    reason = backend.mode_limits.get(mode, {}).get(contract.name)
-    base = backend.variants.get(mode)
-    if reason is not None or base is None or contract.in_variants:
+    reason = backend.mode_exclusions.get(mode, {}).get(contract.name)
+    base = backend.derived_modes.get(mode)
+    if reason is not None or base is None or contract.in_derived_modes:
         return reason
     compared = _why_not(contract, backend, base) is None
     return f"a variant of {base}, where this is compared" if compared else None
 
 
-def _check_limits(backend: Backend) -> None:
-    check_variants(backend)
-    for mode, limits in backend.mode_limits.items():
-        unknown = [name for name in limits if name not in ABILITIES and name not in CONTRACTS]
+def _check_exclusions(backend: Backend) -> None:
+    check_derived_modes(backend)
+    for mode, limits in backend.mode_exclusions.items():
+        unknown = [name for name in limits if name not in CAPABILITIES and name not in CONTRACTS]
         if unknown:
             raise ValueError(
-                f"mode_limits of {backend.name} in mode {mode} has to name abilities or "
+                f"mode_exclusions of {backend.name} in mode {mode} has to name capabilities or "
                 f"contracts, but got {unknown}"
             )
 
@@ -145,7 +145,7 @@ def run_cell(cell: Cell) -> Result:
     """Run a cell and return its result; nothing that a backend raises escapes."""
     begin = perf_counter()
     status, what = _ran(cell)
-    return Result.of(cell, status, perf_counter() - begin, **what)
+    return Result.from_cell(cell, status, perf_counter() - begin, **what)
 
 
 def _ran(cell: Cell) -> tuple[str, dict[str, str]]:
@@ -153,13 +153,13 @@ def _ran(cell: Cell) -> tuple[str, dict[str, str]]:
         cell.check()
     except ContractError as violation:
         return "failed", {
-            name: getattr(violation, name) for name in ("expected", "came", "cause", "diff")
+            name: getattr(violation, name) for name in ("expected", "actual", "cause", "diff")
         }
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a backend may raise anything, or exit: that is a failure
         details = writable(traceback.format_exc())
-        return "failed", {"expected": "no error", "came": text_of(error), "details": details}
+        return "failed", {"expected": "no error", "actual": error_text(error), "details": details}
     return "passed", {}
 
 
@@ -197,7 +197,7 @@ def check(
     >>> check("mask", "numpy")
     """
     (loaded,) = load_backends([backend])
-    if isinstance(loaded, UnavailableBackend):
+    if isinstance(loaded, BackendNotRun):
         raise ImportError(f"backend {backend} could not be loaded: {loaded.error}")
     planned = [item for item in cells(loaded, [contract], seed=seed) if mode in (None, item.mode)]
     chosen = [
@@ -207,7 +207,7 @@ def check(
     ]
     if not chosen:
         which = f"device={device}, dtype={dtype}, mode={mode}"
-        reasons = {f"{i.mode}: {i.reason}" for i in planned if isinstance(i, Missing)}
+        reasons = {f"{i.mode}: {i.reason}" for i in planned if isinstance(i, NotApplicable)}
         why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
         raise ValueError(f"no cell of contract {contract} and backend {backend} has {which}{why}")
     for cell in chosen:

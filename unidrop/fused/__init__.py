@@ -1,6 +1,6 @@
 """The same dropout as single-pass kernels on the CPU: nothing but faster.
 
-This package can be deleted without changing a result: `unidrop.path` then finds it missing, and
+This package can be deleted without changing a result: `unidrop.dispatch` then finds it missing, and
 every array takes the portable operations. A kernel knows addresses, and no array library; a
 library says where its elements lie (`Library.memory`).
 """
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidrop.dtypes import dtype_name
-from unidrop.fused.layout import Layout, layout_of, lie_alike
+from unidrop.fused.layout import Layout, make_layout, same_strides
 from unidrop.library import Library, Memory
 from unidrop.rate import Rate
 from unidrop.threads import run
@@ -97,14 +97,14 @@ def drop(
     """
     shape, kind = tuple(x.shape), dtype_name(x.dtype)
     target: Memory | str
-    y, target = library.output_like(x) if out is None else (out, library.memory(out))
+    y, target = library.allocate_like(x) if out is None else (out, library.memory(out))
     layout = None
     if not isinstance(target, str):
-        layout = layout_of(shape, target.strides, window.strides)
+        layout = make_layout(shape, target.strides, window.strides)
     if isinstance(target, str) or layout is None:
         library.assign(out, drop(library, x, source, window, rate, key, base))
         return out
-    is_alike = lie_alike(shape, source.strides, target.strides)
+    is_alike = same_strides(shape, source.strides, target.strides)
     if not is_alike or (out is not None and _overlap(source, target, shape, kind)):
         library.assign(y, x)
         source = target
@@ -115,7 +115,7 @@ def drop(
 def keep(window: Window, rate: Rate, key: int, base: int) -> NDArray[np.bool]:
     """Return a window's mask, under a rate that keeps something, of at least one element."""
     mask = np.empty(window.shape, dtype=np.bool)
-    layout = layout_of(window.shape, None, window.strides)
+    layout = make_layout(window.shape, None, window.strides)
     assert layout is not None  # C order has no gaps
     address = mask.ctypes.data
     _run(layout, "bool", (address, address), rate, key, base, mask)
@@ -137,8 +137,8 @@ def _run(
     base: int,
     owners: Any,
 ) -> None:
-    kernel, job_of = _compiled(layout.way, kind)
-    numbers, units = job_of(kernel, layout, *addresses, rate, key, base)
+    kernel, make_task = _compiled(layout.way, kind)
+    numbers, units = make_task(kernel, layout, *addresses, rate, key, base)
     run(kernel.run, numbers, units, owners)
 
 
@@ -146,7 +146,7 @@ def _run(
 def _compiled(way: str, kind: str) -> tuple[Any, Any]:
     """Return a kernel and what makes its jobs, both of which need Numba."""
     with _compiling:
-        from unidrop.fused.job import job_of
         from unidrop.fused.kernels import kernel
+        from unidrop.fused.task import make_task
 
-        return kernel(way, kind), job_of
+        return kernel(way, kind), make_task

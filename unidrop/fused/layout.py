@@ -4,7 +4,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import NamedTuple
 
-__all__ = ["Axis", "Layout", "layout_of", "lie_alike"]
+__all__ = ["Axis", "Layout", "make_layout", "same_strides"]
 
 
 class Axis(NamedTuple):
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def layout_of(
+def make_layout(
     shape: tuple[int, ...], steps: tuple[int, ...] | None, strides: tuple[int, ...]
 ) -> Layout | None:
     """Return the layout of an array, or None if it has gaps, overlaps or negative steps.
@@ -43,9 +43,9 @@ def layout_of(
 
     Examples
     --------
-    >>> layout_of((2, 3), (3, 1), (3, 1))
+    >>> make_layout((2, 3), (3, 1), (3, 1))
     Layout(way='rows', axes=(Axis(length=6, stride=1, step=1),))
-    >>> layout_of((2, 3), (1, 2), (3, 1)).way
+    >>> make_layout((2, 3), (1, 2), (3, 1)).way
     'tiles'
     """
     if steps is None:
@@ -67,7 +67,9 @@ def layout_of(
 
 
 @lru_cache(maxsize=4096)
-def lie_alike(shape: tuple[int, ...], a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
+def same_strides(
+    shape: tuple[int, ...], a: tuple[int, ...] | None, b: tuple[int, ...] | None
+) -> bool:
     """Tell whether the steps of two arrays of one shape are the same wherever there is a step.
 
     Two layouts may be equal where their steps are not: along axes that share a decision.

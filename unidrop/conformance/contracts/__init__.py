@@ -2,7 +2,7 @@
 
 A check is a function of a `Cell`. It raises `ContractError` where the promise does not hold; any
 other exception is a failure too. No contract knows a backend's name: what one needs it asks for as
-an ability. One that depends on the dtype is run for every dtype; the others once.
+a capability. One that depends on the dtype is run for every dtype; the others once.
 """
 
 # Imported for what they register, in the order in which the matrix shows it.

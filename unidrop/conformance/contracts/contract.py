@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import unidrop
-from unidrop.conformance.backend import ABILITIES, AbleBackend, Backend
+from unidrop.conformance.backend import CAPABILITIES, Backend, CapableBackend
 from unidrop.conformance.compare import ContractError, check_output, numpy_dtype
-from unidrop.conformance.diagnosis import diagnose
-from unidrop.conformance.recipe import Recipe
+from unidrop.conformance.diagnosis.search import diagnose
+from unidrop.conformance.diagnosis.stream_model import StreamModel
 
 __all__ = [
     "CONTRACTS",
@@ -23,10 +23,10 @@ __all__ = [
     "STEPS",
     "Cell",
     "Contract",
-    "by_core",
-    "check_output_of",
-    "check_some",
+    "check_model_output",
     "contract",
+    "reference_result",
+    "require_nonempty",
 ]
 
 #: The seed of cells that are given no other.
@@ -52,14 +52,14 @@ class Contract:
     check : callable
         Raises `ContractError` where it does not hold.
     needs : tuple of str
-        The abilities without which it can't be run.
+        The capabilities without which it can't be run.
     every_dtype : bool
         Whether it is run for each dtype of a mode, or for one.
     compiled_dtypes : collection of str
         For which dtypes it is run in compiled modes, where each takes a compilation, beside one.
     compiled_only : bool
         Whether it is about compiled modes.
-    in_variants : bool
+    in_derived_modes : bool
         Whether it is run in a mode that is a variant of another, in which it is: not if it only
         looks closer at what decides about an element, in which a variant has no part.
     """
@@ -71,7 +71,7 @@ class Contract:
     every_dtype: bool
     compiled_dtypes: Collection[str]
     compiled_only: bool
-    in_variants: bool
+    in_derived_modes: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +107,9 @@ class Cell:
         return self.mode in self.backend.compiled_modes
 
     @property
-    def able(self) -> AbleBackend:
-        """The backend, seen as one that has the abilities which the contract needs."""
-        return cast(AbleBackend, self.backend)
+    def able(self) -> CapableBackend:
+        """The backend, seen as one that has the capabilities which the contract needs."""
+        return cast(CapableBackend, self.backend)
 
     def array(self, x: NDArray[Any]) -> Any:
         """Return a NumPy array as the backend's."""
@@ -154,7 +154,7 @@ class Cell:
         kept: NDArray[np.bool] = self.dropout(self.ones(shape), p, step, **options) != 0
         return kept
 
-    def diff(self, recipe: Recipe) -> str:
+    def diff(self, recipe: StreamModel) -> str:
         """Return the command that says where the cell's mask of a recipe is wrong, and why."""
         where = self.names()
         del where["contract"]  # any may have asked for the mask
@@ -191,17 +191,17 @@ def contract(
     every_dtype: bool = False,
     compiled_dtypes: Collection[str] = (),
     compiled_only: bool = False,
-    in_variants: bool = True,
+    in_derived_modes: bool = True,
 ) -> Callable[[Callable[[Cell], None]], Callable[[Cell], None]]:
     """Register the check of a contract, whose attributes are those of `Contract`.
 
     Raises
     ------
     ValueError
-        If it needs what is no ability.
+        If it needs what is no capability.
     """
-    if not set(needs) <= set(ABILITIES):
-        raise ValueError(f"needs has to name abilities, but got {needs}")
+    if not set(needs) <= set(CAPABILITIES):
+        raise ValueError(f"needs has to name capabilities, but got {needs}")
 
     def register(check: Callable[[Cell], None]) -> Callable[[Cell], None]:
         CONTRACTS[name] = Contract(
@@ -212,22 +212,22 @@ def contract(
             every_dtype,
             compiled_dtypes,
             compiled_only,
-            in_variants,
+            in_derived_modes,
         )
         return check
 
     return register
 
 
-def by_core(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def reference_result(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call the core on its portable path, which no kernel has a part in."""
-    with unidrop.only("portable"):
+    with unidrop.force_path("portable"):
         return function(*args, **options)
 
 
-def check_output_of(
-    recipe: Recipe,
-    came: NDArray[Any],
+def check_model_output(
+    recipe: StreamModel,
+    actual: NDArray[Any],
     expected: NDArray[Any],
     x: NDArray[Any],
     what: str,
@@ -238,17 +238,17 @@ def check_output_of(
     ``diff`` is the command that says more where it is the mask that is wrong.
     """
     try:
-        check_output(came, expected, x, what)
+        check_output(actual, expected, x, what)
     except ContractError as error:
-        if (came.shape, came.dtype) != (expected.shape, expected.dtype):
+        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
             raise
-        diagnosis = diagnose(recipe, came, x, pairs=False)
+        diagnosis = diagnose(recipe, actual, x, pairs=False)
         if diagnosis is None:
             raise
         raise error.explained(diagnosis.causes, diff if diagnosis.is_of_mask else "") from None
 
 
-def check_some(chosen: Sized) -> None:
+def require_nonempty(chosen: Sized) -> None:
     """Raise ContractError where there is nothing to compare: that would hold of anything."""
     if not chosen:
         raise ContractError(

@@ -14,11 +14,11 @@ from unidrop.conformance.contracts.contract import (
     SHAPE,
     STEPS,
     Cell,
-    by_core,
-    check_output_of,
+    check_model_output,
     contract,
+    reference_result,
 )
-from unidrop.conformance.recipe import Recipe
+from unidrop.conformance.diagnosis.stream_model import StreamModel
 
 # At most one layer, and of which backend and where it is.
 _kept: list[tuple[Any, tuple[Any, ...], Any]] = []
@@ -101,7 +101,7 @@ def _layer_resumes(cell: Cell) -> None:
 @contract(
     "layer-gradient",
     "A layer's gradient is by the mask of its own call, also where the backward pass computes "
-    "that again, and where another call came between.",
+    "that again, and where another call actual between.",
     ("layer", "layer_gradient"),
 )
 def _layer_gradient(cell: Cell) -> None:
@@ -143,6 +143,6 @@ def _check_layer_call(cell: Cell, layer: Any, x: NDArray[Any], call: int) -> Non
 
 
 def _check_output_of_call(cell: Cell, y: Any, x: NDArray[Any], call: int, what: str) -> None:
-    recipe = Recipe(cell.seed, (call,), RATE, x.shape)
-    expected = by_core(unidrop.dropout, x, RATE, recipe.key)
-    check_output_of(recipe, cell.backend.to_numpy(y), expected, x, f"{what} of call {call}")
+    recipe = StreamModel(cell.seed, (call,), RATE, x.shape)
+    expected = reference_result(unidrop.dropout, x, RATE, recipe.key)
+    check_model_output(recipe, cell.backend.to_numpy(y), expected, x, f"{what} of call {call}")

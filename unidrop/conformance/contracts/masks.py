@@ -15,14 +15,14 @@ from unidrop.conformance.contracts.contract import (
     SHAPE,
     STEPS,
     Cell,
-    by_core,
-    check_output_of,
-    check_some,
+    check_model_output,
     contract,
+    reference_result,
+    require_nonempty,
 )
-from unidrop.conformance.diagnosis import causes_of_mask, causes_of_masks
+from unidrop.conformance.diagnosis.search import causes_of_mask, causes_of_masks
+from unidrop.conformance.diagnosis.stream_model import StreamModel
 from unidrop.conformance.golden import GoldenMask, golden_masks, read_golden
-from unidrop.conformance.recipe import Recipe
 
 # Where each shape and rate is compiled anew, of as many golden vectors as there are, these few.
 # That of the threshold has the shape of most contracts, at another rate.
@@ -93,8 +93,8 @@ def _step_keys(cell: Cell) -> None:
     for seed, step in named:
         if step >= cell.backend.step_limit:
             continue
-        recipe = Recipe(seed, (step,), RATE, SHAPE)
-        expected = by_core(unidrop.keep_mask, SHAPE, RATE, recipe.key)
+        recipe = StreamModel(seed, (step,), RATE, SHAPE)
+        expected = reference_result(unidrop.keep_mask, SHAPE, RATE, recipe.key)
         keep = cell.keeps(SHAPE, RATE, step, seed=seed)
         try:
             check_mask(keep, expected, f"mask of step {step} of seed {seed:#x}")
@@ -108,7 +108,7 @@ def _step_keys(cell: Cell) -> None:
 @contract(
     "threshold",
     "An element is kept where u >= T: at u = T kept, at u = T - 1 dropped.",
-    in_variants=False,
+    in_derived_modes=False,
 )
 def _threshold(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: _is_threshold_case(g) and g.global_shape is None)
@@ -118,7 +118,7 @@ def _threshold(cell: Cell) -> None:
     "threshold-ends",
     "That is so at the ends too, where u is 0, 1 or 2^32 - 1, in windows that hold such elements.",
     ("windows",),
-    in_variants=False,
+    in_derived_modes=False,
 )
 def _threshold_ends(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: _is_threshold_case(g) and g.global_shape is not None)
@@ -128,7 +128,7 @@ def _threshold_ends(cell: Cell) -> None:
     "broadcast-axes",
     "Along broadcast axes one decision is shared, and the mask is numbered without them.",
     ("broadcast_axes",),
-    in_variants=False,
+    in_derived_modes=False,
 )
 def _broadcast_axes(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: bool(g.broadcast_axes) and g.global_shape is None)
@@ -138,25 +138,29 @@ def _broadcast_axes(cell: Cell) -> None:
     "windows",
     "A window gets its block of the whole mask, also beyond 2^32 elements.",
     ("windows", "broadcast_axes"),
-    in_variants=False,
+    in_derived_modes=False,
 )
 def _windows(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: g.global_shape is not None and not _is_threshold_case(g))
 
 
-@contract("windows-tile", "Windows of any cut tile the whole.", ("windows",), in_variants=False)
+@contract(
+    "windows-tile", "Windows of any cut tile the whole.", ("windows",), in_derived_modes=False
+)
 def _windows_tile(cell: Cell) -> None:
     whole = (6, 5, 11)
-    expected = by_core(unidrop.keep_mask, whole, 0.3, cell.key(5))
-    came = np.zeros(whole, dtype=bool)
+    expected = reference_result(unidrop.keep_mask, whole, 0.3, cell.key(5))
+    actual = np.zeros(whole, dtype=bool)
     cuts = [(r, c) for r in (slice(0, 1), slice(1, 6)) for c in (slice(0, 3), slice(3, 11))]
     if cell.is_compiled:  # where each window is another program
-        cuts, came = cuts[-1:], expected.copy()
+        cuts, actual = cuts[-1:], expected.copy()
     for rows, columns in cuts:
-        block = came[rows, :, columns]
+        block = actual[rows, :, columns]
         start = (rows.start, 0, columns.start)
         block[...] = cell.keeps(block.shape, 0.3, 5, global_shape=whole, start=start)
-    check_mask(came, expected, f"the whole of shape {whole} at p = 0.3, step 5 of seed {cell.seed}")
+    check_mask(
+        actual, expected, f"the whole of shape {whole} at p = 0.3, step 5 of seed {cell.seed}"
+    )
 
 
 @contract("large-mask", "A large mask, made in pieces or at once, is that of the specification.")
@@ -167,8 +171,8 @@ def _large_mask(cell: Cell) -> None:
         )
         check_equal(int(keep.sum()), digest["kept"], f"mask {digest['name']!r}: number kept")
         packed = np.packbits(keep).tobytes()
-        came = hashlib.blake2b(packed, digest_size=8).hexdigest()
-        check_equal(came, digest["blake2b"], f"mask {digest['name']!r}: digest of its bits")
+        actual = hashlib.blake2b(packed, digest_size=8).hexdigest()
+        check_equal(actual, digest["blake2b"], f"mask {digest['name']!r}: digest of its bits")
 
 
 @contract("returned-mask", "return_mask returns the mask that was applied.", ("mask",))
@@ -178,7 +182,7 @@ def _returned_mask(cell: Cell) -> None:
         y, mask = cell.backend.dropout(
             cell.array(x), p, cell.seed, 1, mode=cell.mode, training=training, return_mask=True
         )
-        expected = by_core(unidrop.keep_mask, (9, 11), p, cell.key(1), training=training)
+        expected = reference_result(unidrop.keep_mask, (9, 11), p, cell.key(1), training=training)
         check_mask(cell.backend.to_numpy(mask), expected, f"mask at p = {p}, training = {training}")
         check_mask(cell.backend.to_numpy(y) != 0, expected, f"output at p = {p}")
 
@@ -199,17 +203,17 @@ def _mask_dtype(cell: Cell) -> None:
     "layout",
     "The mask follows logical indices, whatever the memory layout.",
     ("layouts",),
-    in_variants=False,
+    in_derived_modes=False,
 )
 def _layout(cell: Cell) -> None:
     x = cell.values((4, 6, 5, 3))
-    recipe = Recipe(cell.seed, (4,), 0.4, x.shape)
-    expected = by_core(unidrop.dropout, x, 0.4, recipe.key)
+    recipe = StreamModel(cell.seed, (4,), 0.4, x.shape)
+    expected = reference_result(unidrop.dropout, x, 0.4, recipe.key)
     layouts = cell.able.layouts(cell.array(x))
-    check_some(layouts)
+    require_nonempty(layouts)
     for name, array in layouts.items():
         y = cell.backend.to_numpy(cell.backend.dropout(array, 0.4, cell.seed, 4, mode=cell.mode))
-        check_output_of(recipe, y, expected, x, f"output of layout {name!r}")
+        check_model_output(recipe, y, expected, x, f"output of layout {name!r}")
 
 
 @contract("threads", "Calls from many threads give the masks of their keys.")
@@ -227,7 +231,7 @@ def _threads(cell: Cell) -> None:
         theirs = pool.map(keeps, range(1, 16))
         ours = [keeps(step) for step in range(16, 24)]  # this thread, meanwhile
     for step, keep in enumerate((*theirs, *ours), start=1):
-        expected = by_core(unidrop.keep_mask, shape, p, cell.key(step))
+        expected = reference_result(unidrop.keep_mask, shape, p, cell.key(step))
         check_mask(keep, expected, f"mask of step {step}")
 
 
@@ -241,10 +245,10 @@ def _check_golden_masks(
     chosen = [g for g in golden_masks() if g.step < cell.backend.step_limit and where(g)]
     if cell.is_compiled:
         chosen = [g for g in chosen if g.name in _TELLING]
-    check_some(chosen)
-    came = [(g, cell.keeps(g.shape, g.p, g.step, seed=g.seed, **g.options)) for g in chosen]
+    require_nonempty(chosen)
+    actual = [(g, cell.keeps(g.shape, g.p, g.step, seed=g.seed, **g.options)) for g in chosen]
     # What differs most is told of: it leaves the least in doubt.
-    for golden, keep in sorted(came, key=lambda pair: -_differing(*pair)):
+    for golden, keep in sorted(actual, key=lambda pair: -_differing(*pair)):
         expected = np.broadcast_to(golden.keep, golden.shape)
         if half is not None and keep.shape == expected.shape:
             halves = np.arange(keep.size).reshape(keep.shape) % 2
@@ -252,7 +256,7 @@ def _check_golden_masks(
         try:
             check_mask(keep, expected, f"mask {golden.name!r} ({golden.command})")
         except ContractError as error:
-            raise _explained(error, cell, golden, came) from None
+            raise _explained(error, cell, golden, actual) from None
 
 
 def _differing(golden: GoldenMask, keep: NDArray[np.bool]) -> int:
@@ -263,10 +267,10 @@ def _explained(
     error: ContractError,
     cell: Cell,
     wrong: GoldenMask,
-    came: Sequence[tuple[GoldenMask, NDArray[np.bool]]],
+    actual: Sequence[tuple[GoldenMask, NDArray[np.bool]]],
 ) -> ContractError:
-    """Return an error of one of the masks that came, with what is known of its cause."""
-    wrong_first = sorted(came, key=lambda pair: pair[0] is not wrong)
+    """Return an error of one of the masks that actual, with what is known of its cause."""
+    wrong_first = sorted(actual, key=lambda pair: pair[0] is not wrong)
     if wrong_first[0][1].shape != wrong.shape:
         return error
     masks = [(g.recipe, keep) for g, keep in wrong_first if keep.shape == g.shape]

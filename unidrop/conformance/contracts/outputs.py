@@ -19,12 +19,12 @@ from unidrop.conformance.contracts.contract import (
     RATE,
     SHAPE,
     Cell,
-    by_core,
-    check_output_of,
-    check_some,
+    check_model_output,
     contract,
+    reference_result,
+    require_nonempty,
 )
-from unidrop.conformance.diagnosis import causes_of_mask, causes_of_output
+from unidrop.conformance.diagnosis.search import causes_of_mask, causes_of_output
 from unidrop.conformance.golden import GoldenOutput, golden_outputs
 from unidrop.dtypes import DTYPES
 
@@ -45,13 +45,13 @@ def _scale(cell: Cell) -> None:
             # Where both keep: which elements those are is another contract's matter.
             kept = (y != 0) & (golden.y != 0)
             compared += int(np.count_nonzero(kept))
-            x, came, expected = golden.x[kept], y[kept], golden.y[kept]
+            x, actual, expected = golden.x[kept], y[kept], golden.y[kept]
             try:
-                check_output(came, expected, x, f"what is kept of output {golden.name!r}")
+                check_output(actual, expected, x, f"what is kept of output {golden.name!r}")
             except ContractError as error:
-                causes = causes_of_output(x, golden.p, np.ones(x.shape, dtype=bool), came)
+                causes = causes_of_output(x, golden.p, np.ones(x.shape, dtype=bool), actual)
                 raise error.explained(causes) from None
-    check_some(range(compared))
+    require_nonempty(range(compared))
 
 
 @contract(
@@ -65,7 +65,7 @@ def _output(cell: Cell) -> None:
         with np.errstate(all="ignore"):
             y = cell.dropout(golden.x, golden.p, golden.step, seed=golden.seed)
             what, diff = f"output {golden.name!r}", cell.diff(golden.recipe)
-            check_output_of(golden.recipe, y, golden.y, golden.x, what, diff)
+            check_model_output(golden.recipe, y, golden.y, golden.x, what, diff)
 
 
 @contract("gradient-mask", "The gradient is by the mask of its own forward pass.", ("gradient",))
@@ -75,9 +75,9 @@ def _gradient_mask(cell: Cell) -> None:
     arguments = golden.p, golden.seed, golden.step
     y = cell.backend.dropout(cell.array(x), *arguments, mode=cell.mode)
     upstream = cell.array(cell.ones(x.shape))
-    came = cell.able.gradient(cell.array(x), upstream, *arguments, mode=cell.mode)
+    actual = cell.able.gradient(cell.array(x), upstream, *arguments, mode=cell.mode)
     what = f"where the gradient is not 0, at p = {golden.p}, step {golden.step}"
-    keep = cell.backend.to_numpy(came) != 0
+    keep = cell.backend.to_numpy(actual) != 0
     try:
         check_mask(keep, cell.backend.to_numpy(y) != 0, what)
     except ContractError as error:
@@ -99,12 +99,12 @@ def _gradient(cell: Cell) -> None:
         x = cell.array(cell.values(golden.x.shape))
         upstream = cell.array(golden.x)
         with np.errstate(all="ignore"):
-            came = cell.able.gradient(
+            actual = cell.able.gradient(
                 x, upstream, golden.p, golden.seed, golden.step, mode=cell.mode
             )
             what = f"gradient for the upstream gradient x of output {golden.name!r}"
-            came = cell.backend.to_numpy(came)
-            check_output_of(golden.recipe, came, golden.y, golden.x, what)
+            actual = cell.backend.to_numpy(actual)
+            check_model_output(golden.recipe, actual, golden.y, golden.x, what)
 
 
 @contract(
@@ -112,7 +112,7 @@ def _gradient(cell: Cell) -> None:
 )
 def _dropped_is_zero(cell: Cell) -> None:
     x = cell.ones(SHAPE)
-    keep = by_core(unidrop.keep_mask, SHAPE, RATE, cell.key(0))
+    keep = reference_result(unidrop.keep_mask, SHAPE, RATE, cell.key(0))
     for value in (np.nan, np.inf, -np.inf, -1.0):
         x[...] = value
         with np.errstate(all="ignore"):
@@ -141,16 +141,16 @@ def _shape_dtype_device(cell: Cell) -> None:
         x = cell.array(cell.values(shape))
         # The 0-d golden mask is of 0.5, and in a compiled mode each rate is another program.
         y = cell.backend.dropout(x, RATE if shape else 0.5, cell.seed, 0, mode=cell.mode)
-        check_equal(cell.backend.device_of(y), cell.device, "device")
-        came = cell.backend.to_numpy(y)
-        check_equal(came.shape, shape, "shape")
-        check_equal(came.dtype, numpy_dtype(cell.dtype), "dtype")
+        check_equal(cell.backend.get_device(y), cell.device, "device")
+        actual = cell.backend.to_numpy(y)
+        check_equal(actual.shape, shape, "shape")
+        check_equal(actual.dtype, numpy_dtype(cell.dtype), "dtype")
 
 
 @contract(
     "bad-rate",
     "A rate outside [0, 1] or NaN raises ValueError, and what is no Python number TypeError; the "
-    "message says what came.",
+    "message says what actual.",
 )
 def _bad_rate(cell: Cell) -> None:
     for outside in (-0.1, 1.5, math.nan):
@@ -184,7 +184,7 @@ def _golden_outputs(cell: Cell) -> list[GoldenOutput]:
         # At this rate no dtype holds the scale exactly, and products of two roundings differ from
         # those of one, in the golden outputs whose products lie halfway between two neighbours.
         chosen = [g.reshaped(SHAPE) for g in chosen if g.p == RATE]
-    check_some(chosen)
+    require_nonempty(chosen)
     return chosen
 
 

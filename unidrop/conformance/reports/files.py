@@ -16,7 +16,7 @@ from unidrop.mask import STREAM_VERSION
 __all__ = ["to_json", "to_junit", "to_markdown"]
 
 # What there is to say of what failed alone.
-_OF_FAILURES = ("expected", "came", "cause", "diff", "details")
+_OF_FAILURES = ("expected", "actual", "cause", "diff", "details")
 
 # What XML can't hold: control characters, of which an error's message may have some.
 _NO_XML = dict.fromkeys(
@@ -77,7 +77,7 @@ def to_junit(report: Report) -> str:
         item = case(result.backend, result.mode, name, result.seconds)
         if result.status == "failed":
             because = f": {result.cause}" if result.cause else ""
-            message = f"expected {result.expected}, came {result.came}{because}"
+            message = f"expected {result.expected}, actual {result.actual}{because}"
             failure = ElementTree.SubElement(item, "failure", message=_xml(message))
             failure.text = _xml(f"{_commands(result)}\n{result.details}")
     for missing in report.missing:
@@ -127,7 +127,7 @@ def to_markdown(report: Report) -> str:
         lines += [
             "",
             f"**{_line(str(result))}**: {CONTRACTS[result.contract].promise}",
-            f"Expected {_line(result.expected)}, came {_line(result.came)}.",
+            f"Expected {_line(result.expected)}, actual {_line(result.actual)}.",
             *([f"Cause: {_line(result.cause)}."] if result.cause else []),
             "",
             *_fenced(_commands(result)),

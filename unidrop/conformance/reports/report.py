@@ -4,18 +4,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from unidrop.conformance.backend import UnavailableBackend
+from unidrop.conformance.backend import BackendNotRun
 from unidrop.conformance.contracts import CONTRACTS
 from unidrop.conformance.contracts.dependence import roots
-from unidrop.conformance.matrix import Outcome, backend_of
-from unidrop.conformance.runner import Missing, Result
+from unidrop.conformance.matrix import Outcome, get_backend_name
+from unidrop.conformance.runner import NotApplicable, Result
 
-__all__ = ["Beginning", "Column", "Lack", "Report", "Square", "evidence"]
+__all__ = ["Beginning", "Column", "Lack", "MatrixCell", "Report", "evidence"]
 
 # What is said of a result that failed: which of its attributes, and its label.
 _EVIDENCE = {
     "expected": "expected",
-    "came": "came",
+    "actual": "actual",
     "cause": "cause",
     "diff": "look",
     "reproduce": "again",
@@ -34,7 +34,7 @@ def evidence(result: Result) -> Iterator[tuple[str, str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Square:
+class MatrixCell:
     """A contract in a column: a result for each device and dtype, or why there is none."""
 
     results: list[Result] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Square:
 
         Examples
         --------
-        >>> Square(reasons=["it only runs eagerly"]).mark
+        >>> MatrixCell(reasons=["it only runs eagerly"]).mark
         '-'
         """
         if not self.results:
@@ -71,18 +71,20 @@ class Square:
 
 
 class Report:
-    """The outcomes of a run, by the backend's name, and else in the order in which they came."""
+    """The outcomes of a run, by the backend's name, and else in the order in which they actual."""
 
     def __init__(self, outcomes: Iterable[Outcome] = ()) -> None:
-        self.outcomes = sorted(outcomes, key=backend_of)
-        self._squares: dict[Column, dict[str, Square]] = defaultdict(lambda: defaultdict(Square))
+        self.outcomes = sorted(outcomes, key=get_backend_name)
+        self._squares: dict[Column, dict[str, MatrixCell]] = defaultdict(
+            lambda: defaultdict(MatrixCell)
+        )
         for outcome in self.outcomes:
             if isinstance(outcome, Result):
                 self._square(outcome).results.append(outcome)
-            elif isinstance(outcome, Missing):
+            elif isinstance(outcome, NotApplicable):
                 self._square(outcome).reasons.append(outcome.reason)
 
-    def _square(self, outcome: Result | Missing) -> Square:
+    def _square(self, outcome: Result | NotApplicable) -> MatrixCell:
         return self._squares[outcome.backend, outcome.mode][outcome.contract]
 
     @property
@@ -91,9 +93,9 @@ class Report:
         return [outcome for outcome in self.outcomes if isinstance(outcome, Result)]
 
     @property
-    def missing(self) -> list[Missing]:
+    def missing(self) -> list[NotApplicable]:
         """The contracts that do not apply, each with the reason."""
-        return [outcome for outcome in self.outcomes if isinstance(outcome, Missing)]
+        return [outcome for outcome in self.outcomes if isinstance(outcome, NotApplicable)]
 
     @property
     def failures(self) -> list[Result]:
@@ -122,9 +124,9 @@ class Report:
         return [Beginning(b, tuple(where), first) for (b, first), where in modes.items()]
 
     @property
-    def unavailable(self) -> list[UnavailableBackend]:
+    def unavailable(self) -> list[BackendNotRun]:
         """The backends that could not be loaded, or have broken down."""
-        return [outcome for outcome in self.outcomes if isinstance(outcome, UnavailableBackend)]
+        return [outcome for outcome in self.outcomes if isinstance(outcome, BackendNotRun)]
 
     @property
     def is_good(self) -> bool:
@@ -155,9 +157,9 @@ class Report:
         shown = {name for squares in self._squares.values() for name in squares}
         return [name for name in CONTRACTS if name in shown]
 
-    def square(self, contract: str, column: Column) -> Square:
+    def square(self, contract: str, column: Column) -> MatrixCell:
         """Return what there is of a contract in a column."""
-        return self._squares[column].get(contract, Square())
+        return self._squares[column].get(contract, MatrixCell())
 
     def lacks(self) -> list["Lack"]:
         """Return what backends lack, modes that lack the same for the same reason together."""

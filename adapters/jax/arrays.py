@@ -1,0 +1,296 @@
+"""JAX below the adapters: keys as pytrees, words, decisions, and where an array lies in memory.
+
+Requirements this design meets:
+
+* XLA on the CPU fuses the generator's rounds into everything that reads a word, and computes them
+  again for each. A loop is a border that fusion does not cross. So decisions are made in four turns
+  of a loop, and what is left of a block after its turn is a bit an element, in one array of 32 bits
+  for 32 elements. The ten rounds are fused into that, and nothing else goes to memory.
+* It moves out of a loop what does not change in it, each such number with all that made it. So the
+  numbers of a turn are made to look as if they changed, and a step is folded into a key by a loop
+  of its own: else a program folds some twenty times, and takes four times as long to compile.
+* Nothing in it depends on where an element lies, so that a partitioner can give each device its
+  own part, and needs no communication for that.
+* A step that is traced has 32 bits unless the user has enabled 64: words are ``uint32`` always.
+"""
+
+import operator
+from functools import partial, reduce
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from unidrop.adapters.jax.primitive import drop, keep
+from unidrop.adapters.numpy import aligned_like, get_address, locate_array
+from unidrop.dispatch import find_kernels
+from unidrop.key import Key
+from unidrop.library import Library, Memory
+from unidrop.philox import ODD_MULTIPLIER, ROUNDS, PhiloxBlock, next_round_key, philox
+from unidrop.rate import Rate
+from unidrop.window import Window
+from unidrop.words import MASK32, Pair, Uint32Words, Words, add_pairs
+
+__all__ = ["Jax", "generated"]
+
+_TURNS = 4  # blocks that one word of 32 bits holds the decisions of
+_MASK16 = 0xFFFF
+
+
+class _WrappingUint32Words(Uint32Words):
+    """Words in ``uint32`` arrays, whose sums and products XLA defines modulo 2^32."""
+
+    def constant(self, word: int) -> Any:
+        """Return a word that combines with arrays of words."""
+        return np.uint32(word)
+
+    def add(self, a: Any, b: Any) -> Pair:
+        """Return ``(carry, sum)`` of two words."""
+        total = a + b
+        return (total < b).astype(np.uint32), total
+
+    def mulhilo(self, a: Any, m: int) -> Pair:
+        """Return the ``(hi, lo)`` words of the product of words ``a`` and a Python word ``m``."""
+        hi_a, lo_a = a >> np.uint32(16), a & np.uint32(_MASK16)
+        hi_m, lo_m = np.uint32(m >> 16), np.uint32(m & _MASK16)
+        cross = lo_a * hi_m + (lo_a * lo_m >> np.uint32(16))
+        cross2 = hi_a * lo_m + (cross & np.uint32(_MASK16))
+        hi = hi_a * hi_m + (cross >> np.uint32(16)) + (cross2 >> np.uint32(16))
+        return hi, self.mullo(a, m)
+
+    def mullo(self, a: Any, m: int) -> Any:
+        """Return the low word of the product of words ``a`` and a Python word ``m``."""
+        return a * np.uint32(m)
+
+    def split(self, value: Any, bits: int) -> Pair:
+        """Return the ``(hi, lo)`` words of an integer array of ``bits`` bits, zero-extended."""
+        lo = lax.convert_element_type(value, np.uint32)
+        if bits == 64:
+            return lax.convert_element_type(value >> 32, np.uint32), lo
+        return lo & np.uint32(0), lo & np.uint32((1 << min(bits, 32)) - 1)
+
+
+class _Uint64Words:
+    """Words in ``uint64`` arrays, whose upper halves hold rubbish: for the generator alone.
+
+    One multiplication makes both words of a product, where `_WrappingUint32Words` takes five, so a
+    program is quicker, and is compiled in half the time.
+    """
+
+    def constant(self, word: int) -> Any:
+        """Return a word that combines with arrays of words."""
+        return np.uint64(word)
+
+    def split(self, value: Any, bits: int) -> Pair:
+        """Return a word as it is."""
+        return None, value
+
+    def add(self, a: Any, b: Any) -> Pair:
+        """Return the sum of two words."""
+        return None, a + b
+
+    def mulhilo(self, a: Any, m: int) -> Pair:
+        """Return the words of a product."""
+        product = (a & np.uint64(MASK32)) * np.uint64(m)
+        return product >> np.uint64(32), product
+
+
+_WORDS = _WrappingUint32Words(jnp)
+
+# Up to this many blocks a row, the time goes into starting operations, and into compiling them.
+_FEW = 1 << 11
+
+
+class Jax(Library):
+    """JAX arrays and tracers."""
+
+    def device(self, x: Any) -> None:
+        """Leave placement to JAX: what is uncommitted goes where x is, also under a trace."""
+        return
+
+    def is_traced(self, x: Any) -> bool:
+        """Tell a tracer from an array that has its values."""
+        return isinstance(x, jax.core.Tracer)
+
+    def arithmetic(self, xp: Any, device: Any) -> Words:
+        """Return arithmetic on ``uint32``, also where there are 64-bit integers."""
+        return _WORDS
+
+    def words(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
+    ) -> PhiloxBlock:
+        """Return the words of consecutive blocks, by one compiled program."""
+        four: PhiloxBlock = _words(*map(_word, (*first, *key, tag)), count=count)
+        return four
+
+    def keep_flags(
+        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], threshold: int, device: Any
+    ) -> Any:
+        """Return the decisions of consecutive blocks, flat, by way of one bit each."""
+        numbers = map(_word, (*first, *key, threshold))
+        return _compiled_keep_flags(*numbers, count=count)
+
+    def split(self, value: Any, name: str) -> Pair:
+        """Return an integer as words; it has 64 bits where the user has enabled those."""
+        if isinstance(value, tuple):
+            return value
+        if value.dtype in (np.int64, np.uint64) and jax.config.jax_enable_x64 and value.ndim == 0:
+            return _WORDS.split(value, 64)
+        return super().split(value, name)
+
+    def complex(self, xp: Any, real: Any, imag: Any) -> Any:
+        """Return ``jax.lax.complex``."""
+        return lax.complex(real, imag)
+
+    def compiled(self, x: Any, rate: Any, key: Any, window: Any) -> Any:
+        """Return dropout as JAX's own operation."""
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not have here and now")
+        return drop(x, *self._get_words(key, window), window, rate)
+
+    def recorded_mask(self, like: Any, p: float, key: Any, window: Any) -> Any:
+        """Return the mask by the operation that drops, which has the quicker generator."""
+        find_kernels(self, like, key, window)  # raises where nothing else is allowed
+        return keep(*self._get_words(key, window), window, Rate.from_p(p))
+
+    def _get_words(self, key: Key, window: Window) -> tuple[Pair, list[Pair]]:
+        """Return a key's words, and those of a window's starts that are arrays."""
+        lo, hi = map(_word, key.words)
+        return (lo, hi), [self.split(start, "start") for start, _ in window.offsets]
+
+    def memory(self, x: Any) -> Memory | str:
+        """Return where an array on the first device of the CPU lies."""
+        devices = x.devices()
+        if devices != {jax.devices()[0]}:
+            return "it is not on JAX's first device alone, where its output would be"
+        if jax.devices()[0].platform != "cpu":
+            return f"it is on {jax.devices()[0]}, and kernels are for the CPU"
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            return f"{x.dtype} is a dtype that JAX does not have here and now"
+        return locate_array(np.asarray(x))
+
+    def allocate_like(self, x: Any) -> tuple[np.ndarray[Any, Any], Memory]:
+        """Return a NumPy array, which becomes JAX's."""
+        y = aligned_like(np.asarray(x))
+        return y, Memory(get_address(y), None)
+
+    def finished(self, output: np.ndarray[Any, Any], x: Any) -> Any:
+        """Return an array in the same memory, or a copy where JAX can't use that."""
+        return jax.device_put(output, x.sharding if x.committed else None)
+
+    def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> Any:
+        """Return an array in the same memory, or a copy where JAX can't use that."""
+        return jax.device_put(mask)
+
+
+def _word(word: Any) -> Any:
+    """Return a word as JAX takes it, for which Python's integers are signed ones of 32 bits."""
+    return np.uint32(word) if isinstance(word, int) else word
+
+
+@partial(jax.jit, static_argnames="count")
+def _words(hi: Any, lo: Any, key_lo: Any, key_hi: Any, tag: Any, *, count: Any) -> PhiloxBlock:
+    steps = lax.iota(np.uint32, count)
+    zero = lax.full_like(steps, 0)
+    hi, lo = add_pairs(_WORDS, (hi, lo), (zero, steps))
+    return generated(lo, hi, zero, tag, key_lo, key_hi)
+
+
+def generated(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> PhiloxBlock:
+    """Return the generator's words of a few counters, in ``uint32``, under keys."""
+    numbers = (c0, c1, c2, c3, k0, k1)
+    # Made of all operands, so that it differs where they do: between devices, or over a batch.
+    zero = reduce(operator.or_, numbers) & np.uint32(0)
+    alike = (zero | number for number in numbers)
+    four: PhiloxBlock = lax.platform_dependent(*alike, cpu=_rolled, default=_unrolled)
+    return four
+
+
+def _unrolled(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> PhiloxBlock:
+    return philox((c0, c1, c2, c3), (k0, k1), _WORDS)
+
+
+def _rolled(*numbers: Any) -> PhiloxBlock:
+    """Return the words, by a loop; on other devices than the CPU its turns would be launches."""
+    c0, c1, c2, c3, _, _ = lax.fori_loop(0, ROUNDS, lambda _, state: _one_round(*state), numbers)
+    return c0, c1, c2, c3
+
+
+def _one_round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, ...]:
+    four = philox((c0, c1, c2, c3), (k0, k1), _WORDS, rounds=1)
+    return (*four, *next_round_key((k0, k1), _WORDS))
+
+
+def _keep_flags(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, count: Any) -> Any:
+    """Return the decisions of blocks, flat; hi and lo are of shape () or (rows, 1)."""
+    few = isinstance(count, int) and count <= _FEW
+    turns = 1 if few else _TURNS
+    numbers = lax.iota(np.uint32, -(-count // turns))
+
+    def turn(i: Any, bits: Any) -> Any:
+        which = lax.convert_element_type(i, np.uint32)
+        # Zero, which XLA does not know: all that follows is made here, turn by turn.
+        unmoved = which >> np.uint32(31)
+        own = numbers | unmoved
+        # An array that is cut for many devices may have more than 2^32 blocks.
+        far = own >> np.uint32(30) if turns > 1 else lax.full_like(own, 0)
+        near = own * np.uint32(turns) + which
+        block_hi, block_lo = add_pairs(_WORDS, (hi, lo), (far, near))
+        zero = lax.full_like(block_lo, 0)
+        four = _generated((block_lo, block_hi, zero, zero), (key_lo | unmoved, key_hi | unmoved))
+        byte = zero
+        for place, word in enumerate(four):
+            for u, at in ((word, 2 * place), (word * np.uint32(ODD_MULTIPLIER), 2 * place + 1)):
+                byte |= lax.convert_element_type(u >= threshold, np.uint32) << np.uint32(at)
+        return bits >> np.uint32(8) | byte << np.uint32(8 * (turns - 1))
+
+    # Made of all operands, so that it differs where they do: between devices, or over a batch.
+    bits = (hi | lo | numbers | key_lo | key_hi) & np.uint32(0)
+    bits = turn(0, bits) if few else lax.fori_loop(0, turns, turn, bits)
+    places = lax.broadcasted_iota(np.uint32, (1,) * bits.ndim + (8 * turns,), bits.ndim)
+    keep = (bits[..., None] >> places & np.uint32(1)) != 0
+    *rows, words, _ = keep.shape
+    return keep.reshape(*rows, words * 8 * turns)[..., : count * 8].reshape(-1)
+
+
+_compiled_keep_flags = jax.jit(_keep_flags, static_argnames="count", inline=True)
+
+
+def _generated(counter: PhiloxBlock, key: Pair) -> PhiloxBlock:
+    """Return the words of blocks, by numbers of 64 bits where JAX has them."""
+    if not jax.config.jax_enable_x64:
+        return philox(counter, key, _WORDS)
+    double = partial(lax.convert_element_type, new_dtype=np.uint64)
+    k0, k1 = map(double, key)
+    c0, c1, c2, c3 = map(double, counter)
+    four = philox((c0, c1, c2, c3), (k0, k1), cast(Any, _Uint64Words()))
+    a, b, c, d = (lax.convert_element_type(word, np.uint32) for word in four)
+    return a, b, c, d
+
+
+class _Held(int):
+    """An integer that stands in a tree for a word, such as an axis for `jax.vmap`, and is none."""
+
+
+def _leaves(key: Key) -> tuple[tuple[Any, Any], None]:
+    lo, hi = (int(word) if isinstance(word, _Held) else _word(word) for word in key.words)
+    return (lo, hi), None
+
+
+def _named_leaves(key: Key) -> tuple[tuple[Any, Any], None]:
+    (lo, hi), _ = _leaves(key)
+    return ((jax.tree_util.GetAttrKey("lo"), lo), (jax.tree_util.GetAttrKey("hi"), hi)), None
+
+
+def _key_of(_: None, leaves: Any) -> Key:
+    """Return the key of two leaves, which stand for words, or in JAX's trees for anything."""
+    lo, hi = leaves
+    if isinstance(lo, np.uint32) and isinstance(hi, np.uint32):
+        return Key.from_words(lo, hi)
+    lo, hi = (_Held(leaf) if type(leaf) is int else leaf for leaf in leaves)
+    return Key.holding((lo, hi))
+
+
+jax.tree_util.register_pytree_with_keys(Key, _named_leaves, _key_of, _leaves)

@@ -1,0 +1,207 @@
+"""Dropout for JAX: a pure function of an array, a rate and a key, under every transformation.
+
+A `unidrop.Key` is a pytree of two ``uint32`` words: it goes into `jax.jit`, through `jax.vmap` and
+`jax.lax.scan`, and comes out of them. Fold the step in where it is known, traced or not:
+
+>>> import jax
+>>> from unidrop import Key
+>>> from unidrop.adapters.jax import dropout
+>>> @jax.jit
+... def forward(x, step):
+...     return dropout(x, 0.5, Key(42).fold_in("encoder/0").fold_in(step))
+>>> forward(jax.numpy.ones(6), 0)
+Array([2., 0., 0., 2., 2., 2.], dtype=float32)
+
+Flax has a module, `unidrop.adapters.flax.Dropout`. An Equinox module takes the key in its call:
+
+>>> import equinox as eqx
+>>> class Net(eqx.Module):
+...     linear: eqx.nn.Linear
+...
+...     def __call__(self, x, *, key=None, inference=False):
+...         x = dropout(self.linear(x), 0.5, key, deterministic=inference)
+...         return jax.nn.relu(x)
+>>> net = Net(eqx.nn.Linear(3, 4, key=jax.random.key(0)))
+>>> loss = eqx.filter_jit(lambda net, x, step: net(x, key=Key(42).fold_in(step)).sum())
+>>> gradient = eqx.filter_grad(loss)(net, jax.numpy.ones(3), 7)
+
+In Haiku a step comes in as an argument, or the key as what `hk.next_rng_key` returns:
+
+>>> import haiku as hk
+>>> def net(x, step, is_training):
+...     key = Key(42).fold_in("net").fold_in(step)
+...     return hk.Linear(4)(dropout(x, 0.5, key, deterministic=not is_training))
+>>> model = hk.without_apply_rng(hk.transform(net))
+>>> params = model.init(jax.random.key(0), jax.numpy.ones(3), 0, False)
+>>> y = model.apply(params, jax.numpy.ones(3), 7, True)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+import unidrop.adapters.jax.arrays  # noqa: F401 # makes a Key a pytree
+from unidrop.dropout import DropoutPlan
+from unidrop.key import Key
+from unidrop.rate import Rate
+
+__all__ = ["as_key", "dropout"]
+
+
+def dropout(
+    x: Any,
+    rate: float,
+    key: Any = None,
+    *,
+    deterministic: bool = False,
+    broadcast_dims: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Drop elements with probability rate and scale the rest by 1 / (1 - rate).
+
+    Parameters
+    ----------
+    x : jax.Array
+        Of any shape, of a floating-point or complex dtype; or what `jax.numpy` functions take for
+        one, such as a NumPy array.
+    rate : int or float
+        The probability of dropping an element, in [0, 1]; a Python number, also under `jax.jit`.
+    key : unidrop.Key or jax.Array
+        The name of the mask: one key, one use. A `Key` may be traced, as ``Key(42).fold_in(step)``
+        is. A key of `jax.random`, typed or raw, is taken where it is of Threefry, and then is the
+        Key of its 64 bits, ``Key.from_words(lo=data[1], hi=data[0])``; it may be None where
+        nothing is dropped.
+    deterministic : bool, default False
+        If True, x is returned unchanged.
+    broadcast_dims : sequence of int, default ()
+        Axes along which one decision is shared.
+    global_shape, start : sequence of int, optional
+        x is the block that begins at ``start`` of an array of shape ``global_shape``, and gets
+        exactly that block of the whole mask, as each device does in `jax.shard_map`. Elements of
+        start may be traced.
+    return_mask : bool, default False
+        Whether to return the mask too.
+
+    Returns
+    -------
+    y : jax.Array
+        Of x's shape and dtype. The gradient makes the mask again from the key; under
+        ``jit`` XLA may keep it instead, as a bit an element.
+    mask : jax.Array of bool
+        Only with ``return_mask``: True where kept, with length 1 along ``broadcast_dims``.
+
+    Raises
+    ------
+    TypeError
+        If x has an integer or bool dtype, rate is no Python number, or key no key.
+    ValueError
+        If rate is outside [0, 1], an axis does not exist, the window does not fit, or key is a
+        batch of keys or of another generator than Threefry.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import dropout
+    >>> dropout(jax.numpy.ones(6), 0.5, Key(42))
+    Array([2., 0., 0., 0., 0., 2.], dtype=float32)
+    >>> dropout(jax.numpy.ones(6), 0.5, jax.random.key(42))
+    Array([2., 0., 0., 0., 0., 2.], dtype=float32)
+    """
+    x = _as_array(x)
+    call = DropoutPlan.from_args(
+        x,
+        Rate.from_p(rate, "rate"),
+        training=not deterministic,
+        broadcast_axes=broadcast_dims,
+        global_shape=global_shape,
+        start=start,
+    )
+    if not call.drops:
+        return (x, call.ones(x)) if return_mask else x
+    key = as_key(key)
+    if not return_mask:
+        return call.drop(x, key)
+    mask = call.mask(x, key)
+    return call.drop(x, key, mask=mask), mask
+
+
+def as_key(key: Any) -> Key:
+    """Return the `Key` that a key is: of unidrop, or of `jax.random`.
+
+    Parameters
+    ----------
+    key : unidrop.Key or jax.Array
+        As `dropout` takes it.
+
+    Raises
+    ------
+    TypeError
+        If key is no key.
+    ValueError
+        If key is a batch of keys, or of another generator than Threefry, whose name it says.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import as_key
+    >>> int(as_key(jax.random.key(2**32 - 1)).words[0]) == 2**32 - 1
+    True
+    """
+    if isinstance(key, Key):
+        _check_one(key, jnp.shape(key.words[0]))
+        return key
+    data = _get_data(key)
+    if data is None:
+        raise TypeError(
+            "key has to be a unidrop.Key, such as Key(42).fold_in(step), or a key of jax.random, "
+            f"but got {key!r} of type {type(key).__name__}"
+        )
+    _check_one(key, data.shape[:-1])
+    return Key.from_words(data[1], data[0])
+
+
+def _get_data(key: Any) -> Any:
+    """Return the words of a key of `jax.random`, the high one first; None if it is none."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return None
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        name = str(jax.random.key_impl(key))
+        _check_threefry(name == "threefry2x32", name)
+        return jax.random.key_data(key)
+    if key.dtype != np.uint32 or key.ndim == 0:
+        return None
+    _check_threefry(key.shape[-1] == 2, f"rbg or unsafe_rbg, with {key.shape[-1]} words")
+    return jnp.asarray(key)
+
+
+def _check_threefry(is_threefry: bool, name: str) -> None:
+    if not is_threefry:
+        raise ValueError(
+            "key has to be a key of threefry2x32, whose 64 bits are a unidrop.Key, but got one of "
+            f"{name}: give a unidrop.Key"
+        )
+
+
+def _check_one(key: Any, batch: tuple[int, ...]) -> None:
+    if batch:
+        raise ValueError(
+            f"key has to be one key, but got a batch of them, of shape {batch}: apply jax.vmap to "
+            "the function that calls dropout"
+        )
+
+
+def _as_array(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        return x
+    if isinstance(x, np.ndarray | np.generic | int | float | complex):
+        return jnp.asarray(x)
+    if hasattr(x, "__jax_array__"):
+        return x.__jax_array__()
+    raise TypeError(f"x has to be a jax.Array, or what jax.numpy takes for one, but got {x!r}")

@@ -1,0 +1,205 @@
+"""Dropout as one operation of JAX, and what JAX's transformations make of it.
+
+The operation is linear in x. Its derivative is itself, of a tangent; its transpose is itself, of a
+cotangent; so a backward pass keeps the key and makes the mask again. Over a batch it is itself with
+one more leading axis, along which each operand differs or not. What it computes is the core's rule,
+in operations that every platform has, and that a partitioner can cut.
+
+JAX documentation: JAX internals, primitives; `jax.extend.core.Primitive`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from unidrop.dispatch import find_kernels
+from unidrop.dropout import DropoutPlan
+from unidrop.dtypes import compute_dtype
+from unidrop.key import Key
+from unidrop.library import get_library
+from unidrop.mask import portable_mask
+from unidrop.rate import Rate
+from unidrop.window import Window
+from unidrop.words import Pair
+
+__all__ = ["drop", "keep", "programs"]
+
+_STATIC = ("window", "batch")
+
+
+def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) -> Any:
+    """Return dropout of an array.
+
+    Parameters
+    ----------
+    x : array
+        At least one element.
+    key : (lo, hi)
+        The key's words, in ``uint32``.
+    starts : sequence of (hi, lo)
+        The starts of the window that are arrays, as words.
+    window : Window
+    rate : Rate
+        Which keeps something.
+    """
+    words = [word for start in starts for word in start]
+    settings = {"window": _of_known_starts(window), "rate": rate}
+    # Where devices share x but not the mask, they do not share the output; and it is the transpose
+    # of this cast that adds up what they each make of x's cotangent.
+    axes = frozenset[Any]().union(*map(_varying, (*key, *words))) - _varying(x)
+    if axes:
+        x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
+    return _drop_p.bind(x, *key, *words, **settings, batch=())
+
+
+def keep(key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) -> Any:
+    """Return the mask by which `drop` drops, of the window's shape: True where it keeps."""
+    words = [word for start in starts for word in start]
+    mask: Any = _keep(*key, *words, window=_of_known_starts(window), rate=rate)
+    return mask
+
+
+# One program, or part of one: the ones are made nowhere, and the mask is where the key is.
+@partial(jax.jit, static_argnames=("window", "rate"), inline=True)
+def _keep(lo: Any, hi: Any, *words: Any, window: Window, rate: Rate) -> Any:
+    starts = list(zip(words[::2], words[1::2], strict=True))
+    return drop(jnp.ones(window.shape, np.float32), (lo, hi), starts, window, rate) != 0
+
+
+def _of_known_starts(window: Window) -> Window:
+    """Return a window with None for each start that is an array."""
+    if window.start is None:
+        return window
+    return replace(window, start=tuple(s if isinstance(s, int) else None for s in window.start))
+
+
+def _with_starts(window: Window, starts: Iterator[Pair]) -> Window:
+    """Return a window with the starts that it has none of."""
+    if window.start is None:
+        return window
+    return replace(window, start=tuple(next(starts) if s is None else s for s in window.start))
+
+
+def _varying(operand: Any) -> frozenset[Any]:
+    """Return the axes of `jax.shard_map`'s mesh along which an operand differs."""
+    aval: Any = jax.typeof(operand)
+    if hasattr(aval, "mat"):
+        return frozenset(aval.mat.varying)
+    return frozenset(getattr(aval, "vma", ()))  # the name before JAX 0.10
+
+
+_drop_p = Primitive("unidrop_dropout")
+
+
+def _rule(*operands: Any, window: Window, rate: Rate, batch: tuple[Any, ...]) -> Any:
+    """Return what the core makes of the operands; the outermost of the batch's axes is first."""
+    rule = partial(_rule_of_one, window=window, rate=rate)
+    for differs in reversed(batch):
+        rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in differs))
+    # Whether the user has enabled 64-bit numbers must not matter, and the generator is quicker by
+    # them; what they are used for is not seen by any transformation.
+    with jax.enable_x64(True):
+        return rule(*operands)
+
+
+# Of a model's many layers of one shape, and their gradients, one is traced and lowered for all.
+_rule_of_all = jax.jit(_rule, static_argnames=("rate", *_STATIC))
+
+
+def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, window: Window, rate: Rate) -> Any:
+    starts = zip(words[::2], words[1::2], strict=True)
+    window = _with_starts(window, starts)
+    mask = portable_mask(get_library(x), jnp, window, rate, Key.from_words(lo, hi), None, x)
+    return DropoutPlan(get_library(x), window, rate, drops=True).select(x, mask)
+
+
+class _Operands(Rate):
+    """A rate that keeps something, whose threshold and scale are operands of a program."""
+
+    @property
+    def keeps_all(self) -> bool:
+        return False
+
+    @property
+    def keeps_nothing(self) -> bool:
+        return False
+
+    def scale_in(self, dtype: str) -> Any:
+        return self.scale
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def _run(threshold: Any, scale: Any, *operands: Any, **settings: Any) -> Any:
+    """Run the rule in one program for all rates."""
+    return _rule(*operands, rate=_Operands(math.nan, threshold, scale), **settings)
+
+
+def programs() -> int:
+    """Return how many programs have been compiled for calls that run at once."""
+    number: int = _run._cache_size()
+    return number
+
+
+def _at_once(x: Any, lo: Any, hi: Any, *words: Any, rate: Rate, **settings: Any) -> Any:
+    """Return dropout of an array that has its values, as where a tracer was differentiated."""
+    window = settings["window"]
+    if isinstance(x, jax.Array) and not words and not settings["batch"]:
+        library = get_library(x)
+        kernels = find_kernels(library, x, Key.from_words(lo, hi), window)
+        if kernels is not None:
+            package, memory, number, base = kernels
+            return package.drop(library, x, memory, window, rate, number, base)
+    dtype = compute_dtype(x.dtype)
+    numbers = np.uint32(rate.threshold), np.dtype(dtype).type(rate.scale_in(dtype))
+    return _run(*numbers, x, lo, hi, *words, **settings)
+
+
+_drop_p.def_impl(_at_once)
+mlir.register_lowering(_drop_p, mlir.lower_fun(_rule_of_all, multiple_results=False))
+
+
+def _abstract(x: Any, *others: Any, **settings: Any) -> Any:
+    return x.update(weak_type=False)
+
+
+_drop_p.def_abstract_eval(_abstract)
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **settings: Any) -> tuple[Any, Any]:
+    x, *numbers = primals
+    y = _drop_p.bind(x, *numbers, **settings)
+    if isinstance(tangents[0], ad.Zero):
+        return y, ad.Zero.from_primal_value(y)
+    return y, _drop_p.bind(tangents[0], *numbers, **settings)
+
+
+def _transpose(cotangent: Any, x: Any, *numbers: Any, **settings: Any) -> list[Any]:
+    nothing = [None] * len(numbers)
+    if isinstance(cotangent, ad.Zero):
+        return [cotangent, *nothing]
+    return [_drop_p.bind(cotangent, *numbers, **settings), *nothing]
+
+
+def _batched(
+    operands: Sequence[Any], axes: Sequence[int | None], *, batch: tuple[Any, ...], **settings: Any
+) -> tuple[Any, int]:
+    """Return the operation over one more axis, which x has to have for the output's sake."""
+    size = next(v.shape[a] for v, a in zip(operands, axes, strict=True) if a is not None)
+    moved = [v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(operands, axes, strict=True)]
+    if axes[0] is None:
+        moved[0] = jnp.broadcast_to(moved[0], (size, *moved[0].shape))
+    differs = (True, *(a is not None for a in axes[1:]))
+    return _drop_p.bind(*moved, **settings, batch=(differs, *batch)), 0
+
+
+ad.primitive_jvps[_drop_p] = _jvp
+ad.primitive_transposes[_drop_p] = _transpose
+batching.primitive_batchers[_drop_p] = _batched

@@ -1,0 +1,18 @@
+"""Dropout for PyTorch: what `torch.nn` and `torch.nn.functional` call by these names.
+
+PyTorch documentation: torch.nn.Dropout, torch.nn.functional.dropout (2.13).
+"""
+
+from unidrop.adapters.torch.functional import dropout, dropout1d, dropout2d, dropout3d
+from unidrop.adapters.torch.modules import Dropout, Dropout1d, Dropout2d, Dropout3d
+
+__all__ = [
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+]

@@ -1,0 +1,25 @@
+"""The work that all groups share: a rate, the key of a call, and an array to drop from."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+import unidrop
+from benchmarks.config import Shape
+
+__all__ = ["KEEP", "SCALE", "P", "key", "uniform"]
+
+P = 0.1
+KEEP = 1 - P
+SCALE = 1 / KEEP
+
+_KEY = unidrop.Key(42)
+
+
+def key(step: int) -> unidrop.Key:
+    """Return a call's key, folded anew for each as in training."""
+    return _KEY.fold_in(step)
+
+
+def uniform(shape: Shape) -> NDArray[np.float32]:
+    """Return float32 numbers in [0, 1)."""
+    return np.random.default_rng(0).random(shape, dtype=np.float32)

@@ -1,0 +1,123 @@
+"""What one call takes of memory, measured in a process of its own.
+
+    python -m benchmarks.memory torch F.dropout 16777216
+    python -m benchmarks.memory compiled F.dropout 16777216
+
+prints JSON, in bytes an element:
+
+* ``peak``: by how much the process grows at most while it computes, output and gradient included,
+  the input and the ready upstream gradient not. From Linux' VmHWM, whose mark is reset before.
+* ``held``: by how much it has grown after the forward call, less the output: what the backward
+  call is to find, wherever it is kept. From VmRSS.
+* ``saved``: what autograd is given to save for the backward call, by the hooks for saved tensors.
+  It counts what is small, which the process's size does not show.
+
+A small call comes first, so that nothing is compiled or started in the one that counts.
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fixtures import KEEP, SCALE, P, key, uniform
+
+__all__ = ["NUMPY", "TORCH", "measure_compiled", "measure_numpy", "measure_torch"]
+
+NUMPY = ("unidrop", "multiply", "naive")
+TORCH = ("unidrop", "unidrop module", "multiply", "F.dropout")
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+_WARM = 1 << 17
+
+
+def measure_numpy(candidate: str, elements: int) -> dict[str, float]:
+    """Return the peak of a forward call."""
+    from unidrop.adapters.numpy import dropout
+
+    def call(x: Any) -> Any:
+        if candidate == "unidrop":
+            return dropout(x, P, key=key(0))
+        if candidate == "multiply":
+            return x * np.float32(SCALE)
+        return x * (np.random.rand(*x.shape) < KEEP) / KEEP
+
+    call(uniform((_WARM,)))
+    x = uniform((elements,))
+    before = _reset()
+    y = call(x)
+    return {"peak": (_bytes("VmHWM") - before) / y.size}
+
+
+def measure_compiled(candidate: str, elements: int) -> dict[str, float]:
+    """Return what `measure_torch` does, of what torch.compile makes of a candidate."""
+    import torch
+
+    return measure_torch(candidate, elements, torch.compile(fullgraph=True, dynamic=True))
+
+
+def measure_torch(
+    candidate: str, elements: int, transform: Callable[[Any], Any] = lambda way: way
+) -> dict[str, float]:
+    """Return the peak of a forward and a backward call, and what is kept between them."""
+    import torch
+    from torch.nn import functional
+
+    from unidrop.adapters.torch import Dropout, dropout
+
+    first = key(0)
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "unidrop": lambda x: dropout(x, P, key=first),
+        "unidrop module": Dropout(P, seed=42),
+        "multiply": lambda x: x * SCALE,
+        "F.dropout": lambda x: functional.dropout(x, P),
+    }
+    call = transform(ways[candidate])
+    sizes: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    def arrays(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(uniform((count,))).requires_grad_(), torch.ones(count)
+
+    x, gradient = arrays(_WARM)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        y = call(x)
+    y.backward(gradient)
+    saved = sum(sizes) / _WARM
+
+    x, gradient = arrays(elements)
+    before = _reset()
+    y = call(x)
+    held = _bytes("VmRSS") - before - y.nbytes
+    y.backward(gradient)
+    peak = _bytes("VmHWM") - before
+    return {"peak": peak / elements, "held": held / elements, "saved": saved}
+
+
+def _reset() -> int:
+    """Set the mark of the peak to the present size, which is returned."""
+    gc.collect()
+    _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
+    return _bytes("VmRSS")
+
+
+def _bytes(field: str) -> int:
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    library, which, size = sys.argv[1:]
+    measure = {"numpy": measure_numpy, "torch": measure_torch, "compiled": measure_compiled}[
+        library
+    ]
+    print(json.dumps(measure(which, int(size))))

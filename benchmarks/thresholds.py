@@ -1,0 +1,94 @@
+"""Targets: what a row has to reach, and whether it does."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+__all__ = ["Target", "Verdict", "at_most", "at_most_more", "below", "faster"]
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on a figure that is computed from a row's values.
+
+    Attributes
+    ----------
+    candidate : str
+        Whom it binds.
+    text : str
+        The bound, in words.
+    figure : callable
+        Computes the figure from the value of each candidate.
+    bound : float
+    is_floor : bool
+        Whether the figure has to be at least the bound, instead of at most.
+    """
+
+    candidate: str
+    text: str
+    figure: Callable[[Values], float]
+    bound: float
+    is_floor: bool = False
+
+    def judge(self, figure: float) -> "Verdict":
+        """Return the verdict on a figure."""
+        reached = figure >= self.bound if self.is_floor else figure <= self.bound
+        return Verdict(self, figure, reached)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What actual of a target: the figure, and whether it reaches the bound."""
+
+    target: Target
+    figure: float
+    reached: bool
+
+    def __str__(self) -> str:
+        word = "reached" if self.reached else "not reached"
+        return f"{self.target.text}: {self.figure:.3g}, {word}"
+
+
+def at_most(factor: float, candidate: str, reference: str) -> Target:
+    """Bind a candidate to at most so many times what a reference takes.
+
+    Examples
+    --------
+    >>> print(at_most(1.5, "unidrop", "multiply").judge(1.25))
+    ≤ 1.5 x multiply: 1.25, reached
+    """
+    return Target(
+        candidate,
+        f"≤ {factor:g} x {reference}",
+        lambda values: values[candidate] / values[reference],
+        factor,
+    )
+
+
+def faster(factor: float, candidate: str, reference: str) -> Target:
+    """Bind a candidate to be at least so many times faster than a reference.
+
+    Examples
+    --------
+    >>> target = faster(8, "unidrop", "naive")
+    >>> print(target.judge(target.figure({"unidrop": 0.5, "naive": 2.0})))
+    ≥ 8 x faster than naive: 4, not reached
+    """
+    return Target(
+        candidate,
+        f"≥ {factor:g} x faster than {reference}",
+        lambda values: values[reference] / values[candidate],
+        factor,
+        is_floor=True,
+    )
+
+
+def at_most_more(bound: float, candidate: str, reference: str, text: str) -> Target:
+    """Bind a candidate to take at most so much more than a reference takes."""
+    return Target(candidate, text, lambda values: values[candidate] - values[reference], bound)
+
+
+def below(bound: float, candidate: str, text: str) -> Target:
+    """Bind a candidate's value itself."""
+    return Target(candidate, text, lambda values: values[candidate], bound)

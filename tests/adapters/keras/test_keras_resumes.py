@@ -1,0 +1,56 @@
+"""Trains with Keras on each backend, stops half-way, and goes on in new processes, on any other."""
+
+import json
+
+import numpy as np
+import pytest
+from keras_process import TESTS, run_python
+from small_network import HALF, STEPS, expected_losses
+
+WAYS = {"tensorflow": 3, "jax": 2, "torch": 1}
+BACKENDS = list(WAYS)
+
+
+def get_losses(backend, command, folder):
+    """Run `keras_training.py` and return its losses by what they are of."""
+    output = run_python(backend, str(TESTS / "keras_training.py"), command, str(folder))
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return the folder into which every backend saves its first half."""
+    return tmp_path_factory.mktemp("halves")
+
+
+@pytest.fixture(scope="module")
+def whole_runs(folder):
+    """Return the losses of all runs that nothing interrupts."""
+    return {backend: get_losses(backend, "run", folder) for backend in BACKENDS}
+
+
+def assert_losses(actual, expected):
+    """Compare losses to float32 rounding, which 50 steps of training make more of."""
+    assert len(actual) == len(expected)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def test_the_network_learns_and_forgets_without_its_masks():
+    expected = expected_losses()
+    assert expected[-1] < expected[0] / 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_are_the_same_in_every_way_to_train(whole_runs, backend):
+    ways = whole_runs[backend]
+    assert len(ways) == WAYS[backend] + (backend == "jax")  # where there are stateless calls too
+    for losses in ways.values():
+        assert_losses(losses, expected_losses())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_goes_on_in_a_new_process_whatever_backend_saved_it(whole_runs, folder, backend):
+    resumed = get_losses(backend, "resume", folder)
+    assert len(resumed) == len(BACKENDS) + WAYS[backend]
+    for losses in resumed.values():
+        assert_losses(losses, expected_losses()[HALF:STEPS])

@@ -1,0 +1,333 @@
+"""Tests of the benchmarks: that figures follow from what was measured, whatever that was."""
+
+import gc
+import io
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import runner, timing
+from benchmarks.config import DEFAULT, LARGE, MIDDLE, QUICK, SMALL, full
+from benchmarks.report import Report
+from benchmarks.rows import Outcome, Row, UnavailableError
+from benchmarks.thresholds import at_most, at_most_more, below, faster
+from benchmarks.timing import Candidate, interleaved, median_seconds
+
+ROOT = Path(__file__).parents[2]
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MACHINE = {
+    "processor": "abacus",
+    "cpus": 2,
+    "python": "3",
+    "libraries": {},
+    "unidrop": "0",
+    "unidrop_path": "fused: by hand",
+    "load": 0.0,
+}
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quick")
+    paths = ("--json", str(folder / "figures.json"), "--png", str(folder / "figure.png"))
+    finished = python("-W", "error", "-m", "benchmarks", "--quick", "--only", "numpy", *paths)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout, json.loads((folder / "figures.json").read_text()), folder
+
+
+def make_report(*outcomes, skipped=()):
+    return Report(MACHINE, QUICK, outcomes, skipped)
+
+
+def printed(report):
+    console = Console(file=io.StringIO(), width=140)
+    report.print(console)
+    return console.file.getvalue()
+
+
+def mutant(values, *targets, base="multiply"):
+    row = Row("mutant", "work", (1000,), lambda effort: values, base=base, targets=targets)
+    return Outcome(row, [values])
+
+
+class Clock:
+    """Time that passes only where a candidate says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def spend(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "perf_counter", clock)
+    return clock
+
+
+def test_a_quick_run_shows_and_writes_every_candidate(quick):
+    shown, written, _ = quick
+    (forward,) = (row for row in written["rows"] if row["shape"] == list(SMALL))
+    names = [candidate["name"] for candidate in forward["candidates"]]
+    assert names == ["unidrop", "portable", "multiply", "rand < keep", "naive"]
+    for name in names:
+        assert name in shown
+    assert "targets reached" in shown
+    assert written["skipped"] == []
+
+
+def test_json_tells_the_machine_and_the_libraries(quick):
+    machine = quick[1]["machine"]
+    assert machine["cpus"] >= 1
+    assert machine["unidrop_threads"] >= 1
+    assert machine["unidrop_path"].partition(":")[0] in ("fused", "portable")
+    assert "numpy" in machine["libraries"]
+    assert machine["python"].startswith(f"{sys.version_info.major}.")
+
+
+def test_ratios_and_verdicts_in_json_follow_from_its_seconds(quick):
+    rows = quick[1]["rows"]
+    assert any(row["targets"] for row in rows)
+    for row in rows:
+        values = {candidate["name"]: candidate["value"] for candidate in row["candidates"]}
+        elements = 1
+        for length in row["shape"]:
+            elements *= length
+        for candidate in row["candidates"]:
+            assert candidate["value"] > 0
+            assert candidate["runs"] == [candidate["value"]]
+            assert candidate["ratio"] == pytest.approx(candidate["value"] / values[row["base"]])
+            assert candidate["ns_per_element"] == pytest.approx(candidate["value"] / elements * 1e9)
+        for target in row["targets"]:
+            assert target["target"] == f"≤ {target['bound']:g} x contiguous"
+            assert target["figure"] == pytest.approx(
+                values[target["candidate"]] / values["contiguous"]
+            )
+            assert target["reached"] == (target["figure"] <= target["bound"])
+
+
+def test_a_quick_run_draws(quick):
+    assert (quick[2] / "figure.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_a_missing_library_is_told_and_no_crash():
+    code = (
+        "import sys; sys.modules['torch'] = None; from benchmarks.__main__ import main; "
+        "main(['--quick', '--only', 'torch'])"
+    )
+    finished = python("-c", code)
+    assert finished.returncode == 0, finished.stderr
+    assert "torch: not measured, torch is not installed" in finished.stdout
+
+
+def test_a_missing_module_of_our_own_is_a_bug_and_no_missing_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "benchmarks.groups.numpy", None)
+    with pytest.raises(ModuleNotFoundError, match="benchmarks"):
+        runner.load(["numpy"], QUICK)
+
+
+def test_a_row_that_cannot_be_measured_is_told_and_the_others_are_measured():
+    def nowhere(effort):
+        raise UnavailableError("no such thing here")
+
+    rows = [
+        Row("mutant", "first", None, nowhere),
+        Row("mutant", "second", None, lambda effort: {"multiply": 1.0}),
+    ]
+    outcomes, skipped = runner.run(rows, QUICK, 2, lambda row: None)
+    assert [outcome.row.name for outcome in outcomes] == ["second"]
+    text = printed(make_report(*outcomes, skipped=skipped))
+    assert text.count("mutant, first: not measured, no such thing here") == 1
+
+
+@pytest.mark.parametrize("arguments", [("--rounds", "0"), ("--only", "abacus"), ("--repeat", "0")])
+def test_bad_arguments_exit_with_2(arguments):
+    assert python("-m", "benchmarks", *arguments).returncode == 2
+
+
+def test_a_path_in_no_folder_is_refused_before_anything_is_measured(tmp_path):
+    finished = python("-m", "benchmarks", "--json", str(tmp_path / "none" / "figures.json"))
+    assert finished.returncode == 2
+    assert "is no folder" in finished.stderr
+
+
+def test_each_candidate_runs_once_a_round_and_the_order_rotates():
+    order = []
+    samples = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    interleaved(samples, 4)
+    assert "".join(order) == "abcbcacababc"
+
+
+def test_the_median_over_rounds_is_what_counts():
+    taken = {"a": iter([1.0, 9.0, 2.0]), "b": iter([5.0, 4.0, 100.0])}
+    samples = {name: values.__next__ for name, values in taken.items()}
+    assert interleaved(samples, 3) == {"a": 2.0, "b": 5.0}
+
+
+def test_small_candidates_are_called_until_a_block_is_long_enough(clock):
+    calls = []
+    candidates = [
+        Candidate("small", lambda number: calls.append(number) or clock.spend(1e-5)),
+        Candidate("large", lambda number: clock.spend(3e-3)),
+    ]
+    seconds = median_seconds(candidates, rounds=5, block=1e-3)
+    assert seconds == pytest.approx({"small": 1e-5, "large": 3e-3})
+    assert len(calls) >= 5 * 100
+
+
+def test_no_number_of_a_call_comes_twice(clock):
+    numbers = []
+    candidate = Candidate("a", lambda number: numbers.append(number) or clock.spend(1e-4))
+    median_seconds([candidate], rounds=3, block=1e-3)
+    assert numbers == list(range(len(numbers)))
+
+
+def test_the_first_call_is_not_timed_since_it_compiles(clock):
+    candidate = Candidate("a", lambda number: clock.spend(1e-3 if number else 60.0))
+    assert median_seconds([candidate], rounds=1, block=1e-3)["a"] == pytest.approx(1e-3)
+
+
+def test_garbage_is_not_collected_while_candidates_run(clock):
+    seen = set()
+    candidate = Candidate("a", lambda number: seen.add(gc.isenabled()) or clock.spend(1.0))
+    assert gc.isenabled()
+    median_seconds([candidate], rounds=2, block=1.0)
+    assert seen == {False}
+    assert gc.isenabled()
+
+
+def test_a_candidate_runs_within_its_context_which_is_not_timed(clock):
+    inside = []
+
+    @contextmanager
+    def slow():
+        clock.spend(100.0)
+        inside.append(True)
+        yield
+        inside.clear()
+
+    def call(number):
+        assert inside
+        clock.spend(1.0)
+
+    assert median_seconds([Candidate("a", call, slow)], rounds=3, block=1.0)["a"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("target", "seconds", "figure", "reached"),
+    [
+        (at_most(1.5, "unidrop", "multiply"), 1.5, 1.5, True),
+        (at_most(1.5, "unidrop", "multiply"), 1.75, 1.75, False),
+        (faster(8, "unidrop", "naive"), 2.0, 8.0, True),
+        (faster(8, "unidrop", "naive"), 4.0, 4.0, False),
+        (at_most_more(0.5, "unidrop", "multiply", "a little more"), 1.5, 0.5, True),
+        (at_most_more(0.5, "unidrop", "multiply", "a little more"), 1.75, 0.75, False),
+        (below(0, "unidrop", "nothing"), 0.0, 0.0, True),
+        (below(0, "unidrop", "nothing"), 1.0, 1.0, False),
+    ],
+)
+def test_a_verdict_follows_from_its_target(target, seconds, figure, reached):
+    outcome = mutant({"unidrop": seconds, "multiply": 1.0, "naive": 16.0}, target)
+    (verdict,) = outcome.verdicts
+    assert (verdict.figure, verdict.reached) == (figure, reached)
+    word = "reached" if reached else "not reached"
+    assert f"{target.text}: {figure:.3g}, {word}" in printed(make_report(outcome))
+
+
+def test_the_closing_line_counts_what_was_not_reached():
+    values = {"unidrop": 2.0, "multiply": 1.0}
+    targets = (at_most(1.5, "unidrop", "multiply"), at_most(3, "unidrop", "multiply"))
+    report = make_report(mutant(values, *targets))
+    assert report.summary() == "1 targets reached, 1 not reached"
+
+
+def test_ratios_are_taken_within_a_run_and_their_median_over_runs():
+    runs = iter(
+        [
+            {"unidrop": 1.0, "multiply": 1.0},
+            {"unidrop": 30.0, "multiply": 10.0},
+            {"unidrop": 4.0, "multiply": 2.0},
+        ]
+    )
+    target = at_most(1.5, "unidrop", "multiply")
+    row = Row("mutant", "work", None, lambda effort: next(runs), targets=(target,))
+    (outcome,), _ = runner.run([row], QUICK, 3, lambda row: None)
+    assert outcome.value("unidrop") == 4.0
+    assert outcome.ratio("unidrop") == 2.0
+    assert [verdict.figure for verdict in outcome.verdicts] == [2.0]
+    (written,) = json.loads(make_report(outcome).to_json())["rows"]
+    assert written["candidates"][0]["runs"] == [1.0, 30.0, 4.0]
+
+
+def test_nothing_is_compared_with_a_base_of_0():
+    outcome = mutant({"unidrop": 0.0, "multiply": 0.0})
+    assert outcome.ratio("unidrop") is None
+    assert "mutant" in printed(make_report(outcome))
+
+
+@pytest.mark.parametrize(("load", "warns"), [(0.1, False), (1.9, True), (None, False)])
+def test_a_machine_that_was_busy_is_told(load, warns):
+    report = Report(MACHINE | {"load": load}, QUICK, [], [])
+    assert ("other processes were busy" in printed(report)) == warns
+
+
+def test_full_adds_the_largest_size_to_the_sweep():
+    assert full(DEFAULT) == replace(DEFAULT, shapes=(*DEFAULT.shapes, (10**8,)))
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "shape", "texts"),
+    [
+        ("numpy", "forward", LARGE, {"≤ 1.5 x multiply", "≥ 8 x faster than rand < keep"}),
+        ("numpy", "forward", LARGE, {"≤ 1.3 x naive"}),
+        ("torch", "forward", SMALL, {"≤ 1 x F.dropout"}),
+        ("torch", "forward + backward", SMALL, {"≤ 1.1 x F.dropout"}),
+        (
+            "torch",
+            "forward + backward",
+            MIDDLE,
+            {"≤ 1.3 x multiply", "≥ 8 x faster than F.dropout"},
+        ),
+        ("torch", "forward + backward", LARGE, {"≤ 1.3 x multiply", "≥ 3 x faster than F.dropout"}),
+        ("keras", "forward", LARGE, {"≥ 3 x faster than keras.layers.Dropout"}),
+    ],
+)
+def test_the_designs_figures_are_targets(group, name, shape, texts):
+    rows, skipped = runner.load([group], DEFAULT)
+    assert not skipped
+    (row,) = (row for row in rows if (row.name, row.shape) == (name, shape))
+    assert texts <= {target.text for target in row.targets}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' /proc")
+def test_the_peak_of_a_process_shows_what_a_call_allocates():
+    def peak(candidate):
+        finished = python("-m", "benchmarks.memory", "numpy", candidate, str(1 << 22))
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout)["peak"]
+
+    # A float32 output; and beside it float64 random numbers and a mask, not all at once.
+    assert 3.9 < peak("multiply") < 5
+    assert peak("naive") > 7

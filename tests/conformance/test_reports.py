@@ -1,0 +1,208 @@
+"""The matrix as a page, and as files for other programs."""
+
+import json
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from unidrop.conformance import BackendNotRun, NotApplicable, Result
+from unidrop.conformance.reports import (
+    Report,
+    print_report,
+    to_html,
+    to_json,
+    to_junit,
+    to_markdown,
+)
+from unidrop.mask import STREAM_VERSION
+
+HOSTILE = "</script><b>|&\"'\x1b[31m"
+
+
+EXPLAINED = ("a mistake", "unidrop diff of it", "Traceback of it")
+
+
+def result(contract, dtype, *what, mode="eager", status="passed"):
+    return Result(contract, "mine", "cpu", dtype, mode, status, 0.25, *what)
+
+
+@pytest.fixture
+def report():
+    return Report(
+        [
+            result("output", "float16"),
+            result("output", "float32", "1.5", HOSTILE, *EXPLAINED, status="failed"),
+            result("mask", "float32"),
+            NotApplicable("layout", "mine", "eager", "it has no strides"),
+            NotApplicable("output", "mine", "graph", f"not yet {HOSTILE}"),
+            BackendNotRun("absent", "ModuleNotFoundError: no", "", is_missing=True),
+            BackendNotRun("dead", f"it died {HOSTILE}", "where it died"),
+        ]
+    )
+
+
+class Page(HTMLParser):
+    """What a page has: its cells, its elements, and what its scripts hold."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.tags, self.scripts, self.text = [], [], {}, []
+        self._script = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        named = dict(attributes)
+        if tag == "td":
+            self.cells.append(named["class"])
+        if tag == "script":
+            self._script = named.get("id", "")
+            self.scripts[self._script] = ""
+        for name in ("src", "href"):
+            assert name not in named, "a page that is self-contained loads nothing"
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data):
+        if self._script is None:
+            self.text.append(data)
+        else:
+            self.scripts[self._script] += data
+
+
+def test_the_page_has_a_cell_for_each_contract_and_column(report):
+    page = Page(to_html(report))
+    # mask, layout and output, in this order; eager and graph.
+    assert page.cells == ["passed", "", "missing", "", "failed", "missing"]
+
+
+def test_the_page_holds_the_evidence_and_the_reproduction_of_each_cell(report):
+    data = json.loads(Page(to_html(report)).scripts["data"])
+    assert data["columns"] == [["mine", "eager"], ["mine", "graph"]]
+    row = data["contracts"].index("output")
+    passed, failed = data["evidence"][row][0]["results"]
+    assert passed["status"] == "passed"
+    told = dict(failed["evidence"])
+    assert (told["expected"], told["actual"], told["cause"]) == ("1.5", HOSTILE, "a mistake")
+    assert failed["details"] == "Traceback of it"
+    assert "check('output', 'mine', device='cpu', dtype='float32', mode='eager')" in told["again"]
+    assert data["evidence"][row][1] == {"results": [], "reasons": [f"not yet {HOSTILE}"]}
+
+
+def test_what_a_backend_says_is_text_on_the_page_and_no_markup(report):
+    page = Page(to_html(report))
+    assert "b" not in page.tags
+    assert page.tags.count("script") == 2
+    assert f"it died {HOSTILE}" in "".join(page.text)
+
+
+def test_the_page_has_colours_for_light_and_dark_and_a_width_for_phones(report):
+    text = to_html(report)
+    assert "color-scheme: light dark" in text
+    assert 'name="viewport" content="width=device-width' in text
+
+
+def test_json_holds_everything(report):
+    data = json.loads(to_json(report))
+    assert [cell["status"] for cell in data["cells"]] == ["passed", "failed", "passed"]
+    failed = data["cells"][1]
+    assert failed["actual"] == HOSTILE
+    assert (failed["cause"], failed["diff"], failed["details"]) == EXPLAINED
+    assert "check('output'" in failed["reproduce"]
+    assert "actual" not in data["cells"][0]
+    assert data["missing"][0]["reason"] == "it has no strides"
+    assert [backend["backend"] for backend in data["unavailable"]] == ["absent", "dead"]
+
+
+def test_junit_counts_what_passed_failed_and_was_skipped(report):
+    root = ElementTree.fromstring(to_junit(report))
+    suites = {suite.get("name"): suite for suite in root}
+    counts = {
+        name: tuple(int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped"))
+        for name, suite in suites.items()
+    }
+    assert counts == {
+        "mine eager": (4, 1, 0, 1),
+        "mine graph": (1, 0, 0, 1),
+        "absent": (1, 0, 0, 1),
+        "dead": (1, 0, 1, 0),
+    }
+    failure = root.find(".//failure")
+    assert "expected 1.5, actual </script>" in failure.get("message")
+    assert failure.get("message").endswith(": a mistake")
+    assert "unidrop diff of it" in failure.text
+    assert "check('output'" in failure.text
+    assert "Traceback of it" in failure.text
+
+
+def test_markdown_has_a_badge_a_row_a_column_and_the_failures(report):
+    text = to_markdown(report)
+    assert "unidrop%20stream%201-2%20passed%2C%201%20failed-red" in text.splitlines()[0]
+    rows = [line for line in text.splitlines() if line.startswith("| mine")]
+    assert rows == ["| mine | eager | 2 | 1 | 1 |", "| mine | graph | 0 |  | 1 |"]
+    assert "unidrop diff of it\npython -c" in text
+    assert "Cause: a mistake." in text
+    assert all(
+        len(re.findall(r"(?<!\\)\|", line)) == 6 for line in text.splitlines() if "|" in line[:1]
+    )
+
+
+def test_markdown_fences_and_escapes_what_a_name_holds():
+    report = Report([Result("mask", "```$x$~", "cpu", "float32", "eager", "failed", 0, "1", "2")])
+    lines = to_markdown(report).splitlines()
+    begin = lines.index("````sh")
+    assert lines[begin + 1].startswith("python -c '")
+    assert lines[begin + 2] == "````"
+    assert "| \\`\\`\\`\\$x\\$\\~ | eager |" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_the_title_stands_in_one_line_however_narrow_the_terminal_is(report, width):
+    console = Console(width=width, file=StringIO())
+    print_report(report, console)
+    first, *_ = console.file.getvalue().splitlines()
+    assert first == f"unidrop conformance, stream {STREAM_VERSION}"
+
+
+def red(*contracts, mode="eager"):
+    return [result(name, "float32", "1", "2", mode=mode, status="failed") for name in contracts]
+
+
+def test_what_others_rest_on_comes_first_and_is_said_to_be_where_to_begin():
+    report = Report(
+        [
+            *red("output", "bad-rate", "mask"),
+            *red("output", "mask", mode="graph"),
+            *red("mask", mode="jit"),
+        ]
+    )
+    first, *rest = (str(failure) for failure in report.failures)
+    assert first == "bad-rate-mine-cpu-float32-eager"
+    assert [name.partition("-")[0] for name in rest] == ["mask", "mask", "mask", "output", "output"]
+    begin = [
+        "begin with mask, bad-rate in mine (eager): the others that do not hold there rest on them",
+        "begin with mask in mine (graph): the others that do not hold there rest on it",
+    ]
+    assert [str(beginning) for beginning in report.beginnings()] == begin
+    assert begin[1] in "".join(Page(to_html(report)).text)
+    assert "\n- begin with mask, bad-rate in mine" in to_markdown(report)
+
+
+def test_where_nothing_rests_on_what_failed_no_beginning_is_named():
+    assert Report(red("bad-rate", "mask")).beginnings() == []
+
+
+def test_a_green_report_has_a_green_badge():
+    assert "brightgreen" in to_markdown(Report([result("mask", "float32")]))
+
+
+def test_a_report_of_nothing_is_written_all_the_same():
+    for write in (to_html, to_json, to_junit, to_markdown):
+        assert write(Report())

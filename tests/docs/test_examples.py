@@ -1,0 +1,148 @@
+"""Tests of the examples: each runs as a reader would run it, and prints what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, able to import the examples as they import one another."""
+    environment = os.environ | {
+        "KERAS_BACKEND": "tensorflow",
+        "PYTHONPATH": str(EXAMPLES),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def get_output(folder: Path, script: str, *arguments: str) -> str:
+    """Run an example that has to succeed, and return what it prints."""
+    finished = run(folder, str(EXAMPLES / script), *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def numbers_after(label: str, output: str) -> list[float]:
+    return [float(number) for number in re.findall(rf"{re.escape(label)}: (\S+)", output)]
+
+
+def test_numpy_shows_the_textbook_and_learns(tmp_path: Path) -> None:
+    output = get_output(tmp_path, "numpy_dropout.py")
+    assert "mean of a million ones: 1.000, after dropout: 1.00" in output
+    assert numbers_after("train accuracy", output)[0] > 0.94
+    assert numbers_after("test accuracy", output)[0] > 0.92
+
+
+def test_torch_learns_and_counts_its_training_calls(tmp_path: Path) -> None:
+    output = get_output(tmp_path, "torch_net.py", "--epochs", "8")
+    assert numbers_after("test accuracy", output)[0] > 0.92
+    assert numbers_after("training calls of the dropout", output) == [8 * 22]
+
+
+def test_keras_learns_and_resumes_in_both_kinds_of_model(tmp_path: Path) -> None:
+    output = get_output(tmp_path, "keras_sequential.py", "--epochs", "8")
+    tests = numbers_after("test accuracy", output)
+    assert len(tests) == 2
+    assert min(tests) > 0.92
+    assert numbers_after("training calls when saved", output) == [8 * 22] * 2
+    assert numbers_after("training calls when loaded", output) == [8 * 22] * 2
+    differences = numbers_after("greatest difference of weights, one epoch later", output)
+    assert len(differences) == 2
+    assert max(differences) < 1e-6
+
+
+def test_one_curve_is_one_with_unidrop_and_three_without(tmp_path: Path) -> None:
+    output = get_output(tmp_path, "one_curve.py", "--out", "plots/curves.png")
+    assert numbers_after("with unidrop", output)[0] < 1e-4
+    assert numbers_after("with each framework's own dropout", output)[0] > 1e-2
+    picture = (tmp_path / "plots" / "curves.png").read_bytes()
+    assert picture.startswith(PNG_SIGNATURE)
+    assert len(picture) < 150_000
+
+
+# As scripts, because one_curve imports every framework: a process of its own keeps them out of
+# this one. The first plants a defect, the second tests the check by itself.
+OTHER_ELEMENTS = """
+import one_curve, torch, unidrop.adapters.torch
+one_curve.STEPS = 20
+unidrop.adapters.torch.Dropout = lambda p, seed: torch.nn.Dropout(p)
+one_curve.main(["--out", "curves.png"])
+"""
+
+UNEQUAL_CURVES = """
+import numpy as np, one_curve, pytest
+curve = np.linspace(2, 1, 5)
+one_curve.check_one_curve({"a": curve, "b": curve + 1e-6, "c": curve})
+for wrong in (1e-3, -1e-3, np.nan):
+    other = curve.copy()
+    other[3] += wrong
+    for curves in ((other, curve, curve), (curve, other, curve), (curve, curve, other)):
+        with pytest.raises(SystemExit, match="the curves are not one"):
+            one_curve.check_one_curve(dict(zip("abc", curves, strict=True)))
+"""
+
+
+def test_one_curve_fails_where_a_framework_drops_other_elements(tmp_path: Path) -> None:
+    finished = run(tmp_path, "-c", OTHER_ELEMENTS)
+    assert finished.returncode == 1, finished.stderr
+    assert "the curves are not one: they differ by" in finished.stderr
+
+
+def test_one_curve_tells_unequal_curves(tmp_path: Path) -> None:
+    finished = run(tmp_path, "-c", UNEQUAL_CURVES)
+    assert finished.returncode == 0, finished.stderr
+
+
+RUNS = {
+    "torch eager",
+    "torch.compile",
+    "torch checkpoint",
+    "torch checkpoint reentrant",
+    "torch.compile of a checkpoint",
+    "Keras on tensorflow, eager",
+    "Keras on tensorflow, fit",
+    "Keras on tensorflow, fit with XLA",
+    "Keras on jax, fit",
+    "Keras on torch, fit",
+    "JAX jit",
+}
+
+# NumPy's losses are those of another key, and JAX' are compared with them.
+ANOTHER_KEY = """
+import every_mode
+from unidrop import Key
+every_mode.SITES = tuple((p, key.fold_in("other")) for p, key in every_mode.SITES)
+every_mode.PROCESSES = [("train_jax.py", {})]
+every_mode.main()
+"""
+
+
+def test_every_mode_has_the_losses_of_numpy_also_when_resumed_in_a_new_process(
+    tmp_path: Path,
+) -> None:
+    output = get_output(tmp_path, "every_mode.py")
+    rows = dict(re.findall(r"^(\S.*?) {2,}([\d.e+-]+ +[\d.e+-]+)$", output, re.MULTILINE))
+    assert set(rows) == RUNS
+    for name, row in rows.items():
+        from_numpy, when_resumed = map(float, row.split())
+        assert from_numpy < 1e-4, name
+        assert when_resumed < 1e-5, name
+
+
+def test_every_mode_fails_where_other_elements_are_dropped(tmp_path: Path) -> None:
+    finished = run(tmp_path, "-c", ANOTHER_KEY)
+    assert finished.returncode == 1, finished.stderr
+    assert "the losses differ by" in finished.stderr

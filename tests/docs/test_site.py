@@ -1,0 +1,58 @@
+"""The site of docs/: it is made without a warning, lists every public name, and loads nothing.
+
+Sphinx is of the extra `docs`, so CI runs this after the rest.
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+inventory = pytest.importorskip("sphinx.util.inventory", reason="needs the extra docs")
+
+DOCS = Path(__file__).parents[2] / "docs"
+FRAMEWORKS = ("numpy", "torch", "tensorflow", "keras", "jax", "flax")
+MODULES = [
+    "unidrop",
+    *(f"unidrop.adapters.{framework}" for framework in FRAMEWORKS),
+    "unidrop.conformance",
+    "unidrop.library",
+    "unidrop.testing",
+]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Return the folder of the site that is made as CONTRIBUTING.md says."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_reference_has_every_name_that_a_module_exports(site, name):
+    found = inventory.InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
+    listed = {entry for kind, entries in found.items() if kind[:3] == "py:" for entry in entries}
+    exported = {f"{name}.{public}" for public in importlib.import_module(name).__all__}
+    assert exported <= listed
+
+
+# What a page loads by itself, beside what its reader may follow.
+LOADED = r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"([^\"]*)|<link\b[^>]*\bhref=\"([^\"]*)"
+
+
+def test_a_page_loads_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) >= len(list(DOCS.rglob("*.md")))
+    for page in pages:
+        loaded = {a or b for a, b in re.findall(LOADED, page.read_text(encoding="utf-8"))}
+        assert loaded
+        assert not [url for url in loaded if re.match(r"(https?:)?//", url)], page
+    for style in site.rglob("*.css"):
+        text = style.read_text(encoding="utf-8")
+        assert not re.search(r"(url\(|@import )['\"]?(https?:)?//", text), style

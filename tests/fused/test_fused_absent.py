@@ -1,0 +1,215 @@
+"""Where there are no kernels, or not yet: without Numba, its cache, or the package of them."""
+
+import importlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fused_arrays import FUSED, KEY, assert_bits, fused, get_output, portable, specified, values
+
+import unidrop
+import unidrop.adapters
+import unidrop.adapters.numpy
+from unidrop import Key
+from unidrop.fused import kernels
+
+PATH = importlib.import_module("unidrop.dispatch")
+
+PROGRAM = """
+import sys
+import numpy as np
+import unidrop, unidrop.adapters.numpy
+assert "numba" not in sys.modules or sys.modules["numba"] is None
+x = np.arange(1, 4000, dtype="float32").reshape(3, -1)
+y, mask = unidrop.dropout(np.asfortranarray(x), 0.4, unidrop.Key(7), return_mask=True)
+out = unidrop.adapters.numpy.dropout(x, 0.4, key=unidrop.Key(7), out=np.empty_like(x))
+far = unidrop.dropout(x, 0.4, unidrop.Key(7), global_shape=(3, 2**40), start=(0, 2**35))
+parts = (np.ascontiguousarray(y), mask, out, far)
+print(unidrop.explain_path(x))
+print("".join(part.tobytes().hex() for part in parts))
+"""
+
+
+@pytest.fixture(scope="module")
+def bits_of_the_program():
+    """Return what the program prints of its results, as the specification says it."""
+    x = np.arange(1, 4000, dtype="float32").reshape(3, -1)
+    y = specified(x, 0.4, Key(7))
+    far = specified(x, 0.4, Key(7), global_shape=(3, 2**40), start=(0, 2**35))
+    return "".join(part.tobytes().hex() for part in (y, y != 0, y, far))
+
+
+@pytest.fixture(scope="module")
+def without_kernels(tmp_path_factory):
+    """Return a folder that holds the package, but for its kernels."""
+    folder = tmp_path_factory.mktemp("without_kernels")
+    ignored = shutil.ignore_patterns("__pycache__", "fused")
+    shutil.copytree(Path(unidrop.__file__).parent, folder / "unidrop", ignore=ignored)
+    adapters = Path(unidrop.adapters.__file__).parent
+    shutil.copytree(adapters, folder / "unidrop" / "adapters", ignore=ignored)
+    return folder
+
+
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+BROKEN = """
+import sys, types
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "llvmlite":
+            raise ImportError("libLLVM is too old", name=name)
+sys.meta_path.insert(0, Broken())
+"""
+ABSENT = {
+    "numba is None": ("import sys; sys.modules['numba'] = None\n", {}, "not installed"),
+    "numba is not installed": (BLOCKED.format(names=("numba", "llvmlite")), {}, "not installed"),
+    "numba can't be imported": (BROKEN, {}, "can't be imported"),
+    "compilation is off": ("", {"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT"),
+}
+
+
+@pytest.mark.parametrize("why", ABSENT)
+def test_without_numba_the_bits_are_the_same_and_the_reason_is_said(why, bits_of_the_program):
+    before, environment, reason = ABSENT[why]
+    path, bits = get_output(before + PROGRAM, **environment)
+    assert path.startswith("portable: ")
+    assert reason in path
+    assert bits == bits_of_the_program
+
+
+# An installed package, also one that can be edited, lends a copy the parts that it lacks.
+ALONE = """
+import sys
+sys.meta_path = [found for found in sys.meta_path if "editable" not in str(found).lower()]
+import unidrop
+unidrop.__path__[1:] = []
+"""
+
+
+def test_without_the_package_of_kernels_the_bits_are_the_same(without_kernels, bits_of_the_program):
+    path, bits = get_output(ALONE + PROGRAM, cwd=without_kernels)
+    assert path == "portable: the package unidrop.fused is missing"
+    assert bits == bits_of_the_program
+
+
+def test_without_the_package_of_kernels_fused_is_refused(without_kernels):
+    program = """
+import numpy, unidrop
+try:
+    with unidrop.force_path("fused"):
+        unidrop.dropout(numpy.ones(3), 0.5, unidrop.Key(1))
+except RuntimeError as error:
+    print(error)
+"""
+    (message,) = get_output(ALONE + program, cwd=without_kernels)
+    assert "unidrop.fused is missing" in message
+
+
+def test_an_error_inside_the_package_of_kernels_is_not_taken_for_its_absence(monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    monkeypatch.setattr(PATH, "import_module", absent)
+    PATH._package.cache_clear()
+    try:
+        with pytest.raises(ModuleNotFoundError, match="other"):
+            unidrop.dropout(np.ones(3), 0.5, KEY)
+    finally:
+        PATH._package.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import unidrop",
+        "import unidrop.adapters.numpy",
+        "import unidrop, numpy; unidrop.dropout(numpy.ones(9), 0, unidrop.Key(1))",
+        "import unidrop, numpy; unidrop.dropout(numpy.ones(9), 1, unidrop.Key(1))",
+        "import unidrop, numpy\n"
+        "with unidrop.force_path('portable'): unidrop.dropout(numpy.ones(9), 0.5, unidrop.Key(1))",
+        "import unidrop, numpy; unidrop.dropout(numpy.ma.ones(9), 0.5, unidrop.Key(1))",
+    ],
+)
+def test_numba_is_not_imported_before_a_kernel_is_needed(code):
+    (found,) = get_output(f"{code}\nimport sys; print('numba' in sys.modules)")
+    assert found == "False"
+
+
+def test_without_a_folder_for_its_cache_numba_compiles_all_the_same(monkeypatch):
+    compile_with = kernels._compiled
+    asked = []
+
+    def no_folder(name, **options):
+        asked.append((name, options.get("cache", False)))
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_with(name, **options)
+
+    monkeypatch.setattr(kernels, "_compiled", no_folder)
+    kernels._function.cache_clear()
+    FUSED._compiled.cache_clear()
+    try:
+        x = values((99,))
+        assert_bits(fused(x, 0.4), portable(x, 0.4))
+    finally:
+        kernels._function.cache_clear()
+        FUSED._compiled.cache_clear()
+    names = ("keep_flags", "select_float32", "rows")
+    assert asked == [(name, cached) for name in names for cached in (True, False)]
+
+
+def test_kernels_of_two_dtypes_differ_by_one_function():
+    one, other = (kernels.kernel("tiles", name) for name in ("float32", "bool"))
+    assert one.select != other.select
+    assert one == other._replace(select=one.select)
+
+
+def test_kernels_of_one_dtype_differ_by_one_function():
+    one, other = (kernels.kernel(way, "float32") for way in ("rows", "tiles"))
+    assert one.run is not other.run
+    assert one == other._replace(run=one.run)
+
+
+def test_kernels_that_several_processes_compiled_do_not_get_mixed_up(tmp_path):
+    # What each compiles first has the same number in Numba's names of functions.
+    program = """
+import sys, ml_dtypes, numpy as np, unidrop
+for name in {names}:
+    x = np.arange(1, 301).astype(name)
+    y = unidrop.dropout(x, 0.4, unidrop.Key(1))
+    with unidrop.force_path("portable"):
+        print((y == unidrop.dropout(x, 0.4, unidrop.Key(1))).all(), end=" ")
+"""
+    first, second = ("float16",), ("bfloat16",)
+    for names in (first, second, first + second):
+        (actual,) = get_output(program.format(names=names), NUMBA_CACHE_DIR=str(tmp_path))
+        assert actual.split() == ["True"] * len(names), names
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_forked_after_kernels_ran_still_gives_the_bits():
+    program = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import numpy as np, unidrop
+unidrop.set_num_threads(3)
+x = np.arange(1, (1 << 21) + 1, dtype="float32")
+y = unidrop.dropout(x, 0.4, unidrop.Key(7))
+sys.stdout.flush()
+child = os.fork()
+again = unidrop.dropout(x, 0.4, unidrop.Key(7))
+turned = unidrop.dropout(np.asfortranarray(x.reshape(512, -1)), 0.4, unidrop.Key(7))
+same = (again == y).all() and (turned.ravel() == y).all()
+if child == 0:
+    os._exit(0 if same else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), bool(same))
+"""
+    assert get_output(program) == ["0 True"]

@@ -1,0 +1,156 @@
+"""Which path an array takes, and how it is said and chosen."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+from fused_arrays import DTYPES, KEY, assert_bits, fused, portable, values
+
+import unidrop
+import unidrop.adapters.numpy
+from unidrop import Key
+from unidrop.fused.kernels import UNIT
+
+# --- What kernels do not take ---------------------------------------------------------------------
+
+
+class Subclass(np.ndarray):
+    """A subclass that changes nothing."""
+
+
+def unaligned(x):
+    return np.frombuffer(b"0" + x.tobytes(), x.dtype, offset=1).reshape(x.shape)
+
+
+def field(x):
+    """Return a field of records that are no multiple of it apart."""
+    records = np.zeros(x.shape, [("x", x.dtype), ("rest", "u1")])
+    records["x"] = x
+    return records["x"]
+
+
+REFUSED = {
+    "swapped bytes": (lambda x: x.astype(x.dtype.newbyteorder()), "byte order"),
+    "unaligned": (unaligned, "aligned"),
+    "a field": (field, "aligned"),
+    "a subclass": (lambda x: x.view(Subclass), "Subclass"),
+    "a masked array": (np.ma.masked_array, "MaskedArray"),
+    "a matrix": (lambda x: np.matrix(x, copy=True), "matrix"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_what_kernels_cannot_take_is_portable_with_a_reason_and_the_same_bits(kind):
+    make, reason = REFUSED[kind]
+    plain = values((37, 11))
+    x = make(plain)
+    path = unidrop.explain_path(x)
+    assert path.name == "portable"
+    assert reason in path.reason
+    y = unidrop.dropout(x, 0.4, KEY)
+    assert y.dtype == x.dtype
+    assert_bits(np.asarray(y).astype("float32"), portable(plain, 0.4))
+    with unidrop.force_path("fused"), pytest.raises(RuntimeError, match=reason):
+        unidrop.dropout(x, 0.4, KEY)
+
+
+def test_a_memory_map_is_taken_and_its_file_left_as_it_is(tmp_path):
+    x = values((999,))
+    (tmp_path / "x").write_bytes(x.tobytes())
+    for mode in ("r", "r+", "c"):
+        mapped = np.memmap(tmp_path / "x", "float32", mode)
+        y = fused(mapped, 0.4)
+        assert_bits(np.asarray(y), portable(x, 0.4))
+    assert (tmp_path / "x").read_bytes() == x.tobytes()
+
+
+def test_out_that_is_mapped_is_written_to_its_file(tmp_path):
+    x = values((999,))
+    out = np.memmap(tmp_path / "y", "float32", "w+", shape=x.shape)
+    unidrop.adapters.numpy.dropout(x, 0.4, key=KEY, out=out)
+    out.flush()
+    assert (tmp_path / "y").read_bytes() == portable(x, 0.4).tobytes()
+
+
+# --- explain and only -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_plain_arrays_are_fused_and_the_dtype_is_said(library, name):
+    path = unidrop.explain_path(library.array(values((9,), name)))
+    assert path.name == "fused"
+    assert name in path.reason
+    assert str(path) == f"fused: {path.reason}"
+
+
+def test_a_parameter_is_fused():
+    assert unidrop.explain_path(torch.nn.Parameter(torch.ones(9))).name == "fused"
+
+
+@pytest.mark.parametrize("x", [[1.0], 3.0, None, "text"], ids=repr)
+def test_explain_refuses_what_is_no_array(x):
+    with pytest.raises(TypeError, match="x has to be an array"):
+        unidrop.explain_path(x)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "longdouble"])
+def test_explain_refuses_a_dtype_without_dropout(dtype):
+    with pytest.raises(TypeError, match="x has to be of a floating-point dtype"):
+        unidrop.explain_path(np.ones(3, dtype))
+
+
+@pytest.mark.parametrize("path", ["", "Fused", "both", None, 1], ids=repr)
+def test_only_refuses_what_is_no_path(path):
+    context = unidrop.force_path(path)
+    with pytest.raises(ValueError, match="path has to be one of fused, portable, but got"):
+        context.__enter__()
+    assert unidrop.explain_path(np.ones(3)).name == "fused"
+
+
+def test_only_ends_where_its_block_does_also_by_an_exception():
+    x = np.ones(3)
+    with unidrop.force_path("portable"):
+        with suppress(ZeroDivisionError), unidrop.force_path("fused"):
+            assert unidrop.explain_path(x).name == "fused"
+            raise ZeroDivisionError
+        assert unidrop.explain_path(x).name == "portable"
+        with unidrop.force_path("fused"):
+            assert unidrop.explain_path(x).name == "fused"
+        assert unidrop.explain_path(x).reason == "unidrop.force_path says so"
+    assert unidrop.explain_path(x).name == "fused"
+
+
+def test_only_is_a_decorator_too():
+    @unidrop.force_path("portable")
+    def name():
+        return unidrop.explain_path(np.ones(3)).name
+
+    assert [name(), name()] == ["portable", "portable"]
+    assert unidrop.explain_path(np.ones(3)).name == "fused"
+
+
+def test_each_thread_has_its_own_only():
+    both = Barrier(2)
+
+    def name(path):
+        with unidrop.force_path(path) if path else nullcontext():
+            both.wait(timeout=60)
+            found = unidrop.explain_path(np.ones(3)).name
+            both.wait(timeout=60)
+        return found
+
+    with ThreadPoolExecutor(2) as pool, unidrop.force_path("portable"):
+        assert list(pool.map(name, ["portable", None])) == ["portable", "fused"]
+
+
+def test_many_threads_at_once_give_the_same_bits():
+    arrays = [values((3 * UNIT + i,)) for i in range(8)]
+    expected = [portable(x, 0.4, Key(i)) for i, x in enumerate(arrays)]
+    with ThreadPoolExecutor(8) as pool:
+        actual = list(pool.map(lambda i: fused(arrays[i], 0.4, Key(i)), range(8)))
+    for y, wanted in zip(actual, expected, strict=True):
+        assert_bits(y, wanted)

@@ -1,0 +1,417 @@
+"""A backend in plain NumPy, written from the specification, and others that differ in a defect.
+
+It shares no code with the core. Each defect is one that somebody makes, in a few lines of its own;
+which contract has to name it stands in test_planted_defects.py.
+"""
+
+import json
+import math
+from functools import reduce
+from hashlib import blake2b
+from types import MappingProxyType
+
+import numpy as np
+
+from unidrop.conformance import CAPABILITIES, BaseBackend
+
+MASK32 = np.uint64(0xFFFFFFFF)
+
+
+class Sound(BaseBackend):
+    """Right, with every capability; its compiled mode runs eagerly, and counts what it would trace."""
+
+    name = "sound"
+    modes = ("eager", "compiled")
+    compiled_modes = ("compiled",)
+    capabilities = MappingProxyType(dict.fromkeys(CAPABILITIES))
+    rounds = 10
+    odd_multiplier = 0x6C078965
+    word_order = (0, 1, 2, 3)
+    mask_dtype = bool
+
+    def __init__(self):
+        self.programs = set()
+
+    def dtypes(self, mode):
+        return ("float16", "float32", "float64")
+
+    def from_numpy(self, x, device, mode):
+        return x
+
+    def to_numpy(self, y):
+        return y
+
+    # The generator, and what is folded into a key.
+
+    def philox(self, counter, key):
+        x0, x1, x2, x3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+        k0, k1 = key
+        for _ in range(self.rounds):
+            p0, p1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+            x0, x1 = p1 >> np.uint64(32) ^ x1 ^ np.uint64(k0), p1 & MASK32
+            x2, x3 = p0 >> np.uint64(32) ^ x3 ^ np.uint64(k1), p0 & MASK32
+            k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+        return x0, x1, x2, x3
+
+    def words(self, counter, key, *, mode):
+        return [int(word) for word in self.philox(counter, key)]
+
+    def fold(self, key, data):
+        tag = 1
+        if isinstance(data, str):
+            tag, data = 2, int.from_bytes(blake2b(data.encode(), digest_size=8).digest(), "little")
+        counter, key = (data % 2**32, data >> 32, 0, tag), (key % 2**32, key >> 32)
+        lo, hi, _, _ = map(int, self.philox(counter, key))
+        return hi << 32 | lo
+
+    def key(self, seed, *data):
+        return reduce(self.fold, data, seed)
+
+    def traced_key(self, seed, step, *, mode):
+        return self.key(seed, int(np.asarray(step)))
+
+    # The mask.
+
+    def key_of_call(self, seed, step):
+        return self.key(seed, step)
+
+    def indices(self, x, axes, whole, start):
+        index = np.zeros((), dtype=np.uint64)
+        for axis, (part, length, first) in enumerate(zip(x.shape, whole, start, strict=True)):
+            part, length, first = (1, 1, 0) if axis in axes else (part, length, first)
+            along = np.arange(part, dtype=np.uint64) + np.uint64(first)
+            index = index[..., None] * np.uint64(length) + along
+        return index
+
+    def numbers(self, index, key):
+        block, place = index >> np.uint64(3), (index % np.uint64(8)).astype(int)
+        counter = (block & MASK32, block >> np.uint64(32), 0 * block, 0 * block)
+        words = self.philox(counter, (key % 2**32, key >> 32))
+        word = np.choose(np.array(self.word_order)[place // 2], words)
+        return np.where(place % 2, word * np.uint64(self.odd_multiplier) & MASK32, word)
+
+    def keep_flags(self, u, p):
+        return u >= np.uint64(round(p * 2**32))
+
+    # The output.
+
+    def refuse(self, x, p):
+        if x.dtype.kind != "f":
+            raise TypeError(f"x has to be of floating-point numbers, but got {x.dtype}")
+        if isinstance(p, bool) or not isinstance(p, int | float):
+            raise TypeError(f"p has to be a number, but got {p!r}")
+        if not 0 <= p <= 1:
+            raise ValueError(f"p has to be between 0 and 1, but got {p}")
+
+    def scaled(self, x, p):
+        compute = np.promote_types(x.dtype, np.float32).type
+        return (x.astype(compute) * compute(1 / (1 - p))).astype(x.dtype)
+
+    def select(self, keep, products):
+        return np.where(keep, products, np.zeros_like(products))
+
+    def program(self, x, p, step, options):
+        return x.shape, x.dtype, p, *map(repr, options.items())
+
+    def dropout(self, x, p, seed, step, *, mode, return_mask=False, **options):
+        self.refuse(x, p)
+        if mode == "compiled":
+            self.programs.add(self.program(x, p, step, {"mask": return_mask, **options}))
+        y, keep = self.dropped(x, p, seed, step, **options)
+        return (y, keep.astype(self.mask_dtype)) if return_mask else y
+
+    def dropped(
+        self,
+        x,
+        p,
+        seed,
+        step,
+        *,
+        training=True,
+        broadcast_axes=(),
+        global_shape=None,
+        start=None,
+    ):
+        whole, start = global_shape or x.shape, start or (0,) * x.ndim
+        index = self.indices(x, broadcast_axes, whole, start)
+        if not training or p == 0:
+            return x, np.ones(index.shape, dtype=bool)
+        keep = self.keep_flags(self.numbers(index, self.key_of_call(seed, step)), p)
+        products = self.scaled(x, p) if p < 1 else np.zeros_like(x)
+        return self.select(keep, products), keep
+
+    def gradient(self, x, upstream, p, seed, step, *, mode):
+        return self.dropout(upstream, p, seed, step, mode=mode)
+
+    def layouts(self, x):
+        doubled = np.repeat(x, 2, axis=-1)
+        return {"Fortran": np.asfortranarray(x), "every second element": doubled[..., ::2]}
+
+    def traces(self, mode):
+        return len(self.programs)
+
+    def layer(self, p, seed, *, dtype, device, mode):
+        return Layer(self, p, seed, mode)
+
+
+class Layer:
+    """A layer of a backend, which counts its calls."""
+
+    def __init__(self, backend, p, seed, mode):
+        self.backend, self.p, self.seed, self.mode = backend, p, seed, mode
+        self.calls = 0
+
+    def __call__(self, x, *, training):
+        y = self.backend.dropout(
+            x, self.p, self.seed, self.calls, mode=self.mode, training=training
+        )
+        self.calls += training and self.p > 0
+        return y
+
+    def save(self):
+        return json.dumps({"calls": self.calls}).encode()
+
+    def load(self, state):
+        self.calls = json.loads(state)["calls"]
+
+    def vjp(self, x):
+        call = self.calls
+        y = self(x, training=True)
+        p, seed, mode = self.p, self.seed, self.mode
+        return y, lambda upstream: self.backend.gradient(x, upstream, p, seed, call, mode=mode)
+
+
+class SevenRounds(Sound):
+    rounds = 7
+
+
+class OddElementsNotMultiplied(Sound):
+    odd_multiplier = 1
+
+
+class WordsReversed(Sound):
+    word_order = (3, 2, 1, 0)
+
+
+class GreaterForGreaterOrEqual(Sound):
+    def keep_flags(self, u, p):
+        return u > np.uint64(round(p * 2**32))
+
+
+class ThresholdOn24Bits(Sound):
+    def keep_flags(self, u, p):
+        return u >> np.uint64(8) >= np.uint64(round(p * 2**24))
+
+
+class ScaleRoundedToFloat16(Sound):
+    def scaled(self, x, p):
+        compute = np.promote_types(x.dtype, np.float32)
+        return (x.astype(compute) * x.dtype.type(1 / (1 - p)).astype(compute)).astype(x.dtype)
+
+
+class MultiplyForSelect(Sound):
+    def select(self, keep, products):
+        return products * keep
+
+
+class StepNotFolded(Sound):
+    def key_of_call(self, seed, step):
+        return seed
+
+
+class StepNarrowedToFloat32(Sound):
+    step_limit = 1 << 31
+
+    def key_of_call(self, seed, step):
+        return super().key_of_call(seed, int(np.float32(step)))
+
+
+class MaskByMemoryOrder(Sound):
+    def indices(self, x, axes, whole, start):
+        if x.flags.c_contiguous or not x.flags.f_contiguous:
+            return super().indices(x, axes, whole, start)
+        return np.arange(math.prod(x.shape), dtype=np.uint64).reshape(x.shape, order="F")
+
+
+class MaskOfFloats(Sound):
+    mask_dtype = np.float32
+
+
+class StateLostOnLoad(Sound):
+    def layer(self, p, seed, *, dtype, device, mode):
+        layer = super().layer(p, seed, dtype=dtype, device=device, mode=mode)
+        layer.load = lambda state: None
+        return layer
+
+
+class GradientWithFreshMask(Sound):
+    def gradient(self, x, upstream, p, seed, step, *, mode):
+        return super().gradient(x, upstream, p, seed, step + 1, mode=mode)
+
+
+class LayerActiveInEvaluation(Sound):
+    def layer(self, p, seed, *, dtype, device, mode):
+        class Active(Layer):
+            def __call__(self, x, *, training):
+                return super().__call__(x, training=True)
+
+        return Active(self, p, seed, mode)
+
+
+class LayerOfItsFirstCallsTraining(Sound):
+    def layer(self, p, seed, *, dtype, device, mode):
+        class Traced(Layer):
+            training = None
+
+            def __call__(self, x, *, training):
+                self.training = training if self.training is None else self.training
+                return super().__call__(x, training=self.training)
+
+        return Traced(self, p, seed, mode)
+
+
+class CompiledGradientOfFloat16Scale(Sound):
+    def gradient(self, x, upstream, p, seed, step, *, mode):
+        if mode == "eager":
+            return super().gradient(x, upstream, p, seed, step, mode=mode)
+        return ScaleRoundedToFloat16().gradient(x, upstream, p, seed, step, mode=mode)
+
+
+class CompiledOnceForAllRates(Sound):
+    def __init__(self):
+        super().__init__()
+        self.rates = {}
+
+    def dropped(self, x, p, seed, step, **options):
+        if self.mode == "compiled" and 0 < p < 1:
+            p = self.rates.setdefault((x.shape, x.dtype, *map(repr, options.items())), p)
+        return super().dropped(x, p, seed, step, **options)
+
+    def dropout(self, x, p, seed, step, *, mode, **options):
+        self.mode = mode
+        return super().dropout(x, p, seed, step, mode=mode, **options)
+
+
+class CompiledComparisonOfFloat32(CompiledOnceForAllRates):
+    def dropped(self, x, p, seed, step, **options):
+        return Sound.dropped(self, x, p, seed, step, **options)
+
+    def keep_flags(self, u, p):
+        if self.mode == "eager":
+            return super().keep_flags(u, p)
+        return u.astype(np.float32) >= np.float32(round(p * 2**32))
+
+
+class ProductRoundedOnce(Sound):
+    def scaled(self, x, p):
+        if x.dtype.itemsize > 2:
+            return super().scaled(x, p)
+        # Exact in float64, and rounded once from there.
+        return (x.astype(np.float64) * np.float64(np.float32(1 / (1 - p)))).astype(x.dtype)
+
+
+class CompiledProductRoundedOnce(CompiledOnceForAllRates, ProductRoundedOnce):
+    def dropped(self, x, p, seed, step, **options):
+        return Sound.dropped(self, x, p, seed, step, **options)
+
+    def scaled(self, x, p):
+        return super().scaled(x, p) if self.mode == "compiled" else Sound.scaled(self, x, p)
+
+
+class TracesNotCounted(Sound):
+    def traces(self, mode):
+        return 1
+
+
+class CompiledRowsOfWindowsRoundedUp(CompiledOnceForAllRates):
+    def dropped(self, x, p, seed, step, **options):
+        return Sound.dropped(self, x, p, seed, step, **options)
+
+    def indices(self, x, axes, whole, start):
+        if self.mode == "compiled" and x.shape != whole:
+            whole = (*whole[:-1], -(-whole[-1] // 8) * 8)
+        return super().indices(x, axes, whole, start)
+
+
+class FunctionActiveInEvaluation(Sound):
+    def dropped(self, x, p, seed, step, *, training=True, **options):
+        return super().dropped(x, p, seed, step, **options)
+
+
+class OutputOfFloat64(Sound):
+    def select(self, keep, products):
+        return super().select(keep, products).astype(np.float64)
+
+
+class RateNotChecked(Sound):
+    def refuse(self, x, p):
+        super().refuse(x, p if isinstance(p, bool) or not isinstance(p, float) else 0.5)
+
+    def keep_flags(self, u, p):
+        return super().keep_flags(u, min(max(p, 0), 1) if p == p else 0)
+
+
+class WindowNumberedByItself(Sound):
+    def indices(self, x, axes, whole, start):
+        return super().indices(x, axes, x.shape, (0,) * x.ndim)
+
+
+class BroadcastAxesIgnored(Sound):
+    def indices(self, x, axes, whole, start):
+        return super().indices(x, (), whole, start)
+
+
+class TracedEveryStep(Sound):
+    def program(self, x, p, step, options):
+        return step, *super().program(x, p, step, options)
+
+
+class StringsFoldedAsIntegers(Sound):
+    def fold(self, key, data):
+        if isinstance(data, str):
+            digest = blake2b(data.encode(), digest_size=8).digest()
+            data = int.from_bytes(digest, "little")
+        return super().fold(key, data)
+
+
+class TracedStepSignExtended(Sound):
+    def traced_key(self, seed, step, *, mode):
+        return self.key(seed, step | 0xFFFFFFFF << 32 if step >> 30 & 1 else step)
+
+
+class ThresholdKeptBelow2To32(Sound):
+    def keep_flags(self, u, p):
+        return (u >= np.uint64(min(round(p * 2**32), 2**32 - 1))) & (p < 1)
+
+
+class ReturnedMaskInverted(Sound):
+    def dropout(self, x, p, seed, step, *, return_mask=False, **options):
+        y = super().dropout(x, p, seed, step, return_mask=return_mask, **options)
+        return (y[0], ~y[1]) if return_mask else y
+
+
+class IntegersNotRefused(Sound):
+    def refuse(self, x, p):
+        super().refuse(x if x.dtype.kind == "f" else x.astype(np.float32), p)
+
+
+class CallThatRaisesCounted(Sound):
+    def layer(self, p, seed, *, dtype, device, mode):
+        class Eager(Layer):
+            def __call__(self, x, *, training):
+                self.calls += x.dtype.kind != "f"
+                return super().__call__(x, training=training)
+
+        return Eager(self, p, seed, mode)
+
+
+class GradientOfTheLatestCall(Sound):
+    def layer(self, p, seed, *, dtype, device, mode):
+        class Forgetful(Layer):
+            def vjp(self, x):
+                y, _ = super().vjp(x)
+                return y, lambda upstream: self.backend.gradient(
+                    upstream, upstream, self.p, self.seed, self.calls - 1, mode=self.mode
+                )
+
+        return Forgetful(self, p, seed, mode)

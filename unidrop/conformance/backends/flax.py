@@ -1,0 +1,153 @@
+"""Flax in the matrix: the module of `flax.nnx`, whose call number is the step."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, serialization
+from numpy.typing import NDArray
+
+from unidrop.adapters.flax import Dropout
+from unidrop.conformance import eager_modes, missing_eager_modes, use_mode_path
+
+__all__ = ["Flax"]
+
+_MODES = ("nnx.jit", "nnx.remat")
+
+
+class Flax:
+    """The module, eagerly, in `nnx.jit`, and in that with `nnx.remat`."""
+
+    name = "flax"
+    compiled_modes = _MODES
+    devices = ("cpu",)
+    step_limit = 1 << 32
+    derived_modes: Mapping[str, str] = MappingProxyType({"nnx.remat": "nnx.jit"})
+    mode_exclusions: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    capabilities: Mapping[str, str | None] = {
+        **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
+        "windows": "a module of Flax has no windows",
+        "mask": "a module of Flax returns its output alone",
+        "words": "the module's words are JAX'",
+        "key": "the module takes a key that the core has folded",
+        "traced_key": "the module's call number is the only step it takes",
+        "layouts": "JAX arrays have no strides",
+    }
+
+    def __init__(self) -> None:
+        fused = [mode for mode in eager_modes(jnp.ones(1)) if mode != "eager"]
+        self.modes = (*(fused or ["eager"]), *_MODES)
+        self.missing_modes = missing_eager_modes(jnp.ones(1))
+        self._traces = 0
+        self._called = {
+            "nnx.jit": nnx.jit(self._counted(_call)),
+            "nnx.remat": nnx.jit(self._counted(nnx.remat(_call))),
+        }
+
+    def dtypes(self, mode: str) -> tuple[str, ...]:
+        """Return the dtypes that JAX has without 64-bit numbers."""
+        return ("float16", "bfloat16", "float32", "complex64")
+
+    def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
+        """Return an array."""
+        # Cast by NumPy: JAX would compile it for each shape.
+        return jax.device_put(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)))
+
+    def to_numpy(self, y: Any) -> NDArray[Any]:
+        """Return a NumPy array."""
+        return np.asarray(y)
+
+    def get_device(self, y: Any) -> str:
+        """Return the platform's name."""
+        return str(next(iter(y.devices())).platform)
+
+    def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
+        """Call a new module, whose call number has been set."""
+        module = Dropout(
+            p,
+            broadcast_dims=options.get("broadcast_axes", ()),
+            deterministic=not options.get("training", True),
+            seed=seed,
+        )
+        module.calls = step
+        return self.run(module, x, mode)
+
+    def run(self, module: Dropout, x: Any, mode: str) -> Any:
+        """Call a module in a mode."""
+        with use_mode_path(mode):
+            return self._called.get(mode, _call)(module, x)
+
+    def vjp(self, module: Dropout, x: Any, mode: str) -> tuple[Any, Callable[[Any], Any]]:
+        """Call a module in a mode, and return the output and its pullback."""
+        graph, before = nnx.split(module)
+
+        def pure(v: Any) -> tuple[Any, Any]:
+            merged = nnx.merge(graph, before, copy=True)
+            return self._called.get(mode, _call)(merged, v), nnx.state(merged)
+
+        with use_mode_path(mode):
+            y, pullback, after = jax.vjp(pure, x, has_aux=True)
+        nnx.update(module, after)
+        return y, lambda upstream: pullback(upstream)[0]
+
+    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+        """Pull the upstream gradient back through a new module."""
+        module = Dropout(p, seed=seed)
+        module.calls = step
+        _, pullback = self.vjp(module, x, mode)
+        return pullback(upstream)
+
+    def traces(self, mode: str) -> int:
+        """Return how often a function was traced."""
+        return self._traces
+
+    def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Layer":
+        """Return the module."""
+        return _Layer(self, Dropout(p, seed=seed), mode)
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self._traces += 1
+            return function(*args)
+
+        return counted
+
+
+class _Layer:
+    def __init__(self, backend: Flax, module: Dropout, mode: str) -> None:
+        self._backend = backend
+        self._module = module
+        self._mode = mode
+
+    @property
+    def calls(self) -> int:
+        return int(self._module.calls)
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self._module.calls = value
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        self._module.set_attributes(deterministic=not training)
+        return self._backend.run(self._module, x, self._mode)
+
+    def save(self) -> bytes:
+        saved: bytes = serialization.to_bytes(nnx.to_pure_dict(nnx.state(self._module)))
+        return saved
+
+    def load(self, state: bytes) -> None:
+        own = nnx.state(self._module)
+        pure = serialization.from_bytes(nnx.to_pure_dict(own), state)
+        nnx.replace_by_pure_dict(own, pure)
+        nnx.update(self._module, own)
+
+    def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        self._module.train()
+        return self._backend.vjp(self._module, x, self._mode)
+
+
+def _call(module: Dropout, x: Any) -> Any:
+    return module(x)

@@ -1,0 +1,67 @@
+"""NumPy in the matrix: the adapter's functions, and the core for what they do not take."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unidrop import Key
+from unidrop.adapters.numpy import dropout, dropout_backward
+from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, use_mode_path
+
+__all__ = ["Numpy"]
+
+
+class Numpy(CoreBackend):
+    """NumPy."""
+
+    name = "numpy"
+    xp = np
+    capabilities: Mapping[str, str | None] = {
+        **CoreBackend.core_capabilities,
+        **dict.fromkeys(("gradient", "layouts")),
+        "layer": "NumPy has functions, and no layers",
+        "traced_key": "NumPy's integers are read at once",
+    }
+
+    def __init__(self) -> None:
+        self.modes = eager_modes(np.ones(1))
+        self.missing_modes = missing_eager_modes(np.ones(1))
+
+    def dtypes(self, mode: str) -> tuple[str, ...]:
+        """Return the standard's floating-point dtypes, and bfloat16 as ml_dtypes defines it."""
+        return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+    def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> NDArray[Any]:
+        """Return a read-only view, so that nothing writes to its input unseen."""
+        x = x.view()
+        x.flags.writeable = False
+        return x
+
+    def to_numpy(self, y: NDArray[Any]) -> NDArray[Any]:
+        """Return the array in this machine's byte order."""
+        return np.asarray(y, dtype=y.dtype.newbyteorder("="))
+
+    def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
+        """Call the adapter; windows are the core's."""
+        if "global_shape" in options:
+            return super().dropout(x, p, seed, step, mode=mode, **options)
+        with use_mode_path(mode):
+            return dropout(x, p, key=Key(seed).fold_in(step), **options)
+
+    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+        """Call the backward function."""
+        with use_mode_path(mode):
+            return dropout_backward(upstream, p, key=Key(seed).fold_in(step))
+
+    def layouts(self, x: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
+        """Return the layouts that NumPy's users meet."""
+        padded = np.zeros([2 * n for n in x.shape], dtype=x.dtype)
+        padded[(slice(None, None, 2),) * x.ndim] = x
+        return {
+            "Fortran": np.asfortranarray(x),
+            "every second element": padded[(slice(None, None, 2),) * x.ndim],
+            "reversed": np.ascontiguousarray(x[::-1, :, ::-1])[::-1, :, ::-1],
+            "swapped bytes": x.astype(x.dtype.newbyteorder()),
+        }

@@ -1,0 +1,202 @@
+"""TensorFlow in the matrix: the functional form, in each way that TensorFlow runs a function."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from unidrop import Key
+from unidrop import dropout as core_dropout
+from unidrop.adapters.tensorflow import dropout
+from unidrop.conformance import (
+    CoreBackend,
+    eager_modes,
+    missing_eager_modes,
+    use_mode_path,
+)
+from unidrop.library import get_namespace_library
+from unidrop.philox import philox
+
+__all__ = ["TensorFlow"]
+
+_UNKNOWN = "unknown dimensions"
+_XLA = "XLA"
+_RECOMPUTED = "recompute_grad"
+_SAVED = "SavedModel"
+_COMPILED = ("tf.function", _UNKNOWN, _XLA, _RECOMPUTED, _SAVED)
+
+
+class TensorFlow(CoreBackend):
+    """TensorFlow on its default device."""
+
+    name = "tensorflow"
+    xp = tf
+    compiled_modes = _COMPILED
+    capabilities: Mapping[str, str | None] = {
+        **CoreBackend.core_capabilities,
+        **dict.fromkeys(("gradient", "traces")),
+        "layer": "TensorFlow's layers are Keras'",
+        "layouts": "TensorFlow's tensors have no strides",
+    }
+
+    derived_modes: Mapping[str, str] = {_SAVED: _UNKNOWN, _RECOMPUTED: "tf.function"}
+    mode_exclusions: Mapping[str, Mapping[str, str]] = {
+        _SAVED: {
+            "words": "a SavedModel holds whole functions, and not what they are made of",
+            "traced_key": "a SavedModel holds whole functions, and not what they are made of",
+        },
+        _RECOMPUTED: {
+            "words": "there is no gradient to compute again",
+            "traced_key": "there is no gradient to compute again",
+        },
+    }
+
+    def __init__(self) -> None:
+        # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
+        tf.get_logger().setLevel("ERROR")
+        self.modes = (*eager_modes(tf.ones(1)), *_COMPILED)
+        self.missing_modes = missing_eager_modes(tf.ones(1))
+        self._traces = 0
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def dtypes(self, mode: str) -> tuple[str, ...]:
+        """Return TensorFlow's floating-point and complex dtypes."""
+        real = ("float16", "bfloat16", "float32", "float64")
+        # tf.recompute_grad looks for the largest element of the upstream gradient.
+        return real if mode == _RECOMPUTED else (*real, "complex64", "complex128")
+
+    def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
+        """Return a tensor."""
+        with tf.device(device):
+            return tf.constant(x)
+
+    def to_numpy(self, y: Any) -> NDArray[Any]:
+        """Return a NumPy array."""
+        return np.array(y.numpy(), dtype=y.dtype.as_numpy_dtype)
+
+    def get_device(self, y: Any) -> str:
+        """Return the device's type."""
+        return str(tf.DeviceSpec.from_string(y.device).device_type).lower()
+
+    def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
+        """Call the functional form; what it does not take is the core's."""
+        if mode not in _COMPILED:
+            with use_mode_path(mode):
+                return _call(x, p, Key(seed).fold_in(step), options)
+        # A seed is an argument too, so that what differs by it alone is compiled once.
+        static = (mode, p, type(p), tuple(options.items()), x.dtype, _shape(x, mode))
+        if static not in self._compiled:
+            self._compiled[static] = self._compile(
+                lambda x, seed, step: self._traced(x, p, seed, step, options), x, mode, not options
+            )
+        return self._compiled[static](x, _word_pair(seed), tf.constant(step, tf.uint64))
+
+    def _traced(self, x: Any, p: Any, seed: Any, step: Any, options: dict[str, Any]) -> Any:
+        self._traces += 1
+        return _call(x, p, Key.from_words(seed[0], seed[1]).fold_in(step), options)
+
+    def _compile(
+        self, run: Callable[..., Any], x: Any, mode: str, gradients: bool
+    ) -> Callable[..., Any]:
+        """Return a function in its mode; one that is saved is so with its gradients if told."""
+        signature = [
+            tf.TensorSpec(_shape(x, mode), x.dtype),
+            tf.TensorSpec((2,), tf.int64),
+            tf.TensorSpec((), tf.uint64),
+        ]
+        if mode == _RECOMPUTED:
+            run = tf.recompute_grad(run)
+        compiled: Callable[..., Any]
+        compiled = tf.function(
+            run, input_signature=signature, jit_compile=mode == _XLA, autograph=False
+        )
+        return _reloaded(compiled, gradients) if mode == _SAVED else compiled
+
+    def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
+        """Run the generator in its mode, in which words are arguments."""
+        if mode not in _COMPILED:
+            return super().words(counter, key, mode=mode)
+        # The upper words of a counter that a mask or a key has are constants.
+        upper = tuple(counter[2:]) if counter[2] == 0 else ()
+        static = ("words", mode, upper)
+        if static not in self._compiled:
+
+            def run(words: Any) -> Any:
+                *given, lo, hi = tf.unstack(words)
+                if upper:
+                    return self._words((*given, *upper), (lo, hi))
+                c0, c1, c2, c3 = (word[None] for word in given)
+                library, xp = get_namespace_library(tf)
+                return philox((c0, c1, c2, c3), (lo, hi), library.arithmetic(xp, None))
+
+            self._compiled[static] = self._in_mode(run, mode)
+        words = tf.constant((*counter[: 4 - len(upper)], *key), tf.int64)
+        return [int(word[0]) for word in self._compiled[static](words)]
+
+    def traced_key(self, seed: int, step: int, *, mode: str) -> int:
+        """Fold a step in, in its mode."""
+        lo, hi = self._in_mode(self._folded, mode)(seed, tf.constant(step, tf.int32))
+        return int(hi) << 32 | int(lo)
+
+    def _in_mode(self, run: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        if mode not in _COMPILED:
+            return run
+        function: Callable[..., Any] = tf.function(run, jit_compile=mode == _XLA, autograph=False)
+        return function
+
+    def traces(self, mode: str) -> int:
+        """Return how often a `tf.function` was traced."""
+        return self._traces
+
+    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+        """Differentiate through a tape, inside the function in its mode if that is not saved."""
+        if mode == _SAVED:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = self.dropout(x, p, seed, step, mode=mode)
+            return tape.gradient(y, x, upstream)
+
+        def run(x: Any, upstream: Any, seed: Any, step: Any) -> Any:
+            def forward(x: Any) -> Any:
+                return dropout(x, p, key=Key.from_words(seed[0], seed[1]).fold_in(step))
+
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = (tf.recompute_grad(forward) if mode == _RECOMPUTED else forward)(x)
+            return tape.gradient(y, x, upstream)
+
+        static = ("gradient", mode, p, x.dtype, tuple(x.shape))
+        if static not in self._compiled:
+            self._compiled[static] = self._in_mode(run, mode)
+        with use_mode_path(mode):
+            return self._compiled[static](x, upstream, _word_pair(seed), tf.constant(step))
+
+
+def _shape(x: Any, mode: str) -> tuple[int | None, ...]:
+    """Return what a mode's function knows of a tensor's shape."""
+    return (None,) * x.shape.rank if mode in (_UNKNOWN, _SAVED) else tuple(x.shape)
+
+
+def _word_pair(number: int) -> Any:
+    return tf.constant((number & 0xFFFFFFFF, number >> 32), tf.int64)
+
+
+def _reloaded(function: Callable[..., Any], gradients: bool) -> Callable[..., Any]:
+    """Return a function as it comes out of a SavedModel."""
+    module = tf.Module()
+    module.run = function
+    with tempfile.TemporaryDirectory() as folder:
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=gradients)
+        tf.saved_model.save(module, folder, options=options)
+        loaded = tf.saved_model.load(folder)
+    run: Callable[..., Any] = loaded.run
+    return run
+
+
+def _call(x: Any, p: Any, key: Key, options: dict[str, Any]) -> Any:
+    if options:
+        return core_dropout(x, p, key, **options)
+    return dropout(x, p, key=key)

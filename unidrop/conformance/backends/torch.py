@@ -1,0 +1,183 @@
+"""PyTorch in the matrix: the functional form and the module, and the core for windows.
+
+Each is run in all the ways in which PyTorch runs a model.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import unidrop
+from unidrop import Key
+from unidrop.adapters.torch import Dropout, dropout
+from unidrop.conformance import (
+    CoreBackend,
+    eager_modes,
+    missing_eager_modes,
+    use_mode_path,
+)
+from unidrop.conformance.backends.torch_modes import COMPILED, DERIVED, MODES, call, graphs, pulled
+
+__all__ = ["Torch"]
+
+
+class Torch(CoreBackend):
+    """PyTorch on the CPU, and on a GPU where there is one."""
+
+    name = "torch"
+    xp = torch
+    capabilities: Mapping[str, str | None] = {
+        **CoreBackend.core_capabilities,
+        **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient", "traces")),
+    }
+    compiled_modes = (*COMPILED, "export")
+    derived_modes = DERIVED
+    missing_modes: Mapping[str, str] = {
+        "torch.jit": "PyTorch has retired it; it would freeze the mask, so dropout refuses it",
+    }
+    mode_exclusions: Mapping[str, Mapping[str, str]] = {
+        mode: dict.fromkeys(
+            ("bad-rate", "bad-dtype", "layer-error"),
+            "torch.compile(fullgraph=True) raises an error of its own where what it traces raises",
+        )
+        for mode in COMPILED
+    } | {
+        "export": {"threads": "torch.export traces by state that all threads share"},
+        "forward-mode": {
+            "threads": "PyTorch has one level of forward-mode differentiation for all threads"
+        },
+    }
+
+    def __init__(self) -> None:
+        self.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self.modes = (*eager_modes(torch.ones(1)), *MODES)
+        self.missing_modes = {**self.missing_modes, **missing_eager_modes(torch.ones(1))}
+        self._calls: dict[Any, _Call] = {}
+
+    def dtypes(self, mode: str) -> tuple[str, ...]:
+        """Return PyTorch's floating-point and complex dtypes."""
+        return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+    def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> torch.Tensor:
+        """Return a tensor; bfloat16 travels as its bits."""
+        if x.dtype == ml_dtypes.bfloat16:
+            return torch.tensor(x.view(np.int16), device=device).view(torch.bfloat16)
+        return torch.tensor(x, device=device)
+
+    def to_numpy(self, y: torch.Tensor) -> NDArray[Any]:
+        """Return a NumPy array; bfloat16 travels as its bits."""
+        y = y.detach().cpu().contiguous()
+        if y.dtype == torch.bfloat16:
+            return y.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return y.numpy()
+
+    def get_device(self, y: torch.Tensor) -> str:
+        """Return the device's type."""
+        return y.device.type
+
+    def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
+        """Call the functional form; what it does not take is the core's."""
+        if mode in MODES:
+            return call(self._call(p, mode, options), x, mode, *_numbers(seed, step))
+        if set(options) <= {"training"}:
+            with use_mode_path(mode):
+                return dropout(x, p, key=Key(seed).fold_in(step), **options)
+        return super().dropout(x, p, seed, step, mode=mode, **options)
+
+    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+        """Differentiate through autograd, or what the mode has in its place."""
+        if mode in MODES:
+            numbers = _numbers(seed, step)
+            return pulled(self._call(p, mode, {}), x, mode, *numbers)[1](upstream)
+        x = x.requires_grad_()
+        with use_mode_path(mode):
+            y = dropout(x, p, key=Key(seed).fold_in(step))
+            return torch.autograd.grad(y, x, upstream)[0]
+
+    def traces(self, mode: str) -> int:
+        """Return how many graphs have been traced."""
+        return graphs(mode)
+
+    def _call(self, p: Any, mode: str, options: Mapping[str, Any]) -> "_Call":
+        """Return a module that drops so; the same one at each key and step."""
+        which = repr((p, mode, sorted(options.items())))
+        return self._calls.setdefault(which, _Call(p, options))
+
+    def layouts(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Return the layouts that PyTorch's users meet."""
+        return {
+            "channels_last": x.contiguous(memory_format=torch.channels_last),
+            "transposed": x.transpose(1, 3).contiguous().transpose(1, 3),
+            "every second element": x.repeat_interleave(2, dim=2)[:, :, ::2],
+        }
+
+    def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Layer":
+        """Return the module."""
+        return _Layer(Dropout(p, seed=seed).to(device), mode)
+
+
+def _numbers(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a `_Call` is given beside x: a key's words, and a step of any size."""
+    return torch.tensor(Key(seed).words), torch.tensor(step, dtype=torch.uint64)
+
+
+class _Call(torch.nn.Module):
+    """A call of the functional form, whose key and step are arguments of what is compiled."""
+
+    def __init__(self, p: Any, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.p = p
+        self.options = dict(options)
+
+    def forward(self, x: torch.Tensor, words: torch.Tensor, step: torch.Tensor) -> Any:
+        lo, hi = words.unbind()
+        key = Key.from_words(lo, hi).fold_in(step)
+        if set(self.options) <= {"training"}:
+            return dropout(x, self.p, key=key, **self.options)
+        return unidrop.dropout(x, self.p, key, **self.options)
+
+
+class _Layer:
+    def __init__(self, module: Dropout, mode: str) -> None:
+        self._module = module
+        self._mode = mode
+
+    @property
+    def calls(self) -> int:
+        return int(self._module.calls)
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self._module.calls = value  # type: ignore[assignment] # the module takes integers too
+
+    def __call__(self, x: torch.Tensor, *, training: bool) -> Any:
+        self._module.train(training)
+        if self._mode in MODES:
+            return call(self._module, x, self._mode)
+        with use_mode_path(self._mode):
+            return self._module(x)
+
+    def vjp(self, x: torch.Tensor) -> tuple[Any, Callable[[Any], Any]]:
+        if self._mode in MODES:
+            return pulled(self._module.train(), x, self._mode)
+        x = x.requires_grad_()
+        y = self(x, training=True)
+
+        def pullback(upstream: torch.Tensor) -> torch.Tensor:
+            with use_mode_path(self._mode):
+                return torch.autograd.grad(y, x, upstream)[0]
+
+        return y, pullback
+
+    def save(self) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(self._module.state_dict(), buffer)
+        return buffer.getvalue()
+
+    def load(self, state: bytes) -> None:
+        self._module.load_state_dict(torch.load(io.BytesIO(state)))
