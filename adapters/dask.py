@@ -1,6 +1,6 @@
-"""Dask below the adapters: each chunk is a window of the whole, computed when it is asked for.
+"""Dask: each chunk is a window of the whole array, computed on demand.
 
-A chunk is an array of some library of its own, and takes whatever path that has.
+A chunk is an array of a library of its own, and uses the path of that library.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,52 +12,64 @@ from numpy.typing import NDArray
 
 from unidrop.dropout import dropout
 from unidrop.key import Key
-from unidrop.library import Library
 from unidrop.mask import keep_mask
+from unidrop.protocols import ArrayLibrary, Arrays, Operator
+from unidrop.rate import Rate
 from unidrop.window import Window
 
-__all__ = ["Dask"]
+__all__ = ["LIBRARY"]
 
 
-class Dask(Library):
-    """Dask arrays, of NumPy's chunks or another library's."""
+class DaskOperator(Operator):
+    """Dropout of Dask arrays, chunk by chunk."""
 
-    def recorded(self, x: Any, p: float, key: Key, window: Window) -> Any:
-        """Return the output, chunk by chunk; None for a key or a start that is an array."""
-        options = _options(key, window, x.shape)
+    def dropout(self, x: Any, key: Key, plan: Any, mask: Any = None) -> Any:
+        """Return the output, chunk by chunk; or by Dask's operations for an array as key or start.
+
+        A mask that the caller has is not used: each chunk computes its own.
+        """
+        options = _options(key, plan.window, x.shape)
         if options is None:
-            return None
-        return dask.array.map_blocks(_dropped, x, dtype=x.dtype, meta=x._meta, p=p, **options)
+            return plan.run(x, key, mask)
+        return dask.array.map_blocks(
+            _drop_chunk, x, dtype=x.dtype, meta=x._meta, p=plan.rate.p, **options
+        )
 
-    def recorded_mask(self, like: Any, p: float, key: Key, window: Window) -> Any:
-        """Return the mask, in chunks as ``like`` has them, or of Dask's own choice."""
+    def traced_mask(self, like: Any, key: Key, window: Window, rate: Rate) -> Any:
+        """Return the mask, in the chunks of ``like`` or in chunks of Dask's choice."""
         options = _options(key, window, window.shape)
         if options is None:
             return None
         chunks: Any = "auto"
         pairs = list(zip(window.shape, like.shape, strict=False))
         if len(like.shape) == len(window.shape) and all(n in (1, m) for n, m in pairs):
-            # Where the mask is as long as the array, or shared.
             lengths = zip(like.chunks, pairs, strict=True)
             chunks = tuple(c if n == m else (n,) for c, (n, m) in lengths)
         chunks = dask.array.core.normalize_chunks(chunks, window.shape, dtype=bool)
         return dask.array.map_blocks(
-            _kept,
+            _mask_chunk,
             chunks=chunks,
             dtype=bool,
             meta=np.empty((0,) * len(window.shape), bool),
-            p=p,
+            p=rate.p,
             **options,
         )
+
+
+class DaskArrays(Arrays):
+    """Dask arrays, of NumPy's chunks or another library's."""
 
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return the complex array of two real ones of the same chunks."""
         dtype = np.result_type(real.dtype, np.complex64)
-        return dask.array.map_blocks(_joined, real, imag, dtype=dtype)
+        return dask.array.map_blocks(_join_complex, real, imag, dtype=dtype)
+
+
+LIBRARY = ArrayLibrary(arrays=DaskArrays(), operator=DaskOperator())
 
 
 def _options(key: Key, window: Window, shape: Sequence[int]) -> dict[str, Any] | None:
-    """Return what each chunk is told of the whole, if that is known."""
+    """Return what each chunk needs to know of the whole, or None if that is an array."""
     start = window.start or (0,) * len(shape)
     if key.is_traced or not all(isinstance(s, int) for s in start):
         return None
@@ -69,11 +81,11 @@ def _options(key: Key, window: Window, shape: Sequence[int]) -> dict[str, Any] |
     }
 
 
-def _dropped(chunk: Any, *, block_info: Any, **options: Any) -> Any:
+def _drop_chunk(chunk: Any, *, block_info: Any, **options: Any) -> Any:
     return _in_window(dropout, chunk, block_info[0], **options)
 
 
-def _kept(*, block_info: Any, **options: Any) -> Any:
+def _mask_chunk(*, block_info: Any, **options: Any) -> Any:
     location = block_info[None]["array-location"]
     shape = tuple(stop - begin for begin, stop in location)
     return _in_window(keep_mask, shape, block_info[None], **options)
@@ -96,7 +108,7 @@ def _in_window(
     return function(chunk, p, key, **options)
 
 
-def _joined(real: NDArray[Any], imag: NDArray[Any]) -> NDArray[Any]:
+def _join_complex(real: NDArray[Any], imag: NDArray[Any]) -> NDArray[Any]:
     z = np.empty(real.shape, dtype=np.result_type(real.dtype, np.complex64))
     z.real, z.imag = real, imag
     return z

@@ -4,17 +4,17 @@ Flax documentation: flax.nnx.Dropout (0.12).
 """
 
 from collections.abc import Sequence
-from threading import Lock
 from typing import Any
 
 import jax
 from flax import nnx, serialization
 from jax import numpy as jnp
 
+from unidrop.adapters.calls import run_counted
 from unidrop.adapters.jax import as_key, dropout
-from unidrop.dropout import DropoutPlan
 from unidrop.key import Key
 from unidrop.library import get_library
+from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 from unidrop.words import checked_integer
 
@@ -24,9 +24,6 @@ _NO_CALLS = (
     "this Dropout counts no calls, because it was made without a seed, with keys from rngs: "
     "to have calls, make it with seed=, an int or a unidrop.Key"
 )
-
-# Reading a call number and advancing it is one act, also where threads share a module eagerly.
-_COUNTING = Lock()
 
 
 def _saved(key: Key) -> dict[str, Any]:
@@ -172,7 +169,7 @@ class Dropout(nnx.Dropout):
             deterministic = self.deterministic
         if deterministic is None:
             raise ValueError(
-                "Dropout has to know whether to drop: pass `deterministic` to the constructor or "
+                "Dropout must know whether to drop: pass `deterministic` to the constructor or "
                 "to the call, or use `nnx.view(model, deterministic=...)`"
             )
         if deterministic or self.rate == 0:
@@ -195,15 +192,16 @@ class Dropout(nnx.Dropout):
         return dropout(inputs, self.rate, key, broadcast_dims=self.broadcast_dims)
 
     def _drop_counted(self, inputs: Any, seed: Key) -> Any:
-        with _COUNTING:
-            number = self.calls.get_value()
-            self.calls.set_value(number + jnp.uint32(1))
-        try:
-            return self._drop(inputs, seed.fold_in(number))
-        except BaseException:
-            with _COUNTING:
-                self.calls.set_value(self.calls.get_value() - jnp.uint32(1))
-            raise
+        return run_counted(
+            self._take_number,
+            lambda: self.calls.set_value(self.calls.get_value() - jnp.uint32(1)),
+            lambda number: self._drop(inputs, seed.fold_in(number)),
+        )
+
+    def _take_number(self) -> jax.Array:
+        number: jax.Array = self.calls.get_value()
+        self.calls.set_value(number + jnp.uint32(1))
+        return number
 
     def _drawn_key(self, rngs: Any) -> Key:
         if rngs is None:
@@ -217,8 +215,8 @@ class Dropout(nnx.Dropout):
             rngs = rngs()
         if not isinstance(rngs, jax.Array | Key):
             raise TypeError(
-                "rngs has to be an nnx.Rngs, an nnx.RngStream, a key of jax.random or a "
-                f"unidrop.Key, but got {type(rngs)}"
+                "rngs must be an nnx.Rngs, an nnx.RngStream, a key of jax.random or a "
+                f"unidrop.Key, got {type(rngs)}"
             )
         return as_key(rngs)
 

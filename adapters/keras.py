@@ -3,25 +3,23 @@
 Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
 """
 
-from threading import Lock
 from typing import Any
 
 import keras
 import numpy as np
 
-from unidrop.dropout import DropoutPlan
+from unidrop.adapters.calls import run_counted
+from unidrop.adapters.keras_backend import find_replica, make_increment
+from unidrop.adapters.noise_shape import noise_shape_axes
 from unidrop.key import Key
-from unidrop.library import Library, get_library
+from unidrop.library import get_library
+from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
-from unidrop.window import noise_shape_axes
 from unidrop.words import checked_integer
 
 __all__ = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"]
 
 _STATE = "seed_generator_state"
-
-# Reading a call number and advancing it is one act, also where threads share a layer eagerly.
-_COUNTING = Lock()
 
 
 class _SeededLayerMixin(keras.layers.Layer):
@@ -69,12 +67,12 @@ class _SeededLayerMixin(keras.layers.Layer):
             inputs = keras.ops.convert_to_tensor(
                 inputs, dtype=dtype and keras.backend.standardize_dtype(dtype)
             )
-        library = get_library(inputs, "inputs")
-        axes = noise_shape_axes(self._noise_shape(inputs), library.shape(inputs))
-        replica = library.replica(inputs)
+        arrays = get_library(inputs, "inputs").arrays
+        axes = noise_shape_axes(self._noise_shape(inputs), arrays.shape(inputs))
+        replica = find_replica(inputs)
         rank, window = (None, None) if replica is None else replica
         global_shape, start = window or (None, None)
-        call = DropoutPlan.from_args(
+        plan = DropoutPlan.from_args(
             inputs,
             Rate.from_p(self.rate, "rate"),
             broadcast_axes=axes,
@@ -82,12 +80,17 @@ class _SeededLayerMixin(keras.layers.Layer):
             start=start,
             name="inputs",
         )
-        key = self._next_key(None if window else rank)
-        try:
-            return call.drop(inputs, key)
-        except BaseException:
-            self._rollback_call()
-            raise
+        rank = None if window else rank
+        state = self.seed_generator.state.value
+        if get_library(state).arrays.is_traced(state):
+            # One thread traces, and torch.compile cannot record a lock; nothing was counted yet if
+            # the call raises.
+            return plan.apply(inputs, self._make_key(self._advance(state), rank))
+        return run_counted(
+            lambda: self._advance(self.seed_generator.state.value),
+            self._roll_back,
+            lambda state: plan.apply(inputs, self._make_key(self._read(state), rank)),
+        )
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the call as it is, under `keras.RematScope` too.
@@ -100,47 +103,34 @@ class _SeededLayerMixin(keras.layers.Layer):
     def _noise_shape(self, inputs: Any) -> Any:
         return self.noise_shape
 
-    def _next_key(self, rank: Any) -> Key:
-        """Return the key of this call, by replicas that don't know their windows one for each."""
-        state = self.seed_generator.state.value
-        library = get_library(state)
-        # A trace is of one thread, and torch.compile can't record a lock.
-        if library.is_traced(state):
-            state = self._advanced(library, state)
-        else:
-            with _COUNTING:
-                state = self._advanced(library, self.seed_generator.state.value)
-        if not library.is_traced(state):
-            state = [int(number) for number in keras.ops.convert_to_numpy(state)]
-            if not 0 <= state[1] < 1 << 31:
-                self._rollback_call()
-                raise ValueError(
-                    "calls has to be below 2**31, which is as far as Keras' own state counts: give "
-                    "the layer another seed, and set its calls to 0"
-                )
-        key = Key.from_words(state[0], 0) if self._key is None else self._key
-        return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
+    def _advance(self, value: Any) -> Any:
+        """Return the seed and the call number, and count; as `SeedGenerator.next` does.
 
-    def _advanced(self, library: Library, value: Any) -> Any:
-        """Return the seed and call number as they are, and count; as `SeedGenerator.next` does.
-
-        Keras makes an array of NumPy on the way, which torch.compile can't record.
+        `SeedGenerator.next` makes a NumPy array on the way, which torch.compile cannot record.
         """
         state = self.seed_generator.state
         before = value * 1
-        counted = library.counted(before)
-        if counted is None:
-            counted = before + keras.ops.arange(2, dtype=state.dtype)
-        state.assign(counted)
+        state.assign(before + make_increment(before))
         return before
 
-    def _rollback_call(self) -> None:
-        """Take back a call that raised; one that raised while it was traced was never counted."""
-        with _COUNTING:
-            state = self.seed_generator.state.value
-            if not get_library(state).is_traced(state):
-                seed, calls = keras.ops.convert_to_numpy(state)
-                self._set_state(seed, calls - 1)
+    def _read(self, state: Any) -> list[int]:
+        """Return the seed and the call number as integers."""
+        seed, calls = (int(number) for number in keras.ops.convert_to_numpy(state))
+        if not 0 <= calls < 1 << 31:
+            raise ValueError(
+                f"calls must be below 2**31, the largest number of Keras's own state, got {calls}: "
+                "give the layer another seed, and set its calls to 0"
+            )
+        return [seed, calls]
+
+    def _make_key(self, state: Any, rank: Any) -> Key:
+        """Return the key of a call; replicas without a window fold in their rank."""
+        key = Key.from_words(state[0], 0) if self._key is None else self._key
+        return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
+
+    def _roll_back(self) -> None:
+        seed, calls = keras.ops.convert_to_numpy(self.seed_generator.state.value)
+        self._set_state(seed, calls - 1)
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
         """Tell TensorFlow of the call number too, for its checkpoints and SavedModels."""

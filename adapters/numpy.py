@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unidrop.dropout import DropoutPlan
 from unidrop.key import Key, check_key
-from unidrop.library import Library, Memory
+from unidrop.plan import DropoutPlan
+from unidrop.protocols import ArrayLibrary, Buffer, Buffers
 from unidrop.rate import Rate
 
-__all__ = ["NumPy", "aligned_like", "dropout", "dropout_backward", "get_address", "locate_array"]
+__all__ = ["LIBRARY", "aligned_like", "dropout", "dropout_backward", "get_address", "locate_array"]
 
 Rng = int | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
 
@@ -92,16 +92,16 @@ def dropout(
     if key is not None:
         check_key(key)
         if rng is not None:
-            raise ValueError(f"give either key or rng, but got key={key!r} and rng={rng!r}")
+            raise ValueError(f"give either key or rng, got key={key!r} and rng={rng!r}")
     _check_out(out, x)
-    call = DropoutPlan.from_args(x, rate, training=training, broadcast_axes=broadcast_axes)
+    plan = DropoutPlan.from_args(x, rate, training=training, broadcast_axes=broadcast_axes)
     generator = _get_generator(rng) if key is None else None
-    if not call.drops:
-        output, mask = _written(out, x), call.ones(x)
+    if not plan.drops:
+        output, mask = _written(out, x), plan.ones(x)
     else:
         key = _drawn(generator) if key is None else key
-        mask = call.mask(x, key) if return_mask else None
-        output = call.drop(x, key, mask=mask, out=out)
+        mask = plan.mask(x, key) if return_mask else None
+        output = plan.run(x, key, mask, out)
     return (output, mask) if return_mask else output
 
 
@@ -127,7 +127,7 @@ def dropout_backward(
     keep_prob : int or float, optional
         As in the forward call.
     key : unidrop.Key, optional
-        The forward call's key; nothing else has to be kept from it.
+        The forward call's key; nothing else must be kept from it.
     mask : array_like of bool, optional
         Or the mask that the forward call returned. Give one of the two, unless nothing was
         dropped.
@@ -164,18 +164,18 @@ def dropout_backward(
     if key is not None:
         check_key(key)
     _check_out(out, grad)
-    call = DropoutPlan.from_args(
+    plan = DropoutPlan.from_args(
         grad, rate, training=training, broadcast_axes=broadcast_axes, name="grad"
     )
-    if call.drops and (key is None) == (mask is None):
+    if plan.drops and (key is None) == (mask is None):
         raise ValueError(
-            f"give the forward call's key or its mask, but got key={key!r} and mask={mask!r}"
+            f"give the forward call's key or its mask, got key={key!r} and mask={mask!r}"
         )
-    if not call.drops:
+    if not plan.drops:
         return _written(out, grad)
     if key is not None:
-        return call.drop(grad, key, out=out)
-    return _written(out, call.select(grad, _checked_mask(mask, call.window.shape)))
+        return plan.run(grad, key, out=out)
+    return _written(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
 
 
 def _get_rate(p: float, keep_prob: float | None) -> Rate:
@@ -183,19 +183,17 @@ def _get_rate(p: float, keep_prob: float | None) -> Rate:
     if keep_prob is None:
         return rate
     if rate.p != _DEFAULT_P:
-        raise ValueError(f"give either p or keep_prob, but got p={p} and keep_prob={keep_prob}")
+        raise ValueError(f"give either p or keep_prob, got p={p} and keep_prob={keep_prob}")
     return Rate.from_keep_prob(keep_prob)
 
 
 def _get_generator(rng: Rng) -> np.random.Generator:
     if isinstance(rng, bool):
-        raise TypeError(f"rng has to be what default_rng takes, and no bool, but got {rng!r}")
+        raise TypeError(f"rng must be what default_rng takes, and no bool, got {rng!r}")
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"rng has to be what default_rng takes, but got {rng!r}: {error}"
-        ) from None
+        raise type(error)(f"rng must be what default_rng takes, got {rng!r}: {error}") from None
 
 
 def _drawn(generator: Any) -> Key:
@@ -206,14 +204,14 @@ def _check_out(out: object, x: NDArray[Any]) -> None:
     if out is None:
         return
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out has to be a numpy.ndarray, but got {type(out).__name__}")
+        raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
-            f"out has to have shape {x.shape} and dtype {x.dtype}, "
-            f"but got shape {out.shape} and dtype {out.dtype}"
+            f"out must have shape {x.shape} and dtype {x.dtype}, "
+            f"got shape {out.shape} and dtype {out.dtype}"
         )
     if not out.flags.writeable:
-        raise ValueError("out has to be writeable, but got a read-only array")
+        raise ValueError("out must be writeable, got a read-only array")
 
 
 def _written(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
@@ -227,34 +225,37 @@ def _written(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
 def _checked_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool]:
     checked: NDArray[np.bool] = np.asarray(mask)
     if checked.dtype != np.bool:
-        raise TypeError(f"mask has to be of bool, but got dtype {checked.dtype}")
+        raise TypeError(f"mask must be of bool, got dtype {checked.dtype}")
     if checked.shape != shape:
-        raise ValueError(f"mask has to have shape {shape}, but got {checked.shape}")
+        raise ValueError(f"mask must have shape {shape}, got {checked.shape}")
     return checked
 
 
-class NumPy(Library):
-    """NumPy's own arrays, memory-mapped ones included; what subclasses them takes no short cut."""
+class NumPyBuffers(Buffers):
+    """Plain NumPy arrays, memory-mapped ones included; subclasses use the portable path."""
 
-    def memory(self, x: Any) -> Memory | str:
-        """Return where a plain array lies, if its elements are this machine's numbers."""
+    def locate(self, x: Any) -> Buffer | str:
+        """Return the buffer of a plain array of native, aligned elements."""
         if type(x) is not np.ndarray and type(x) is not np.memmap:
-            return f"a {type(x).__name__} is no plain numpy.ndarray"
+            return f"a {type(x).__name__} is not a plain numpy.ndarray"
         return locate_array(x)
 
-    def allocate_like(self, x: Any) -> tuple[Any, Memory]:
-        """Return an empty array, of x's layout as far as that has no gaps."""
+    def allocate_like(self, x: Any) -> tuple[Any, Buffer]:
+        """Return an empty array, in the memory order of x."""
         y = np.empty_like(x, subok=False)
-        return y, Memory(get_address(y), _steps(y))
+        return y, Buffer(get_address(y), _get_steps(y))
 
 
-def locate_array(x: np.ndarray[Any, Any]) -> Memory | str:
+LIBRARY = ArrayLibrary(buffers=NumPyBuffers())
+
+
+def locate_array(x: np.ndarray[Any, Any]) -> Buffer | str:
     """Return where a NumPy array lies, or why a kernel can't read it there."""
     if not x.dtype.isnative:
         return "it is not in this machine's byte order"
     if not x.flags.aligned or any(step % x.itemsize for step in x.strides):
         return "its elements are not aligned"
-    return Memory(get_address(x), _steps(x))
+    return Buffer(get_address(x), _get_steps(x))
 
 
 def aligned_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -272,7 +273,7 @@ def get_address(x: np.ndarray[Any, Any]) -> int:
     return address
 
 
-def _steps(x: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
+def _get_steps(x: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
     if x.flags.c_contiguous:
         return None
     return tuple(step // x.itemsize for step in x.strides)

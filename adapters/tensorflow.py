@@ -3,7 +3,6 @@
 TensorFlow documentation: tf.nn.dropout, tf.nn.experimental.stateless_dropout.
 """
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -12,16 +11,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from unidrop.adapters.noise_shape import noise_shape_axes
 from unidrop.adapters.numpy import get_address, locate_array
-from unidrop.dropout import DropoutPlan
 from unidrop.key import Key, check_key
-from unidrop.library import Library, Memory, Replica, get_library
 from unidrop.philox import ODD_MULTIPLIER, PhiloxBlock
+from unidrop.plan import DropoutPlan
+from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
 from unidrop.rate import Rate
-from unidrop.window import noise_shape_axes
-from unidrop.words import Pair
+from unidrop.words import SplitInteger
 
-__all__ = ["TensorFlow", "dropout"]
+__all__ = ["LIBRARY", "dropout"]
 
 
 def dropout(
@@ -70,9 +69,9 @@ def dropout(
     """
     x = tf.convert_to_tensor(x)
     check_key(key)
-    axes = noise_shape_axes(noise_shape, get_library(x).shape(x))
-    call = DropoutPlan.from_args(x, Rate.from_p(rate, "rate"), broadcast_axes=axes)
-    return call.drop(x, key) if call.drops else x
+    axes = noise_shape_axes(noise_shape, LIBRARY.arrays.shape(x))
+    plan = DropoutPlan.from_args(x, Rate.from_p(rate, "rate"), broadcast_axes=axes)
+    return plan.apply(x, key) if plan.drops else x
 
 
 _PHILOX = 1
@@ -120,7 +119,7 @@ _NAMESPACE = SimpleNamespace(
 )
 
 
-class TensorFlow(Library):
+class TensorFlowArrays(Arrays):
     """TensorFlow tensors, eager or symbolic."""
 
     def namespace(self, x: Any) -> Any:
@@ -134,103 +133,99 @@ class TensorFlow(Library):
     def shape(self, x: Any) -> tuple[Any, ...]:
         """Return the shape, with a scalar tensor for each length that is not known yet."""
         if x.shape.rank is None:
-            raise ValueError("x has to have a known rank, but got a tensor of unknown rank")
+            raise ValueError("x must have a known rank, got a tensor of unknown rank")
         if x.shape.is_fully_defined():
             return tuple(x.shape)
         lengths = tf.shape(x, out_type=tf.int64)
         return tuple(lengths[i] if n is None else n for i, n in enumerate(x.shape))
 
     def is_traced(self, x: Any) -> bool:
-        """Tell whether a graph is being built."""
+        """Return whether TensorFlow is building a graph."""
         return not tf.executing_eagerly()
 
     def is_mutable(self, x: Any) -> bool:
-        """Return False: tensors can't be assigned to."""
+        """Return False: tensors are immutable."""
         return False
 
-    def words(
-        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
+
+class TensorFlowWords(Words):
+    """Words from TensorFlow's own Philox, in ``int64``."""
+
+    def generate(
+        self, xp: Any, device: Any, first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int
     ) -> PhiloxBlock:
-        """Return the words of consecutive blocks, from TensorFlow's own Philox."""
+        """Return the words of consecutive blocks."""
         with tf.device(device):
             flat = _flat_words(first, count, key, tag)
             return tuple(tf.unstack(tf.reshape(tf.cast(flat, tf.int64), [-1, 4]), axis=1))
 
     def keep_flags(
-        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], threshold: int, device: Any
+        self,
+        xp: Any,
+        device: Any,
+        first: SplitInteger,
+        count: Any,
+        key: tuple[Any, Any],
+        threshold: int,
     ) -> Any:
-        """Return the decisions of consecutive blocks, in as few passes over memory as there can be.
+        """Return whether each element is kept, with as few passes over memory as possible.
 
-        The words of one run of blocks come in order. One product of 64 bits makes of each both
-        numbers that it decides by: below, the word itself; above, the odd element's, mod 2^32.
+        The generator returns the words of a single run of blocks in order. One 64-bit product turns
+        each word into both of its numbers u: the word itself in the low half, the odd element's in
+        the high half, modulo 2^32.
         """
         is_one_run = isinstance(first[0], int) or first[0].shape.rank == 0
         if not is_one_run or sys.byteorder == "big":
-            return super().keep_flags(xp, first, count, key, threshold, device)
+            return super().keep_flags(xp, device, first, count, key, threshold)
         with tf.device(device):
             both = tf.constant(ODD_MULTIPLIER << 32 | 1, tf.uint64)
-            wide = tf.cast(_flat_words(first, count, key, 0), tf.uint64) * both
-            numbers = tf.reshape(tf.bitcast(wide, tf.uint32), [-1])
+            products = tf.cast(_flat_words(first, count, key, 0), tf.uint64) * both
+            numbers = tf.reshape(tf.bitcast(products, tf.uint32), [-1])
             return numbers >= tf.constant(threshold, tf.uint32)
 
-    def linear(self, x: Any, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Any:
-        """Return ``forward(x)``, whose gradient is ``transpose`` and keeps nothing of it."""
+
+class TensorFlowOperator(Operator):
+    """Dropout with a custom gradient."""
+
+    def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
+        """Apply dropout as one operator, whose gradient recomputes the mask."""
 
         def backward(upstream: Any) -> Any:
-            # The upstream gradient of a gather is sparse, and of a variable's reader not yet read.
+            # The upstream gradient of a gather is sparse; of a variable's reader, it is unread.
             upstream = tf.convert_to_tensor(upstream)
-            # Grappler would merge both passes' masks, and a graph may run what waits for nothing
-            # at any time: either way every mask would be kept from the forward pass on.
+            # Without this dependency Grappler merges the masks of both passes, or runs the second
+            # one early: either way every mask would be kept from the forward pass on.
             with tf.control_dependencies([upstream]):
-                return transpose(upstream)
+                return plan.apply(upstream, key)
 
         def with_gradient(v: Any) -> Any:
-            return forward(v), backward
+            return plan.run(v, key, mask), backward
 
-        # AutoGraph, which tf.map_fn runs eagerly too, would make tensors of the integers below.
+        # AutoGraph, which tf.map_fn applies eagerly too, would turn the core's integers to tensors.
         run = tf.autograph.experimental.do_not_convert(tf.custom_gradient(with_gradient))
         return run(tf.convert_to_tensor(x))
 
-    def replica(self, x: Any) -> Replica | None:
-        """Return which replica of a `tf.distribute.Strategy` x belongs to.
 
-        Replicas gather the lengths of their parts, an integer each, so that a batch which does
-        not divide evenly gets the masks that one device would have given it, too.
-        """
-        if not tf.distribute.has_strategy():
-            return None
-        context = tf.distribute.get_replica_context()
-        if context is None or context.num_replicas_in_sync == 1:
-            return None
-        rank = context.replica_id_in_sync_group
-        length, *inner = self.shape(x) or (None,)
-        if length is None or not all(isinstance(n, int) for n in inner):
-            return Replica(rank, None)
-        mine = tf.one_hot(rank, context.num_replicas_in_sync, dtype=tf.int64)
-        lengths = context.all_reduce(tf.distribute.ReduceOp.SUM, mine * tf.cast(length, tf.int64))
-        start = tf.cumsum(lengths, exclusive=True)[rank]
-        if not self.is_traced(x):  # a number that is known takes fewer operations
-            start = int(start)
-        longest = (1 << 64) // math.prod(max(1, n) for n in inner)
-        return Replica(rank, ((longest, *inner), (start, *(0 for _ in inner))))
+class TensorFlowBuffers(Buffers):
+    """Eager tensors of the first CPU."""
 
-    def memory(self, x: Any) -> Memory | str:
-        """Return where an eager tensor of the CPU lies."""
+    def locate(self, x: Any) -> Buffer | str:
+        """Return the buffer of an eager tensor of the CPU."""
         if isinstance(x, tf.Variable):
             x = tf.convert_to_tensor(x)
         if not isinstance(x, _EagerTensor):
-            return f"a {type(x).__name__} is no eager tf.Tensor"
+            return f"a {type(x).__name__} is not an eager tf.Tensor"
         if not x.device.endswith("CPU:0"):
             return f"it is on {x.device}, and kernels are for the first CPU"
         if x.shape.rank == 0:
             return "it is a scalar, which TensorFlow gives no view of"
         return locate_array(np.asarray(x))
 
-    def allocate_like(self, x: Any) -> tuple[Any, Memory]:
-        """Return a tensor that nobody else has yet, from TensorFlow's own allocator."""
+    def allocate_like(self, x: Any) -> tuple[Any, Buffer]:
+        """Return a tensor from TensorFlow's own allocator that nobody else references yet."""
         with tf.device(x.device):
             y = tf.raw_ops.Empty(shape=x.shape, dtype=x.dtype)
-        return y, Memory(get_address(np.asarray(y)), None)
+        return y, Buffer(get_address(np.asarray(y)), None)
 
     def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> Any:
         """Return a tensor that is a copy."""
@@ -238,7 +233,12 @@ class TensorFlow(Library):
             return tf.constant(mask)
 
 
-def _flat_words(first: Pair, count: Any, key: tuple[Any, Any], tag: int) -> Any:
+LIBRARY = ArrayLibrary(
+    TensorFlowArrays(), TensorFlowWords(), TensorFlowOperator(), TensorFlowBuffers()
+)
+
+
+def _flat_words(first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int) -> Any:
     """Return the words of consecutive blocks, four a block, in order."""
     return tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[4 * count],

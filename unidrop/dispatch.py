@@ -1,9 +1,9 @@
-"""The one place where an array's path is chosen: fused kernels, or portable operations.
+"""The choice between fused kernels and portable operations; the only module that makes it.
 
-The path changes the time and never a bit. Fused kernels take an array whose elements lie in this
-process's memory, if Numba is there to compile them; everything else takes the operations of its own
-library. So does what is traced, unless its library records dropout as one operator
-(`Library.recorded`), which chooses when it runs.
+The path changes the time, but never a bit. Fused kernels serve arrays whose elements are in this
+process's memory, if Numba is installed to compile them. All other arrays use the operations of
+their own library. So do traced arrays, unless their library records dropout as one operator, which
+chooses a path when it runs.
 """
 
 from collections.abc import Iterator
@@ -12,16 +12,28 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from unidrop.dtypes import compute_dtype, dtype_name
 from unidrop.key import Key
-from unidrop.library import Library, Memory, get_library
+from unidrop.library import get_library
+from unidrop.protocols import ArrayLibrary, Buffer
+from unidrop.rate import Rate
 from unidrop.threads import get_num_threads
 from unidrop.window import Window
 from unidrop.words import MASK32
 
-__all__ = ["PathChoice", "explain_path", "find_kernels", "force_path"]
+__all__ = [
+    "PathChoice",
+    "PathName",
+    "check_fused",
+    "explain_path",
+    "force_path",
+    "fused_dropout",
+    "fused_mask",
+]
+
+PathName = Literal["fused", "portable"]
 
 _PATHS = ("fused", "portable")
 
@@ -30,9 +42,9 @@ _forced: ContextVar[str | None] = ContextVar("unidrop_force_path", default=None)
 
 @dataclass(frozen=True, slots=True)
 class PathChoice:
-    """Which path an array takes, "fused" or "portable", and why."""
+    """The path of an array, and the reason for it."""
 
-    name: str
+    name: PathName
     reason: str
 
     def __str__(self) -> str:
@@ -40,23 +52,23 @@ class PathChoice:
 
 
 def explain_path(x: Any) -> PathChoice:
-    """Tell which path `dropout` takes for an array here and now, and why.
+    """Return the path that `dropout` now chooses for an array, and the reason.
 
     Parameters
     ----------
     x : array
-        Of any library.
+        An array of any library.
 
     Returns
     -------
     PathChoice
-        Its ``name`` is "fused" where single-pass kernels are used and "portable" where the
-        operations of x's own library are; ``reason`` says why. Every result is the same.
+        ``name`` is "fused" for single-pass kernels and "portable" for the operations of x's own
+        library; ``reason`` says why. Both paths return the same bits.
 
     Raises
     ------
     TypeError
-        If x is no array, or of a dtype that has no dropout.
+        If x is not an array, or dropout does not support its dtype.
 
     Examples
     --------
@@ -68,25 +80,25 @@ def explain_path(x: Any) -> PathChoice:
     library = get_library(x)
     compute_dtype(x.dtype)
     if _forced.get() == "portable":
-        return PathChoice("portable", "unidrop.force_path says so")
+        return PathChoice("portable", "unidrop.force_path forces it")
     if 0 in x.shape:
         return PathChoice("portable", "it is empty")
-    found = _kernels_or_why(library, x)
-    if isinstance(found, str):
-        return PathChoice("portable", found)
+    kernels = _find_kernels(library, x)
+    if isinstance(kernels, str):
+        return PathChoice("portable", kernels)
     threads = get_num_threads()
     some = f"{threads} threads" if threads > 1 else "1 thread"
     return PathChoice("fused", f"{dtype_name(x.dtype)} in this process's memory, up to {some}")
 
 
 @contextmanager
-def force_path(path: str) -> Iterator[None]:
-    """Allow one path only, in this thread or task, for tests and measurements.
+def force_path(path: PathName) -> Iterator[None]:
+    """Force one path in this thread or task, for tests and measurements.
 
     Parameters
     ----------
-    path : str
-        "portable"; or "fused", and an array that kernels can't take then raises.
+    path : {"fused", "portable"}
+        With "fused", dropout of an array that kernels cannot reach raises RuntimeError.
 
     Raises
     ------
@@ -99,10 +111,10 @@ def force_path(path: str) -> Iterator[None]:
     >>> import unidrop
     >>> with unidrop.force_path("portable"):
     ...     print(unidrop.explain_path(numpy.ones(6)))
-    portable: unidrop.force_path says so
+    portable: unidrop.force_path forces it
     """
     if path not in _PATHS:
-        raise ValueError(f"path has to be one of {', '.join(_PATHS)}, but got {path!r}")
+        raise ValueError(f"path must be one of {', '.join(_PATHS)}, got {path!r}")
     token = _forced.set(path)
     try:
         yield
@@ -110,74 +122,125 @@ def force_path(path: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def find_kernels(
-    library: Library, x: Any, key: Key, window: Window
-) -> tuple[Any, Memory, int, int] | None:
-    """Return what kernels need to take an array, or None if it takes the portable path.
+def fused_dropout(
+    library: ArrayLibrary, x: Any, key: Key, window: Window, rate: Rate, out: Any = None
+) -> Any | None:
+    """Return dropout of an array that is not empty by fused kernels, or None if they cannot run.
 
-    Returns
-    -------
-    package, memory, key, base
-        The package of kernels, where x lies, and as integers the key and the number of the
-        window's first element.
+    Parameters
+    ----------
+    library : ArrayLibrary
+        The library of x.
+    x : array
+    key : Key
+    window : Window
+    rate : Rate
+        A rate that keeps some elements.
+    out : array, optional
+        The array to write and return, of the shape and dtype of x; may be x.
 
     Raises
     ------
     RuntimeError
-        If `force_path` demands kernels, and they can't take x.
+        If `force_path` demands kernels that cannot run.
     """
-    allowed = _forced.get()
-    if allowed == "portable":
+    kernels = _choose_kernels(library, x, key, window)
+    if kernels is None:
         return None
-    found = _kernels_or_why(library, x, key, window)
-    if isinstance(found, str):
-        if allowed == "fused":
-            raise RuntimeError(f"only fused kernels are allowed, but they can't take this: {found}")
+    package, source = kernels
+    buffers = library.buffers
+    y, target = buffers.allocate_like(x) if out is None else (out, buffers.locate(out))
+    kind, shape = dtype_name(x.dtype), tuple(x.shape)
+    kernel = None
+    if not isinstance(target, str):
+        kernel = package.prepare(kind, shape, target.strides, window.strides)
+    if kernel is None:  # kernels cannot write to out: it has gaps, or is not in memory
+        buffers.copy_into(out, fused_dropout(library, x, key, window, rate))
+        return out
+    if not package.can_read(kind, shape, source, target):
+        buffers.copy_into(y, x)
+        source = target
+    package.run_kernel(kernel, source, target, rate, *_get_numbers(key, window), (x, y))
+    return buffers.wrap(y, x) if out is None else out
+
+
+def fused_mask(
+    library: ArrayLibrary, like: Any, key: Key, window: Window, rate: Rate, device: Any
+) -> Any | None:
+    """Return the mask of a window that is not empty by fused kernels, or None if they cannot run.
+
+    ``like`` is an array of the library on the device; the rest is as in `fused_dropout`.
+    """
+    kernels = _choose_kernels(library, like, key, window)
+    if kernels is None:
         return None
-    package, memory = found
-    lo, hi = key.words
-    base = window.whole.base
-    if window.offsets:
-        base += sum(_start(start) * stride for start, stride in window.offsets)
-    return package, memory, _word(hi) << 32 | _word(lo), base % (1 << 64)
+    package, _ = kernels
+    mask = package.make_mask(window.shape, window.strides, rate, *_get_numbers(key, window))
+    return library.buffers.from_numpy(mask, device)
 
 
-def _word(word: Any) -> int:
-    """Return a key's word, whether it is an integer or an array of one."""
-    return int(word) & MASK32
+def check_fused(library: ArrayLibrary, like: Any, key: Key, window: Window) -> None:
+    """Raise RuntimeError if `force_path` demands kernels that cannot run."""
+    _choose_kernels(library, like, key, window)
 
 
-def _start(start: Any) -> int:
-    """Return the value of a window's start that is an array."""
-    hi, lo = get_library(start).split(start, "start")
-    return int(hi) << 32 | int(lo)
+def _choose_kernels(
+    library: ArrayLibrary, x: Any, key: Key, window: Window
+) -> tuple[Any, Buffer] | None:
+    """Return the package of kernels and the buffer of x, or None for the portable path."""
+    forced = _forced.get()
+    if forced == "portable":
+        return None
+    kernels = _find_kernels(library, x, key, window)
+    if isinstance(kernels, str):
+        if forced == "fused":
+            raise RuntimeError(f"unidrop.force_path demands fused kernels, but {kernels}")
+        return None
+    return kernels
 
 
-def _kernels_or_why(
-    library: Library, x: Any, key: Key | None = None, window: Window | None = None
-) -> tuple[Any, Memory] | str:
-    if library.is_traced(x) or _has_traced(key, window):
-        return "it is traced, and what traces it compiles it"
-    memory = library.memory(x)
-    if isinstance(memory, str):
-        return memory
-    package = _package()
+def _find_kernels(
+    library: ArrayLibrary, x: Any, key: Key | None = None, window: Window | None = None
+) -> tuple[Any, Buffer] | str:
+    """Return the package of kernels and the buffer of x, or the reason why kernels cannot run."""
+    if library.arrays.is_traced(x) or _has_traced(key, window):
+        return "it is traced, and the compiler of the trace compiles dropout"
+    buffer = library.buffers.locate(x)
+    if isinstance(buffer, str):
+        return buffer
+    package = _get_package()
     if isinstance(package, str):
         return package
-    return package.unavailable() or (package, memory)
+    return package.unavailable() or (package, buffer)
 
 
 def _has_traced(key: Key | None, window: Window | None) -> bool:
     numbers: list[Any] = []
     if key is not None and key.is_traced:
         numbers.extend(key.words)
-    if window is not None and window.offsets:
+    if window is not None and window.global_shape is not None:
         numbers.extend(start for start, _ in window.offsets)
-    return any(get_library(number).is_traced(number) for number in numbers)
+    return any(get_library(number).arrays.is_traced(number) for number in numbers)
+
+
+def _get_numbers(key: Key, window: Window) -> tuple[int, int]:
+    """Return the key and the number of the window's first element as integers below 2^64."""
+    lo, hi = key.words
+    number = (int(hi) & MASK32) << 32 | (int(lo) & MASK32)
+    if window.global_shape is None:
+        return number, 0
+    base = window.whole.base + sum(_read(start) * stride for start, stride in window.offsets)
+    return number, base % (1 << 64)
+
+
+def _read(start: Any) -> int:
+    """Return the value of a window's start that is an array."""
+    hi, lo = get_library(start).split(start, "start")
+    return int(hi) << 32 | int(lo)
 
 
 @cache
-def _package() -> Any:
+def _get_package() -> Any:
     try:
         return import_module("unidrop.fused")
     except ModuleNotFoundError as error:

@@ -1,7 +1,9 @@
-"""Dtypes by name, since every library has its own objects for them, and not all have bfloat16."""
+"""Dtypes by name: every library has its own dtype objects, and some lack bfloat16."""
 
 from functools import lru_cache
 from typing import Any
+
+import numpy
 
 __all__ = ["DTYPES", "compute_dtype", "dtype_name", "integer_bits"]
 
@@ -14,7 +16,7 @@ _COMPUTE = {
     "complex128": "float64",
 }
 
-#: The dtypes that have dropout.
+#: The dtypes that dropout supports.
 DTYPES = tuple(_COMPUTE)
 
 _INTEGERS = {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -29,15 +31,15 @@ def dtype_name(dtype: Any) -> str:
     >>> dtype_name(numpy.dtype(">f4"))
     'float32'
     """
-    if type(dtype).__module__ == "numpy.dtypes":
-        return _numpy_name(dtype)
+    if isinstance(dtype, numpy.dtype):
+        return _get_numpy_name(dtype)
     name = getattr(dtype, "name", None)
     return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
 
 
 @lru_cache(maxsize=64)
-def _numpy_name(dtype: Any) -> str:
-    """Return what NumPy takes a while to put together."""
+def _get_numpy_name(dtype: Any) -> str:
+    """Return the name of a NumPy dtype, which NumPy composes anew at every access."""
     name: str = dtype.name
     return name
 
@@ -48,7 +50,7 @@ def compute_dtype(dtype: Any, name: str = "x") -> str:
     Raises
     ------
     TypeError
-        If dtype is not one of those that have dropout; names the argument.
+        If dropout does not support the dtype; names the argument.
 
     Examples
     --------
@@ -60,7 +62,7 @@ def compute_dtype(dtype: Any, name: str = "x") -> str:
         return _COMPUTE[dtype_name(dtype)]
     except KeyError:
         raise TypeError(
-            f"{name} has to be of a floating-point dtype ({', '.join(_COMPUTE)}), but got {dtype}"
+            f"{name} must be of a floating-point dtype ({', '.join(_COMPUTE)}), got {dtype}"
         ) from None
 
 

@@ -1,34 +1,39 @@
-"""Keys: the 64-bit numbers that name a mask, and how one key is folded into another."""
+"""Keys: the 64-bit numbers that name masks, and folding data into them."""
 
 import hashlib
 from typing import Any, Self
 
-from unidrop.library import Library, get_library
+import numpy
+
+from unidrop.library import get_library
 from unidrop.philox import philox
-from unidrop.words import checked_integer, split64
+from unidrop.protocols import ArrayLibrary
+from unidrop.words import SplitInteger, checked_integer, split64
 
 __all__ = ["Key", "check_key", "string_data"]
 
 _TAG_INTEGER = 1
 _TAG_STRING = 2
 
+_NUMPY = (numpy.ndarray, numpy.generic)  # a union of types cannot be traced by Dynamo
+
 
 class Key:
     """The key of a mask: one 64-bit number, immutable and hashable.
 
-    Fold in, in this order, what makes a mask your own: the site in the network, the rank (where
-    replicas must differ), and the step. One key, one use: two masks of one key at two rates are
-    nested, and a longer one begins with the shorter.
+    Fold in the site in the network, the rank (if replicas must differ) and the step, in this
+    order. Use each key once: masks of one key at two rates are nested, and a longer mask begins
+    with the shorter one.
 
     Parameters
     ----------
     seed : int
-        0 <= seed < 2^64, whatever `operator.index` accepts except a bool. The key is this number.
+        The key itself, 0 <= seed < 2^64. Anything that `operator.index` accepts, except a bool.
 
     Raises
     ------
     TypeError
-        If seed is no integer.
+        If seed is not an integer.
     ValueError
         If seed is negative or 2^64 or more; nothing wraps.
 
@@ -38,12 +43,12 @@ class Key:
     Key(0x4569f48a8d0f18c9)
     """
 
-    # A pair (lo, hi), or an array of these two that a library keeps as one.
+    # (lo, hi), or one array of both that a library keeps.
     __slots__ = ("_words",)
     _words: Any
 
     def __init__(self, seed: int) -> None:
-        hi, lo = divmod(checked_integer(seed, "seed"), 1 << 32)
+        hi, lo = split64(checked_integer(seed, "seed"))
         object.__setattr__(self, "_words", (lo, hi))
 
     @classmethod
@@ -53,14 +58,14 @@ class Key:
         Parameters
         ----------
         lo, hi : int or 0-d integer array
-            Words in [0, 2^32). The values of arrays are not looked at; the low 32 bits are used.
+            Words in [0, 2^32). Values of arrays are not read; only their low 32 bits count.
 
         Raises
         ------
         TypeError
             If a word is neither an integer nor an array of integers.
         ValueError
-            If a Python integer is not a word, or an array is not 0-d.
+            If a Python integer is outside [0, 2^32), or an array is not 0-d.
 
         Examples
         --------
@@ -69,24 +74,22 @@ class Key:
         """
         for word, name in ((lo, "lo"), (hi, "hi")):
             if not _is_index(word):
-                joined = _library_of_integer(word, name).joined(lo, hi)
-                if joined is not None:
-                    return cls.holding(joined)
-        lo_word, hi_word = _word(lo, "lo"), _word(hi, "hi")
-        if isinstance(lo_word, int) and isinstance(hi_word, int):
-            return cls((hi_word << 32) + lo_word)
-        if isinstance(lo_word, int):
-            lo_word = _like(lo_word, hi_word)
-        elif isinstance(hi_word, int):
-            hi_word = _like(hi_word, lo_word)
-        return cls.holding((lo_word, hi_word))
+                packed = _get_integer_library(word, name).operator.pack_key(lo, hi)
+                if packed is not None:
+                    return cls._from_raw_words(packed)
+        lo_word, hi_word = _as_word(lo, "lo"), _as_word(hi, "hi")
+        if isinstance(lo_word, int) and not isinstance(hi_word, int):
+            lo_word = _as_array_word(lo_word, hi_word)
+        elif isinstance(hi_word, int) and not isinstance(lo_word, int):
+            hi_word = _as_array_word(hi_word, lo_word)
+        return cls._from_raw_words((lo_word, hi_word))
 
     @classmethod
-    def holding(cls, words: Any) -> Self:
-        """Return the key that holds its words as they are, unchecked: for a library's own trees.
+    def _from_raw_words(cls, words: Any) -> Self:
+        """Return a key of unchecked words: ``(lo, hi)``, or an array of shape (2,).
 
-        That is a pair (lo, hi), where whatever stands there for a word may be held, such as a batch
-        of them, or None; or an array of shape (2,).
+        An adapter that registers keys as a pytree passes whatever a transformation puts in place of
+        a word, such as a batch or None.
         """
         key = cls.__new__(cls)
         object.__setattr__(key, "_words", words)
@@ -94,18 +97,13 @@ class Key:
 
     @property
     def words(self) -> tuple[Any, Any]:
-        """The key's words ``(lo, hi)``, Python integers, or 0-d arrays of a traced key."""
+        """The words ``(lo, hi)`` of the key: Python integers, or 0-d arrays if it is traced."""
         lo, hi = self._words
         return lo, hi
 
     @property
-    def held(self) -> Any:
-        """What holds the words: a pair (lo, hi), or an array of these two."""
-        return self._words
-
-    @property
     def is_traced(self) -> bool:
-        """Whether the key's words are arrays, whose values may be unknown yet."""
+        """Whether the words of the key are arrays, whose values may not be known yet."""
         words = self._words
         return not (
             isinstance(words, tuple) and isinstance(words[0], int) and isinstance(words[1], int)
@@ -117,10 +115,10 @@ class Key:
         Parameters
         ----------
         data : int, str or 0-d integer array
-            An integer in [0, 2^64) (what `operator.index` accepts, except bool), or any string
-            that UTF-8 can encode, the empty one included and not normalised; 7 and "7" differ.
-            An array other than NumPy's is taken as traced: its value is not looked at, a 32-bit
-            one is zero-extended, and the key returned is traced.
+            An integer in [0, 2^64) (anything that `operator.index` accepts, except a bool), or
+            any string that UTF-8 can encode. Strings are not normalized; 7 and "7" differ. Arrays
+            other than NumPy's count as traced: their values are not read, narrow integers are
+            zero-extended, and the returned key is traced.
 
         Returns
         -------
@@ -131,7 +129,7 @@ class Key:
         Raises
         ------
         TypeError
-            If data is neither, or a bool.
+            If data is a bool, or neither an integer nor a string.
         ValueError
             If an integer is negative or too large, a string has a lone surrogate, or an array is
             not 0-d.
@@ -144,26 +142,25 @@ class Key:
         Key(0xa1951b70d619276d)
         """
         if isinstance(data, str):
-            return self._fold(split64(string_data(data)), _TAG_STRING, None)
+            return self._fold(split64(string_data(data)), _TAG_STRING)
         if _is_index(data):
-            return self._fold(split64(checked_integer(data, "data")), _TAG_INTEGER, None)
-        library = _library_of_integer(data, "data")
-        folded = library.folded(self._words, data)
-        if folded is not None:
-            return type(self).holding(folded)
-        return self._fold(library.split(data, "data"), _TAG_INTEGER, library)
+            return self._fold(split64(checked_integer(data, "data")), _TAG_INTEGER)
+        library = _get_integer_library(data, "data")
+        words = library.operator.fold_in(self._words, data)
+        if words is None:
+            return self._fold(library.split(data, "data"), _TAG_INTEGER)
+        return self._from_raw_words(words)
 
-    def _fold(self, data: tuple[Any, Any], tag: int, library: Library | None) -> Self:
+    def _fold(self, data: SplitInteger, tag: int) -> Self:
         hi, lo = data
-        like = self.words[0] if self.is_traced else lo
-        if self.is_traced:
-            library = get_library(like)
-        if library is None:
+        if not self.is_traced and isinstance(lo, int):
             lo, hi, _, _ = philox((lo, hi, 0, tag), self._words)
-            return type(self)((hi << 32) + lo)
-        xp = library.namespace(like)
-        lo, hi, _, _ = library.words(xp, (hi, lo), 1, self.words, tag, library.device(like))
-        return type(self).holding((xp.reshape(lo, ()), xp.reshape(hi, ())))
+            return self._from_raw_words((lo, hi))
+        like = self.words[0] if self.is_traced else lo
+        library = get_library(like)
+        xp, device = library.arrays.namespace(like), library.arrays.device(like)
+        lo, hi, _, _ = library.words.generate(xp, device, (hi, lo), 1, self.words, tag)
+        return self._from_raw_words((xp.reshape(lo, ()), xp.reshape(hi, ())))
 
     def __int__(self) -> int:
         if self.is_traced:
@@ -200,47 +197,52 @@ class Key:
 
 
 def check_key(key: object) -> None:
-    """Raise TypeError unless key is a `Key`, and ValueError if it is a batch of them."""
+    """Raise TypeError unless key is a `Key`, and ValueError if it is a batch of keys."""
     if not isinstance(key, Key):
         raise TypeError(
-            "key has to be a unidrop.Key, such as Key(42).fold_in(step), "
-            f"but got {key!r} of type {type(key).__name__}"
+            "key must be a unidrop.Key, such as Key(42).fold_in(step), "
+            f"got {key!r} of type {type(key).__name__}"
         )
-    if not (isinstance(key.held, tuple) and key.is_traced):
-        return
-    for word in key.held:
-        shape = () if isinstance(word, int) else get_library(word, "key").shape(word)
-        if shape != ():
-            raise ValueError(
-                f"key has to be one key, but got a batch of them, of shape {shape}: map the "
-                "function that calls dropout over them, as vmap does"
-            )
+    words = key._words
+    if isinstance(words, tuple):
+        for word in words:
+            if not isinstance(word, int):
+                _check_scalar_word(word)
+
+
+def _check_scalar_word(word: Any) -> None:
+    shape = get_library(word, "key").arrays.shape(word)
+    if shape != ():
+        raise ValueError(
+            f"key must be one key, got a batch of them, of shape {shape}: map the function that calls "
+            "dropout over the batch, as vmap does"
+        )
 
 
 def _is_index(value: object) -> bool:
-    """Tell whether a value's number may be read now: Python's and NumPy's integers, and the like.
+    """Return whether the number of a value can be read now, as Python's and NumPy's integers can.
 
-    An array of another library is left unread even where it could be: reading it would stop a
-    trace, or wait for a device.
+    Arrays of other libraries stay unread even if they have a value: reading one would stop a trace
+    or wait for a device.
     """
-    # A subclass of int may have a dtype, as one has that stands for a constant of a trace. These
-    # questions, in this order, are what a compiler can answer of what it traces.
+    # A subclass of int may have a dtype: it stands for a constant of a trace. Dynamo can answer
+    # these questions in this order.
     if isinstance(value, int):
         return True
     if hasattr(value, "dtype"):
-        return type(value).__module__.partition(".")[0] == "numpy"
+        return isinstance(value, _NUMPY)
     return hasattr(value, "__index__")
 
 
-def _like(word: int, array: Any) -> Any:
+def _as_array_word(word: int, array: Any) -> Any:
     """Return a Python word as an array like another word."""
     library = get_library(array)
-    words = library.arithmetic(library.namespace(array), library.device(array))
-    return (array & 0) | words.constant(word)
+    xp, device = library.arrays.namespace(array), library.arrays.device(array)
+    return (array & 0) | library.words.arithmetic(xp, device).constant(word)
 
 
 def string_data(data: str) -> int:
-    """Return the number that a string folds as: BLAKE2b of its UTF-8 bytes, of 8 bytes.
+    """Return the number that stands for a string: the 8-byte BLAKE2b digest of its UTF-8 bytes.
 
     Raises
     ------
@@ -251,21 +253,21 @@ def string_data(data: str) -> int:
         encoded = data.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"data has to be a string that UTF-8 can encode, but got {data!r}: {error.reason}"
+            f"data must be a string that UTF-8 can encode, got {data!r}: {error.reason}"
         ) from None
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
 
 
-def _word(value: Any, name: str) -> Any:
+def _as_word(value: Any, name: str) -> Any:
     if _is_index(value):
         return checked_integer(value, name, bits=32)
-    return _library_of_integer(value, name).split(value, name)[1]
+    return _get_integer_library(value, name).split(value, name)[1]
 
 
-def _library_of_integer(value: Any, name: str) -> Library:
+def _get_integer_library(value: Any, name: str) -> ArrayLibrary:
     if not hasattr(value, "dtype"):
         raise TypeError(
-            f"{name} has to be an integer, a string or a 0-d integer array, "
-            f"but got {value!r} of type {type(value).__name__}"
+            f"{name} must be an integer, a string or a 0-d integer array, "
+            f"got {value!r} of type {type(value).__name__}"
         )
     return get_library(value)

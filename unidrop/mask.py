@@ -1,9 +1,9 @@
-"""The mask: which elements of an array a key keeps.
+"""The mask: the elements of an array that a key keeps.
 
 Elements are numbered by their logical C-order index i in the mask's shape, whatever the strides.
-Block ``i // 8`` of Philox gives four words, word ``(i // 2) % 4`` decides elements i and i + 1: as
-itself for even i, times `ODD_MULTIPLIER` modulo 2^32 for odd i. An element is kept where that
-number is at least the threshold. docs/spec.md is the whole story.
+Block ``i // 8`` of Philox consists of four words; word ``(i // 2) % 4`` is the number u of an even
+element, and times `ODD_MULTIPLIER` modulo 2^32 the number u of the odd element after it. An element
+is kept if u is at least the threshold. docs/spec.md defines the rest.
 """
 
 import math
@@ -12,19 +12,28 @@ from typing import Any, Final
 
 import numpy
 
-from unidrop.dispatch import find_kernels
+from unidrop.dispatch import fused_mask
 from unidrop.key import Key, check_key
-from unidrop.library import Library, get_namespace_library
+from unidrop.library import get_namespace_library
+from unidrop.protocols import ArrayLibrary
 from unidrop.rate import Rate
 from unidrop.window import Axis, Piece, Window
-from unidrop.words import Pair, Words, add_pairs, arange64, mul_pair, shift_pair, split64
+from unidrop.words import (
+    SplitInteger,
+    WordArithmetic,
+    add_split,
+    arange64,
+    mul_split,
+    shift_split,
+    split64,
+)
 
-__all__ = ["STREAM_VERSION", "keep_mask", "portable_mask", "window_mask"]
+__all__ = ["STREAM_VERSION", "keep_mask", "make_mask", "portable_mask"]
 
 STREAM_VERSION: Final = 1
 
-# Elements that are decided at a time where the library runs eagerly: few enough for the words of a
-# piece to stay in cache, and enough for the overhead of a call, and of a thread pool, not to show.
+# Elements decided at a time by eager libraries: few enough for their words to stay in cache, and
+# enough to hide the overhead of a call and of a thread pool.
 PIECE: Final = 1 << 18
 
 
@@ -49,19 +58,19 @@ def keep_mask(
     p : int or float
         The probability of dropping an element, in [0, 1].
     key : Key
-        The mask's name. One key, one use.
+        The name of the mask. Use each key once.
     xp : namespace, default numpy
-        The library to make the mask in, as its users name it: numpy, torch, jax.numpy, tensorflow.
+        The library of the mask, as its users name it: numpy, torch, jax.numpy, tensorflow.
     device : device, optional
-        Where to make it; the library's default device if None.
+        The device of the mask; None is the library's default device.
     training : bool, default True
-        If False everything is kept.
+        If False, every element is kept.
     broadcast_axes : sequence of int, default ()
-        Axes along which the mask has length 1, and one decision is shared.
+        Axes along which elements share one decision, and the mask has length 1.
     global_shape, start : sequence of int, optional
         The array is the block that begins at ``start`` of an array of shape ``global_shape``, and
-        gets exactly that block of the whole mask. Elements of start may be 0-d integer arrays,
-        whose values are not checked.
+        gets exactly that block of the whole mask. Elements of start may be 0-d integer arrays; their
+        values are not checked.
 
     Returns
     -------
@@ -71,7 +80,7 @@ def keep_mask(
     Raises
     ------
     TypeError
-        If p is no Python number, key no Key, xp no namespace, or a length no integer.
+        If p is not a Python number, key not a Key, xp not a namespace, or a length not an integer.
     ValueError
         If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
         of keys.
@@ -91,64 +100,65 @@ def keep_mask(
     library, xp = get_namespace_library(numpy if xp is None else xp)
     if not training:
         return xp.ones(window.shape, dtype=xp.bool, device=device)
-    return window_mask(library, xp, window, rate, key, device, xp.zeros((0,), device=device))
+    return make_mask(library, xp.zeros((0,), device=device), key, window, rate, device)
 
 
-def window_mask(
-    library: Library, xp: Any, window: Window, rate: Rate, key: Key, device: Any, like: Any
+def make_mask(
+    library: ArrayLibrary, like: Any, key: Key, window: Window, rate: Rate, device: Any
 ) -> Any:
-    """Return the mask of a window, made like the array ``like``: traced, or piece by piece.
+    """Return the mask of a window on a device, by the path of the array ``like``.
 
-    Beyond the mask it needs about 10 MiB where items can be assigned (40 bytes for each of `PIECE`
-    elements), and once or twice the mask more where they can't.
+    Beyond the mask, eager libraries need about 10 MiB if items can be assigned (40 bytes for each
+    of `PIECE` elements), and once or twice the mask if not.
     """
     if rate.keeps_all or rate.keeps_nothing or _is_zero(window.size):
+        xp = library.arrays.namespace(like)
         fill = xp.ones if rate.keeps_all else xp.zeros
         return fill(window.shape, dtype=xp.bool, device=device)
-    if library.is_traced(like):
-        recorded = library.recorded_mask(like, rate.p, key, window)
-        if recorded is not None:
-            return recorded
-    kernels = find_kernels(library, like, key, window)
-    if kernels is not None:
-        package, _, number, base = kernels
-        return library.from_numpy(package.keep(window, rate, number, base), device)
-    return portable_mask(library, xp, window, rate, key, device, like)
+    if library.arrays.is_traced(like):
+        traced = library.operator.traced_mask(like, key, window, rate)
+        if traced is not None:
+            return traced
+    mask = fused_mask(library, like, key, window, rate, device)
+    return portable_mask(library, like, key, window, rate, device) if mask is None else mask
 
 
 def portable_mask(
-    library: Library, xp: Any, window: Window, rate: Rate, key: Key, device: Any, like: Any
+    library: ArrayLibrary, like: Any, key: Key, window: Window, rate: Rate, device: Any
 ) -> Any:
-    """Return the mask of a window that is not empty, by the library's operations alone.
+    """Return the mask of a window that is not empty, by the operations of the library alone.
 
-    The rate keeps something, and not everything.
+    The rate keeps some elements and drops some.
     """
-    words = library.arithmetic(xp, device)
+    xp = library.arrays.namespace(like)
+    words = library.words.arithmetic(xp, device)
 
-    def keep_flags(piece: Piece) -> Any:
-        return _piece_mask(library, xp, words, piece, window.offsets, rate.threshold, key, device)
+    def decide(piece: Piece) -> Any:
+        return _piece_mask(
+            library, xp, words, piece, window.offsets, rate.threshold, key.words, device
+        )
 
     values = (like, *key.words, *(value for value, _ in window.offsets))
-    if any(library.is_traced(value) for value in values if not isinstance(value, int)):
-        return xp.reshape(keep_flags(window.whole), window.shape)
+    if any(library.arrays.is_traced(value) for value in values if not isinstance(value, int)):
+        return xp.reshape(decide(window.whole), window.shape)
     pieces = list(window.pieces(_piece_size(window)))
     if len(pieces) == 1:
-        return xp.reshape(keep_flags(pieces[0]), window.shape)
-    if not library.is_mutable(xp.empty((0,))):
-        return xp.reshape(xp.concat([keep_flags(piece) for piece in pieces]), window.shape)
+        return xp.reshape(decide(pieces[0]), window.shape)
+    if not library.arrays.is_mutable(xp.empty((0,))):
+        return xp.reshape(xp.concat([decide(piece) for piece in pieces]), window.shape)
     flat = xp.empty((window.size,), dtype=xp.bool, device=device)
     done = 0
     for piece in pieces:
-        keep = keep_flags(piece)
+        keep = decide(piece)
         flat[done : done + keep.shape[0]] = keep
         done += keep.shape[0]
     return xp.reshape(flat, window.shape)
 
 
 def _piece_size(window: Window) -> int:
-    """Return how many elements to decide at a time, so that as many as `PIECE` are made for them.
+    """Return how many elements to decide at a time, so that `PIECE` flags are computed for them.
 
-    The row of a window that begins inside a block needs the whole block, and so does its end.
+    A row that begins or ends inside a block needs the flags of the whole block.
     """
     *rows, (length, _) = window.whole.axes
     return max(1, PIECE * length // (length + 14)) if rows else PIECE
@@ -159,32 +169,32 @@ def _is_zero(size: Any) -> bool:
 
 
 def _piece_mask(
-    library: Library,
+    library: ArrayLibrary,
     xp: Any,
-    words: Words,
+    words: WordArithmetic,
     piece: Piece,
     offsets: tuple[tuple[Any, int], ...],
     threshold: int,
-    key: Key,
+    key: tuple[Any, Any],
     device: Any,
 ) -> Any:
-    """Return the decisions of a piece, flat."""
+    """Return whether each element of a piece is kept, flat."""
     *rows, (length, _) = piece.axes
     strides = (*(row.stride for row in rows), *(stride for _, stride in offsets))
     aligned = all(stride % 8 == 0 for stride in strides)
     skip = piece.base % 8
     count = (skip + length + 7) // 8 if aligned else (length + 14) // 8
-    block: Pair = split64(piece.base // 8)
-    index: Pair = split64(piece.base)
+    block: SplitInteger = split64(piece.base // 8)
+    index: SplitInteger = split64(piece.base)
     if rows or offsets:
         index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
-        block = shift_pair(words, index, 3)
-    keep = library.keep_flags(xp, block, count, key.words, threshold, device)
+        block = shift_split(words, index, 3)
+    keep = library.words.keep_flags(xp, device, block, count, key, threshold)
     if aligned and not rows:
         return keep[skip : skip + length]
     if aligned:
         return xp.reshape(xp.reshape(keep, (-1, count * 8))[:, skip : skip + length], (-1,))
-    # Rows begin anywhere in their blocks: each takes its own part of what was decided for it.
+    # Rows begin anywhere in a block: each row takes its own part of the flags of its blocks.
     _, column = arange64(words, length, device)
     taken = (index[1] & 7) + column
     if rows:
@@ -194,27 +204,29 @@ def _piece_mask(
 
 
 def _row_indices(
-    library: Library,
+    library: ArrayLibrary,
     xp: Any,
-    words: Words,
+    words: WordArithmetic,
     base: int,
     rows: list[Axis],
     offsets: tuple[tuple[Any, int], ...],
     device: Any,
-) -> Pair:
-    """Return the index of the first element of each row, as a pair of shape (rows, 1).
+) -> SplitInteger:
+    """Return the index of the first element of each row, as words of shape (rows, 1).
 
-    Of shape () where there is one row alone: libraries have a generator for one run of blocks.
+    A single row has shape (), because native generators number a single run of blocks.
     """
-    # Also where it is 0: the mask's device is this one, and not a start's.
+    # Even a base of 0 becomes an array: the mask belongs on this device, not on a start's.
     hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in split64(base))
-    index: Pair = (hi, lo)
+    index: SplitInteger = (hi, lo)
     for start, stride in offsets:
-        index = add_pairs(words, index, mul_pair(words, library.split(start, "start"), stride))
+        index = add_split(
+            words, index, mul_split(words, library.words.split(xp, device, start, "start"), stride)
+        )
     if not rows:
         return index
     for row in rows:
-        steps = mul_pair(words, arange64(words, row.length, device), row.stride)
+        steps = mul_split(words, arange64(words, row.length, device), row.stride)
         hi, lo = index
-        index = add_pairs(words, (xp.expand_dims(hi, axis=-1), xp.expand_dims(lo, axis=-1)), steps)
+        index = add_split(words, (xp.expand_dims(hi, axis=-1), xp.expand_dims(lo, axis=-1)), steps)
     return xp.reshape(index[0], (-1, 1)), xp.reshape(index[1], (-1, 1))

@@ -7,7 +7,7 @@ J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, "Parallel random numbers:
 from collections.abc import Iterator
 from typing import Any, Final
 
-from unidrop.words import MASK32, Words
+from unidrop.words import MASK32, WordArithmetic
 
 __all__ = ["ODD_MULTIPLIER", "ROUNDS", "PhiloxBlock", "keep_flags", "next_round_key", "philox"]
 
@@ -15,7 +15,7 @@ ROUNDS: Final = 10
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS: Final = (0x9E3779B9, 0xBB67AE85)
 
-#: A word decides two elements of a mask: the even one as it is, the odd one times this, mod 2^32.
+#: One word serves two elements of a mask: as itself for the even one, times this for the odd one.
 ODD_MULTIPLIER: Final = 0x6C078965
 
 PhiloxBlock = tuple[Any, Any, Any, Any]
@@ -24,10 +24,10 @@ PhiloxBlock = tuple[Any, Any, Any, Any]
 def philox(
     counter: PhiloxBlock,
     key: tuple[Any, Any],
-    words: Words | None = None,
+    words: WordArithmetic | None = None,
     rounds: int = ROUNDS,
 ) -> PhiloxBlock:
-    """Return the four words that Philox4x32-10 makes of a counter under a key.
+    """Return the four words of Philox4x32-10 for a counter under a key.
 
     Parameters
     ----------
@@ -35,11 +35,11 @@ def philox(
         Python integers, or arrays of words that broadcast together.
     key : two words
         Python integers, or words that broadcast with the counter's.
-    words : Words, optional
-        The arithmetic of the integers that hold them; if None they all are Python's.
+    words : WordArithmetic, optional
+        The arithmetic on arrays of words; if None, all words are Python integers.
     rounds : int, default 10
-        How many to make, for who loops over them: the next begin with what these return, under a
-        key that `next_round_key` has bumped as often.
+        Number of rounds. To run them one at a time, pass ``rounds=1``, feed the result back as the
+        counter and advance the key by `next_round_key`.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def philox(
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
     if words is None:
-        return _of_integers(counter, key, rounds)
+        return _philox_of_integers(counter, key, rounds)
     c0, c1, c2, c3 = counter
     for k0, k1 in _round_keys(key, words, rounds):
         hi0, lo0 = words.mulhilo(c0, MULTIPLIERS[0])
@@ -61,10 +61,10 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _of_integers(counter: PhiloxBlock, key: tuple[int, int], rounds: int) -> PhiloxBlock:
-    """Return what `philox` does for Python's integers, whose products are exact.
+def _philox_of_integers(counter: PhiloxBlock, key: tuple[int, int], rounds: int) -> PhiloxBlock:
+    """Run `philox` on Python integers, whose products are exact.
 
-    A layer folds its call number into its key at every call, and in a third of the time so.
+    A layer folds its call number into its key at every call, and this takes a third of the time.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -76,27 +76,27 @@ def _of_integers(counter: PhiloxBlock, key: tuple[int, int], rounds: int) -> Phi
     return c0, c1, c2, c3
 
 
-def keep_flags(xp: Any, words: Words, four: PhiloxBlock, threshold: int) -> Any:
-    """Return the eight decisions of each block, flat: whether what decides is at least a threshold.
+def keep_flags(xp: Any, words: WordArithmetic, four: PhiloxBlock, threshold: int) -> Any:
+    """Return whether each of the eight elements of a block is kept, flat: u >= threshold.
 
     Parameters
     ----------
     xp : namespace
-    words : Words
+    words : WordArithmetic
     four : four arrays of words
         The blocks' words, of one shape.
     threshold : int
         0 < threshold < 2^32.
     """
     least = words.constant(threshold)
-    # Stacked before the comparison: XLA takes half a minute to compile eight of them.
+    # Stack before comparing: XLA takes half a minute to compile eight comparisons.
     even = xp.stack(four, axis=-1)
     odd = words.mullo(even, ODD_MULTIPLIER)
     return xp.reshape(xp.stack([even >= least, odd >= least], axis=-1), (-1,))
 
 
-def next_round_key(key: tuple[Any, Any], words: Words) -> tuple[Any, Any]:
-    """Return the key of the round after one whose key is of arrays of words."""
+def next_round_key(key: tuple[Any, Any], words: WordArithmetic) -> tuple[Any, Any]:
+    """Return the key of the next round, for a key of arrays of words."""
     k0, k1 = (
         words.add(k, words.constant(increment))[1]
         for k, increment in zip(key, KEY_INCREMENTS, strict=True)
@@ -104,7 +104,9 @@ def next_round_key(key: tuple[Any, Any], words: Words) -> tuple[Any, Any]:
     return k0, k1
 
 
-def _round_keys(key: tuple[Any, Any], words: Words, rounds: int) -> Iterator[tuple[Any, Any]]:
+def _round_keys(
+    key: tuple[Any, Any], words: WordArithmetic, rounds: int
+) -> Iterator[tuple[Any, Any]]:
     """Yield the key of each round: the key, bumped by the increments before every later one."""
     k0, k1 = key
     if isinstance(k0, int):
@@ -112,7 +114,7 @@ def _round_keys(key: tuple[Any, Any], words: Words, rounds: int) -> Iterator[tup
             yield words.constant(k0), words.constant(k1)
             k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
         return
-    # A traced key may have been made where words had another dtype, as in JAX with and without x64.
+    # The words of a traced key may have another dtype: JAX switches x64 on and off.
     k0, k1 = words.split(k0, 32)[1], words.split(k1, 32)[1]
     for _ in range(rounds):
         yield k0, k1

@@ -1,28 +1,26 @@
-"""The drop rate p: what may be one, its integer threshold and its scale."""
+"""The drop rate p: its validation, its integer threshold and its scale."""
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 __all__ = ["Rate", "checked_probability"]
 
 _KEEP_NOTHING = 1 << 32
 
-_ADVICE = (
-    ": it is no data but part of what is compiled, so give the number itself, "
-    "or float(...) of an array whose value is known"
-)
+_ARRAY_HINT = ": p is a compile-time constant, so pass a Python float"
 
 
 def checked_probability(p: Any, name: str = "p") -> float:
-    """Return a drop rate as a float, if it is one; raises what `Rate.from_p` raises."""
+    """Return a valid drop rate as a float; raises as `Rate.from_p`."""
     if isinstance(p, bool) or not isinstance(p, int | float):
         raise TypeError(
-            f"dropout probability {name} has to be a Python int or float between 0 and 1 "
-            f"(float32's 0.1 is another number, with another mask), "
-            f"but got {p!r} of type {type(p).__name__}{_ADVICE if hasattr(p, 'shape') else ''}"
+            f"dropout probability {name} must be a Python int or float between 0 and 1 "
+            f"(0.1 in float32 is another number, with another mask), "
+            f"got {p!r} of type {type(p).__name__}{_ARRAY_HINT if hasattr(p, 'shape') else ''}"
         )
-    if not 0 <= p <= 1:
+    if not 0 <= p <= 1:  # the message of PyTorch
         raise ValueError(f"dropout probability {name} has to be between 0 and 1, but got {p}")
     return float(p)
 
@@ -38,7 +36,7 @@ class Rate:
     threshold : int
         ``round_half_even(p * 2**32)``: an element is kept where its word is at least this.
     scale : float
-        ``1 / (1 - p)`` in double precision; 0.0 where p is 1 and nothing is kept.
+        ``1 / (1 - p)`` in double precision; 0.0 if p is 1 and nothing is kept.
     """
 
     p: float
@@ -52,15 +50,15 @@ class Rate:
         Parameters
         ----------
         p : int or float
-            In [0, 1]. ``numpy.float64`` is a float; a narrower float is another number, whose
-            masks would differ once in 10^9 elements, and is refused.
+            In [0, 1]. ``numpy.float64`` is a float. A narrower float is another number: its masks
+            would differ once in 10^9 elements.
         name : str, default "p"
-            What the caller's users know the argument as, for the messages.
+            The name of the argument in error messages.
 
         Raises
         ------
         TypeError
-            If p is a bool, a narrower float, an array, a tensor, a traced value, or no number.
+            If p is not a Python int or float, or is a bool.
         ValueError
             If p is NaN or outside [0, 1].
 
@@ -69,9 +67,7 @@ class Rate:
         >>> Rate.from_p(0.25)
         Rate(p=0.25, threshold=1073741824, scale=1.3333333333333333)
         """
-        p = checked_probability(p, name)
-        # Scaling by a power of two is exact, and round() rounds half to even.
-        return cls(p, round(p * 2.0**32), 1.0 / (1.0 - p) if p < 1 else 0.0)
+        return _make_rate(checked_probability(p, name))
 
     @classmethod
     def from_keep_prob(cls, keep_prob: Any) -> "Rate":
@@ -91,17 +87,23 @@ class Rate:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every element is kept, whatever decides it."""
+        """Whether every element is kept, whatever its word."""
         return self.threshold == 0
 
     @property
     def keeps_nothing(self) -> bool:
-        """Whether every element is dropped, whatever decides it."""
+        """Whether every element is dropped, whatever its word."""
         return self.threshold == _KEEP_NOTHING
 
     def scale_in(self, dtype: str) -> float:
-        """Return the scale as a compute type has it: "float64", or "float32" (ties to even)."""
+        """Return the scale in a compute type: "float64", or "float32" (ties to even)."""
         return self.scale if dtype == "float64" else _to_float32(self.scale)
+
+
+@lru_cache(maxsize=256)
+def _make_rate(p: float) -> Rate:
+    # Scaling by a power of two is exact, and round() rounds half to even.
+    return Rate(p, round(p * 2.0**32), 1.0 / (1.0 - p) if p < 1 else 0.0)
 
 
 def _to_float32(value: float) -> float:

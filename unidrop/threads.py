@@ -173,9 +173,9 @@ def _checked(number: Any, name: str) -> int:
             raise TypeError
         checked = operator.index(number)
     except TypeError:
-        raise TypeError(f"{name} has to be an integer, but got {number!r}") from None
+        raise TypeError(f"{name} must be an integer, got {number!r}") from None
     if checked < 1:
-        raise ValueError(f"{name} has to be 1 or more, but got {checked}")
+        raise ValueError(f"{name} must be 1 or more, got {checked}")
     return checked
 
 

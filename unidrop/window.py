@@ -1,7 +1,7 @@
-"""Which elements of which mask: broadcast axes, windows, and how they are cut into pieces.
+"""Windows: the block of a mask that an array gets, its broadcast axes and its pieces.
 
-A window is a block of a larger array. A piece of a window is a window again, which is how a large
-mask is made in bounded memory, and how a shard gets its own part without communication.
+A window is a block of a larger mask. A shard computes its own window without communication, and a
+large mask is computed piece by piece in bounded memory.
 """
 
 import math
@@ -10,11 +10,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["Axis", "Piece", "Window", "noise_shape_axes"]
+import numpy
+
+__all__ = [
+    "Axis",
+    "Piece",
+    "Window",
+    "as_tuple",
+    "checked_index",
+    "is_symbolic",
+    "register_symbolic_integer",
+]
 
 _MOST_ELEMENTS = 1 << 64
 
 _INTEGER = frozenset((int,))
+
+_symbolic_integers: list[type] = []
+
+_NUMPY = (numpy.ndarray, numpy.generic)
 
 
 class Axis(NamedTuple):
@@ -25,7 +39,7 @@ class Axis(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a window: the index of its first element, and its axes (the last of stride 1)."""
+    """A part of a window: the index of its first element and its axes, the last of stride 1."""
 
     base: int
     axes: tuple[Axis, ...]
@@ -38,12 +52,12 @@ class Window:
     Attributes
     ----------
     shape : tuple of int
-        The mask's shape: that of the array, with 1 along broadcast axes.
+        The shape of the mask: the array's shape, with 1 along broadcast axes.
     broadcast_axes : tuple of int
         The axes along which the mask has length 1, counted from the first.
     global_shape, start : tuple of int, or None
-        The larger array that this is a block of, and where the block begins: integers or 0-d
-        arrays, and 0 along broadcast axes. None where there is no larger one.
+        The shape of the larger array and where in it the block begins: integers or 0-d arrays, and
+        0 along broadcast axes. None if the array is not part of a larger one.
     """
 
     shape: tuple[Any, ...]
@@ -51,17 +65,14 @@ class Window:
     global_shape: tuple[int, ...] | None = None
     start: tuple[Any, ...] | None = None
 
-    # What follows is worked out where it is asked for: a compiler that records a window, and leaves
-    # the numbering to an operator, has nothing of it to trace.
+    # These properties are computed on demand: a compiler that leaves the numbering to an operator
+    # then traces none of it.
 
     @property
     def strides(self) -> tuple[Any, ...]:
-        """How far apart neighbours along each axis of the array are in the numbering.
-
-        0 along broadcast axes.
-        """
-        strides = _strides(self.shape if self.global_shape is None else self.global_shape)
-        return _shared(strides, self.broadcast_axes) if self.broadcast_axes else strides
+        """The distance between neighbors along each axis in the numbering; 0 if they share."""
+        strides = _row_major(self.shape if self.global_shape is None else self.global_shape)
+        return _zero_along(strides, self.broadcast_axes) if self.broadcast_axes else strides
 
     @property
     def whole(self) -> Piece:
@@ -73,13 +84,13 @@ class Window:
 
     @property
     def offsets(self) -> tuple[tuple[Any, int], ...]:
-        """What traced starts add to every index: the start, and the stride to multiply it by."""
+        """The traced starts, each with the stride by which it counts in every index."""
         return tuple(term for term in self._terms() if not isinstance(term[0], int))
 
     def _terms(self) -> Iterable[tuple[Any, int]]:
         if self.global_shape is None or self.start is None:
             return ()
-        return zip(self.start, _strides(self.global_shape), strict=True)
+        return zip(self.start, _row_major(self.global_shape), strict=True)
 
     @staticmethod
     def from_args(
@@ -88,37 +99,37 @@ class Window:
         global_shape: Sequence[int] | None = None,
         start: Sequence[Any] | None = None,
     ) -> "Window":
-        """Validate the arguments that users give and return the window they mean.
+        """Validate the arguments of a user and return their window.
 
         Parameters
         ----------
         shape : sequence of int
-            The array's shape; a length that is not known yet may be whatever stands for it.
+            The shape of the array; a symbol may stand for a length that is not known yet.
         broadcast_axes : sequence of int, default ()
-            The axes along which the mask has length 1; negative ones count from the end.
+            Axes along which the mask has length 1; negative ones count from the end.
         global_shape, start : sequence of int, optional
-            The shape of the whole array and where in it this one begins; both or neither. An
-            element of start may be a 0-d integer array. Along broadcast axes start is ignored.
+            The shape of the whole array and where in it this one begins; both or neither. Elements
+            of start may be 0-d integer arrays. Along broadcast axes start is ignored.
 
         Raises
         ------
         TypeError
-            If an argument is not a sequence, or an element of it not an integer.
+            If an argument is not a sequence of integers.
         ValueError
             If axes repeat or are out of bounds, lengths differ, the window lies outside the
             global shape, or the whole has more than 2^64 elements.
         """
-        shape = _lengths(shape, "shape", _index_or_symbol)
+        shape = _lengths(shape, "shape", _checked_index_or_symbol)
         if global_shape is None and start is None and broadcast_axes == ():
             _check_size(shape, "shape")
             return Window(shape)
-        broadcast = _normalised_axes(broadcast_axes, len(shape))
+        broadcast = _normalized_axes(broadcast_axes, len(shape))
         mask_shape = tuple(1 if i in broadcast else n for i, n in enumerate(shape))
         if (global_shape is None) != (start is None):
             missing, given = (
                 ("global_shape", "start") if global_shape is None else ("start", "global_shape")
             )
-            raise ValueError(f"global_shape and start go together: got {given} without {missing}")
+            raise ValueError(f"global_shape and start go together, got {given} without {missing}")
         axes = tuple(sorted(broadcast))
         if global_shape is None or start is None:
             _check_size(mask_shape, "shape")
@@ -141,11 +152,11 @@ def _pieces(piece: Piece, most: int) -> Iterator[Piece]:
     if math.prod(axis.length for axis in axes) <= most:
         yield piece
         return
-    # The outermost axis that can be cut: what is inside stays whole, so C order is kept.
+    # Cut the outermost axis that can be cut: inner axes stay whole, which keeps C order.
     at = next(i for i, axis in enumerate(axes) if axis.length > 1)
     length, stride = axes[at]
     inner = math.prod(axis.length for axis in axes[at + 1 :])
-    # Parts of about equal length rather than a small remainder; whole blocks where it has some.
+    # Prefer parts of about equal length, of whole blocks, over a small remainder.
     part = math.ceil(length / math.ceil(length / max(1, most // inner)))
     if part > 8:
         part -= part % 8
@@ -154,63 +165,70 @@ def _pieces(piece: Piece, most: int) -> Iterator[Piece]:
         yield from _pieces(Piece(base + first * stride, (*axes[:at], cut, *axes[at + 1 :])), most)
 
 
-def _sequence(value: Any, name: str) -> tuple[Any, ...]:
+def as_tuple(value: Any, name: str) -> tuple[Any, ...]:
+    """Return a sequence as a tuple; raises TypeError that names the argument."""
     if isinstance(value, str | bytes):
-        raise TypeError(f"{name} has to be a sequence of integers, but got {value!r}")
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
     try:
         return tuple(value)
     except TypeError:
-        raise TypeError(f"{name} has to be a sequence of integers, but got {value!r}") from None
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}") from None
 
 
-def _index(value: Any, name: str) -> int:
+def checked_index(value: Any, name: str) -> int:
+    """Return an element of an argument as an integer; raises TypeError that names the argument."""
     try:
-        if isinstance(value, bool) or _is_symbol(value):
+        if isinstance(value, bool) or is_symbolic(value):
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} has to hold integers, but got {value!r}") from None
+        raise TypeError(f"{name} must hold integers, got {value!r}") from None
 
 
-def _index_or_symbol(value: Any, name: str) -> Any:
-    """Return a Python integer, or the value itself if it stands for one that is not known yet."""
-    return value if _is_symbol(value) else _index(value, name)
+def _checked_index_or_symbol(value: Any, name: str) -> Any:
+    """Return a Python integer, or the value itself if it is symbolic."""
+    return value if is_symbolic(value) else checked_index(value, name)
 
 
-def _is_symbol(value: Any) -> bool:
-    """Tell whether a value stands for an integer: an array, or the node of a traced expression."""
+def is_symbolic(value: Any) -> bool:
+    """Return whether a value stands for an integer without being one: an array, or a symbol."""
     if isinstance(value, int):
         return False
     if hasattr(value, "dtype"):
-        return type(value).__module__.partition(".")[0] != "numpy"
-    return hasattr(value, "node")
+        return not isinstance(value, _NUMPY)
+    return isinstance(value, tuple(_symbolic_integers))
+
+
+def register_symbolic_integer(kind: type) -> None:
+    """Let instances of a type stand for integers that are not known yet, such as a batch size."""
+    _symbolic_integers.append(kind)
 
 
 def _lengths(
-    shape: Sequence[Any], name: str, convert: Callable[[Any, str], Any] = _index
+    shape: Sequence[Any], name: str, convert: Callable[[Any, str], Any] = checked_index
 ) -> tuple[Any, ...]:
-    lengths = _sequence(shape, name)
+    lengths = as_tuple(shape, name)
     if not set(map(type, lengths)) <= _INTEGER:
         lengths = tuple(convert(n, name) for n in lengths)
     for length in lengths:
         if isinstance(length, int) and length < 0:
-            raise ValueError(f"{name} has to hold lengths of 0 or more, but got {lengths}")
+            raise ValueError(f"{name} must hold lengths of 0 or more, got {lengths}")
     return lengths
 
 
-def _normalised_axes(axes: Sequence[int], ndim: int) -> frozenset[int]:
+def _normalized_axes(axes: Sequence[int], ndim: int) -> frozenset[int]:
     if isinstance(axes, int):
         axes = (axes,)
-    given = tuple(_index(axis, "broadcast_axes") for axis in _sequence(axes, "broadcast_axes"))
+    given = tuple(
+        checked_index(axis, "broadcast_axes") for axis in as_tuple(axes, "broadcast_axes")
+    )
     for axis in given:
         if not -ndim <= axis < ndim:
-            raise ValueError(
-                f"broadcast_axes has to name axes of the {ndim}-d array, but got {axis}"
-            )
-    normalised = frozenset(axis % ndim for axis in given)
-    if len(normalised) != len(given):
-        raise ValueError(f"broadcast_axes has to name each axis once, but got {given}")
-    return normalised
+            raise ValueError(f"broadcast_axes must name axes of the {ndim}-d array, got {axis}")
+    normalized = frozenset(axis % ndim for axis in given)
+    if len(normalized) != len(given):
+        raise ValueError(f"broadcast_axes must name each axis once, got {given}")
+    return normalized
 
 
 def _whole_lengths(
@@ -219,7 +237,7 @@ def _whole_lengths(
     whole = _lengths(global_shape, "global_shape")
     if len(whole) != len(shape):
         raise ValueError(
-            f"global_shape has to have one length per axis of shape {shape}, but got {whole}"
+            f"global_shape must have one length per axis of shape {shape}, got {whole}"
         )
     mask_whole = tuple(1 if i in broadcast else n for i, n in enumerate(whole))
     _check_size(mask_whole, "global_shape")
@@ -232,11 +250,9 @@ def _starts(
     total: tuple[int, ...],
     broadcast: frozenset[int],
 ) -> tuple[Any, ...]:
-    given = tuple(_index_or_symbol(s, "start") for s in _sequence(start, "start"))
+    given = tuple(_checked_index_or_symbol(s, "start") for s in as_tuple(start, "start"))
     if len(given) != len(shape):
-        raise ValueError(
-            f"start has to have one element per axis of shape {shape}, but got {given}"
-        )
+        raise ValueError(f"start must have one element per axis of shape {shape}, got {given}")
     starts = tuple(0 if i in broadcast else s for i, s in enumerate(given))
     for axis, (s, n, whole) in enumerate(zip(starts, shape, total, strict=True)):
         if axis in broadcast or not isinstance(n, int):
@@ -244,8 +260,8 @@ def _starts(
         first = s if isinstance(s, int) else 0
         if first < 0 or first + n > whole:
             raise ValueError(
-                f"the window has to lie inside global_shape, but along axis {axis} it runs from "
-                f"start {first} over {n} elements, where global_shape has {whole}"
+                f"the window must fit into global_shape, got start {first} and {n} elements along "
+                f"axis {axis} of length {whole}"
             )
     return starts
 
@@ -253,10 +269,10 @@ def _starts(
 def _check_size(shape: tuple[Any, ...], name: str) -> None:
     size = math.prod(shape)
     if isinstance(size, int) and size > _MOST_ELEMENTS:
-        raise ValueError(f"{name} has to have at most 2**64 elements, but got {shape}")
+        raise ValueError(f"{name} must have at most 2**64 elements, got {shape}")
 
 
-def _strides(total: tuple[Any, ...]) -> tuple[Any, ...]:
+def _row_major(total: tuple[Any, ...]) -> tuple[Any, ...]:
     strides: list[Any] = []
     stride: Any = 1
     for length in reversed(total):
@@ -265,68 +281,18 @@ def _strides(total: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(reversed(strides))
 
 
-def _shared(strides: tuple[Any, ...], broadcast: tuple[int, ...]) -> tuple[Any, ...]:
+def _zero_along(strides: tuple[Any, ...], broadcast: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(0 if i in broadcast else stride for i, stride in enumerate(strides))
 
 
 def _merged(shape: tuple[Any, ...], total: tuple[int, ...]) -> tuple[Axis, ...]:
-    """Merge each axis into the one inside it wherever that one is covered whole."""
+    """Merge each axis into the next inner one if that one is covered whole."""
     axes = [Axis(1, 1)]
     covered = True
-    for length, whole, stride in reversed(list(zip(shape, total, _strides(total), strict=True))):
+    for length, whole, stride in reversed(list(zip(shape, total, _row_major(total), strict=True))):
         if covered:
             axes[0] = Axis(axes[0].length * length, axes[0].stride)
         else:
             axes.insert(0, Axis(length, stride))
         covered = isinstance(length, int) and length == whole
     return tuple(axes)
-
-
-def noise_shape_axes(
-    noise_shape: Sequence[int | None] | None, shape: Sequence[Any]
-) -> tuple[int, ...]:
-    """Return the broadcast axes that TensorFlow's and Keras' ``noise_shape`` means.
-
-    Parameters
-    ----------
-    noise_shape : sequence of int or None
-        For each axis 1, where one decision is shared, or the array's own length, or None for
-        that; a tensor whose value is not known yet stands for it too. Axes that it lacks in front
-        are shared, as in broadcasting. None: nothing is shared.
-    shape : sequence of int
-        The array's shape; a length that is not known yet is not compared.
-
-    Raises
-    ------
-    TypeError
-        If noise_shape is not a sequence of integers and None.
-    ValueError
-        If it is longer than shape, or a length is neither 1 nor the array's.
-
-    Examples
-    --------
-    >>> noise_shape_axes((None, 1, 64), (32, 10, 64))
-    (1,)
-    """
-    if noise_shape is None:
-        return ()
-    shape = tuple(shape)
-    given = _sequence(noise_shape, "noise_shape")
-    missing = len(shape) - len(given)
-    if missing < 0:
-        raise ValueError(f"noise_shape has to have at most {len(shape)} axes, but got {given}")
-    shared = list(range(missing))
-    for axis, (noise, length) in enumerate(zip(given, shape[missing:], strict=True), start=missing):
-        if noise is None:
-            continue
-        if _is_symbol(noise) and not hasattr(noise, "__index__"):
-            continue
-        noise = operator.index(noise) if _is_symbol(noise) else _index(noise, "noise_shape")
-        if noise == 1:
-            shared.append(axis)
-        elif isinstance(length, int) and noise != length:
-            raise ValueError(
-                f"noise_shape has to be 1, None or the length of the array along each axis, "
-                f"but got {given} for shape {shape}"
-            )
-    return tuple(shared)

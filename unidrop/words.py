@@ -1,13 +1,13 @@
-"""Arithmetic on 32-bit words held in whatever integers an array library has.
+"""Arithmetic on 32-bit words, held in the integers that an array library has.
 
-Requirements this design meets, because each has a library behind it:
+Requirements this design meets, each because of a library:
 
-* No operation may overflow: the array API standard leaves overflow to the implementation, and a
-  compiler may take it as undefined.
+* No operation overflows: the array API standard leaves overflow to the implementation, and a
+  compiler may treat it as undefined.
 * No unsigned 64-bit arithmetic: PyTorch has none. ``int64`` is complete wherever it exists.
-* No 64-bit integers at all where there are none: JAX without x64.
+* No 64-bit integers if the library lacks them, as JAX does without x64.
 
-A *pair* is a 64-bit number as ``(hi, lo)``, two 32-bit words.
+A `SplitInteger` is a 64-bit number as ``(hi, lo)``, two 32-bit words.
 """
 
 import operator
@@ -18,29 +18,29 @@ from unidrop.dtypes import integer_bits
 __all__ = [
     "MASK32",
     "Int64Words",
-    "Pair",
+    "SplitInteger",
     "Uint32Words",
-    "Words",
-    "add_pairs",
+    "WordArithmetic",
+    "add_split",
     "arange64",
     "checked_integer",
-    "get_words",
-    "mul_pair",
-    "shift_pair",
+    "get_word_arithmetic",
+    "mul_split",
+    "shift_split",
     "split64",
 ]
 
 MASK32: Final = 0xFFFFFFFF
 _MASK16: Final = 0xFFFF
 
-Pair = tuple[Any, Any]
+SplitInteger = tuple[Any, Any]
 
 
 class Int64Words:
-    """Words in ``int64`` arrays.
+    """WordArithmetic in ``int64`` arrays.
 
-    A multiplier of 2^31 or more is taken as itself minus 2^32, so that the product of a word and
-    a multiplier always lies between -2^63 and 2^63; the word is then added to the high half.
+    Multipliers of 2^31 or more enter as themselves minus 2^32, which keeps every product of a word
+    and a multiplier between -2^63 and 2^63. The word is then added to the high half.
     """
 
     def __init__(self, xp: Any) -> None:
@@ -56,19 +56,19 @@ class Int64Words:
         return word
 
     def shift_right(self, a: Any, n: int) -> Any:
-        """Return ``a >> n``; a function, because not every library has the operator."""
+        """Return ``a >> n``; a function, because some libraries lack the operator."""
         return self.xp.bitwise_right_shift(a, n)
 
     def shift_left(self, a: Any, n: int) -> Any:
-        """Return ``a << n`` where the result still is a word."""
+        """Return ``a << n`` if the result still is a word."""
         return self.xp.bitwise_left_shift(a, n)
 
-    def add(self, a: Any, b: Any) -> Pair:
+    def add(self, a: Any, b: Any) -> SplitInteger:
         """Return ``(carry, sum)`` of two words."""
         total = a + b
         return self.shift_right(total, 32), total & MASK32
 
-    def mulhilo(self, a: Any, m: int) -> Pair:
+    def mulhilo(self, a: Any, m: int) -> SplitInteger:
         """Return the ``(hi, lo)`` words of the product of words ``a`` and a Python word ``m``."""
         if m < 1 << 31:
             product = a * m
@@ -80,7 +80,7 @@ class Int64Words:
         """Return the low word of the product of words ``a`` and a Python word ``m``."""
         return a * (m if m < 1 << 31 else m - (1 << 32)) & MASK32
 
-    def split(self, value: Any, bits: int) -> Pair:
+    def split(self, value: Any, bits: int) -> SplitInteger:
         """Return the ``(hi, lo)`` words of an integer array of ``bits`` bits, zero-extended."""
         value = self.xp.astype(value, self.dtype)
         lo = value & ((1 << min(bits, 32)) - 1)
@@ -88,7 +88,7 @@ class Int64Words:
 
 
 class Uint32Words:
-    """Words in ``uint32`` arrays, multiplied by 16-bit limbs."""
+    """WordArithmetic in ``uint32`` arrays, multiplied by 16-bit limbs."""
 
     def __init__(self, xp: Any, device: Any = None) -> None:
         self.xp = xp
@@ -108,16 +108,16 @@ class Uint32Words:
         return self.xp.bitwise_right_shift(a, n)
 
     def shift_left(self, a: Any, n: int) -> Any:
-        """Return ``a << n`` where the result still is a word."""
+        """Return ``a << n`` if the result still is a word."""
         return self.xp.bitwise_left_shift(a, n)
 
-    def add(self, a: Any, b: Any) -> Pair:
+    def add(self, a: Any, b: Any) -> SplitInteger:
         """Return ``(carry, sum)`` of two words."""
         lo = (a & _MASK16) + (b & _MASK16)
         hi = self.shift_right(a, 16) + self.shift_right(b, 16) + self.shift_right(lo, 16)
         return self.shift_right(hi, 16), self._join(hi, lo)
 
-    def mulhilo(self, a: Any, m: int) -> Pair:
+    def mulhilo(self, a: Any, m: int) -> SplitInteger:
         """Return the ``(hi, lo)`` words of the product of words ``a`` and a Python word ``m``."""
         hi_a, lo_a = self.shift_right(a, 16), a & _MASK16
         hi_m, lo_m = m >> 16, m & _MASK16
@@ -130,7 +130,7 @@ class Uint32Words:
         """Return the low word of the product of words ``a`` and a Python word ``m``."""
         return self.mulhilo(a, m)[1]
 
-    def split(self, value: Any, bits: int) -> Pair:
+    def split(self, value: Any, bits: int) -> SplitInteger:
         """Return the ``(hi, lo)`` words of an integer array of ``bits`` bits, zero-extended."""
         lo = self.xp.astype(value, self.dtype) & self.constant((1 << min(bits, 32)) - 1)
         return lo & 0, lo
@@ -139,16 +139,16 @@ class Uint32Words:
         return self.shift_left(hi & _MASK16, 16) | (lo & _MASK16)
 
 
-Words = Int64Words | Uint32Words
+WordArithmetic = Int64Words | Uint32Words
 
 
 def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
-    """Return what `operator.index` makes of a value, if it is unsigned and fits; never wraps.
+    """Return the integer in [0, 2^bits) that `operator.index` makes of a value; never wraps.
 
     Raises
     ------
     TypeError
-        If value is no integer, or a bool; names the argument.
+        If value is not an integer, or is a bool; names the argument.
     ValueError
         If value is negative, or 2^bits or more.
 
@@ -158,20 +158,20 @@ def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
     7
     """
     try:
-        # Some libraries' arrays have an index whatever their dtype is.
+        # Arrays of some libraries have an index whatever their dtype is.
         if type(value) is not int and (
             isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None
         ):
             raise TypeError
-        # Also of Python's own, which a compiler then no longer takes for variable.
+        # Dynamo stops treating an integer as variable after operator.index.
         number = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{name} has to be an integer, 0 <= {name} < 2**{bits}, "
-            f"but got {value!r} of type {type(value).__name__}"
+            f"{name} must be an integer, 0 <= {name} < 2**{bits}, "
+            f"got {value!r} of type {type(value).__name__}"
         ) from None
     if not 0 <= number < 1 << bits:
-        raise ValueError(f"{name} has to be 0 <= {name} < 2**{bits}, but got {number}")
+        raise ValueError(f"{name} must be 0 <= {name} < 2**{bits}, got {number}")
     return number
 
 
@@ -180,26 +180,26 @@ def split64(value: int) -> tuple[int, int]:
     return value >> 32, value & MASK32
 
 
-def get_words(xp: Any, device: Any = None) -> Words:
-    """Return the word arithmetic of a namespace's device: `Int64Words` wherever it has ``int64``."""
+def get_word_arithmetic(xp: Any, device: Any = None) -> WordArithmetic:
+    """Return `Int64Words` if the device of a namespace has ``int64``, else `Uint32Words`."""
     signed = xp.__array_namespace_info__().dtypes(device=device, kind="signed integer")
     return Int64Words(xp) if "int64" in signed else Uint32Words(xp, device)
 
 
-def arange64(words: Words, count: Any, device: Any = None) -> Pair:
-    """Return 0, 1, 2, ... below count as a pair."""
+def arange64(words: WordArithmetic, count: Any, device: Any = None) -> SplitInteger:
+    """Return 0, 1, 2, ..., count - 1 as split integers."""
     numbers = words.xp.arange(count, dtype=words.dtype, device=device)
     return words.split(numbers, 64 if isinstance(words, Int64Words) else 32)
 
 
-def add_pairs(words: Words, a: Pair, b: Pair) -> Pair:
+def add_split(words: WordArithmetic, a: SplitInteger, b: SplitInteger) -> SplitInteger:
     """Add two 64-bit numbers, modulo 2^64."""
     carry, lo = words.add(a[1], b[1])
     hi = words.add(a[0], b[0])[1]
     return words.add(hi, carry)[1], lo
 
 
-def mul_pair(words: Words, a: Pair, factor: int) -> Pair:
+def mul_split(words: WordArithmetic, a: SplitInteger, factor: int) -> SplitInteger:
     """Multiply a 64-bit number by a Python integer below 2^64, modulo 2^64."""
     factor_hi, factor_lo = factor >> 32, factor & MASK32
     hi, lo = words.mulhilo(a[1], factor_lo)
@@ -209,7 +209,7 @@ def mul_pair(words: Words, a: Pair, factor: int) -> Pair:
     return words.add(hi, cross)[1], lo
 
 
-def shift_pair(words: Words, a: Pair, n: int) -> Pair:
+def shift_split(words: WordArithmetic, a: SplitInteger, n: int) -> SplitInteger:
     """Shift a 64-bit number right by ``n`` bits, 0 < n < 32."""
     low_bits = a[0] & ((1 << n) - 1)
     return words.shift_right(a[0], n), words.shift_right(a[1], n) | words.shift_left(

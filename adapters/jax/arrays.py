@@ -25,15 +25,16 @@ from jax import numpy as jnp
 
 from unidrop.adapters.jax.primitive import drop, keep
 from unidrop.adapters.numpy import aligned_like, get_address, locate_array
-from unidrop.dispatch import find_kernels
+from unidrop.dispatch import check_fused
 from unidrop.key import Key
-from unidrop.library import Library, Memory
 from unidrop.philox import ODD_MULTIPLIER, ROUNDS, PhiloxBlock, next_round_key, philox
+from unidrop.plan import DropoutPlan
+from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
 from unidrop.rate import Rate
 from unidrop.window import Window
-from unidrop.words import MASK32, Pair, Uint32Words, Words, add_pairs
+from unidrop.words import MASK32, SplitInteger, Uint32Words, WordArithmetic, add_split
 
-__all__ = ["Jax", "generated"]
+__all__ = ["LIBRARY", "as_jax_word", "generated"]
 
 _TURNS = 4  # blocks that one word of 32 bits holds the decisions of
 _MASK16 = 0xFFFF
@@ -46,12 +47,12 @@ class _WrappingUint32Words(Uint32Words):
         """Return a word that combines with arrays of words."""
         return np.uint32(word)
 
-    def add(self, a: Any, b: Any) -> Pair:
+    def add(self, a: Any, b: Any) -> SplitInteger:
         """Return ``(carry, sum)`` of two words."""
         total = a + b
         return (total < b).astype(np.uint32), total
 
-    def mulhilo(self, a: Any, m: int) -> Pair:
+    def mulhilo(self, a: Any, m: int) -> SplitInteger:
         """Return the ``(hi, lo)`` words of the product of words ``a`` and a Python word ``m``."""
         hi_a, lo_a = a >> np.uint32(16), a & np.uint32(_MASK16)
         hi_m, lo_m = np.uint32(m >> 16), np.uint32(m & _MASK16)
@@ -64,7 +65,7 @@ class _WrappingUint32Words(Uint32Words):
         """Return the low word of the product of words ``a`` and a Python word ``m``."""
         return a * np.uint32(m)
 
-    def split(self, value: Any, bits: int) -> Pair:
+    def split(self, value: Any, bits: int) -> SplitInteger:
         """Return the ``(hi, lo)`` words of an integer array of ``bits`` bits, zero-extended."""
         lo = lax.convert_element_type(value, np.uint32)
         if bits == 64:
@@ -83,15 +84,15 @@ class _Uint64Words:
         """Return a word that combines with arrays of words."""
         return np.uint64(word)
 
-    def split(self, value: Any, bits: int) -> Pair:
+    def split(self, value: Any, bits: int) -> SplitInteger:
         """Return a word as it is."""
         return None, value
 
-    def add(self, a: Any, b: Any) -> Pair:
+    def add(self, a: Any, b: Any) -> SplitInteger:
         """Return the sum of two words."""
         return None, a + b
 
-    def mulhilo(self, a: Any, m: int) -> Pair:
+    def mulhilo(self, a: Any, m: int) -> SplitInteger:
         """Return the words of a product."""
         product = (a & np.uint64(MASK32)) * np.uint64(m)
         return product >> np.uint64(32), product
@@ -103,90 +104,117 @@ _WORDS = _WrappingUint32Words(jnp)
 _FEW = 1 << 11
 
 
-class Jax(Library):
+class JaxArrays(Arrays):
     """JAX arrays and tracers."""
 
     def device(self, x: Any) -> None:
-        """Leave placement to JAX: what is uncommitted goes where x is, also under a trace."""
+        """Leave placement to JAX: uncommitted arrays follow x, also under a trace."""
         return
 
     def is_traced(self, x: Any) -> bool:
-        """Tell a tracer from an array that has its values."""
+        """Return whether x is a tracer."""
         return isinstance(x, jax.core.Tracer)
-
-    def arithmetic(self, xp: Any, device: Any) -> Words:
-        """Return arithmetic on ``uint32``, also where there are 64-bit integers."""
-        return _WORDS
-
-    def words(
-        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], tag: int, device: Any
-    ) -> PhiloxBlock:
-        """Return the words of consecutive blocks, by one compiled program."""
-        four: PhiloxBlock = _words(*map(_word, (*first, *key, tag)), count=count)
-        return four
-
-    def keep_flags(
-        self, xp: Any, first: Pair, count: Any, key: tuple[Any, Any], threshold: int, device: Any
-    ) -> Any:
-        """Return the decisions of consecutive blocks, flat, by way of one bit each."""
-        numbers = map(_word, (*first, *key, threshold))
-        return _compiled_keep_flags(*numbers, count=count)
-
-    def split(self, value: Any, name: str) -> Pair:
-        """Return an integer as words; it has 64 bits where the user has enabled those."""
-        if isinstance(value, tuple):
-            return value
-        if value.dtype in (np.int64, np.uint64) and jax.config.jax_enable_x64 and value.ndim == 0:
-            return _WORDS.split(value, 64)
-        return super().split(value, name)
 
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return ``jax.lax.complex``."""
         return lax.complex(real, imag)
 
-    def compiled(self, x: Any, rate: Any, key: Any, window: Any) -> Any:
-        """Return dropout as JAX's own operation."""
+
+class JaxWords(Words):
+    """Words in ``uint32``, also if JAX has 64-bit integers."""
+
+    def arithmetic(self, xp: Any, device: Any) -> WordArithmetic:
+        """Return arithmetic on ``uint32``."""
+        return _WORDS
+
+    def generate(
+        self, xp: Any, device: Any, first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int
+    ) -> PhiloxBlock:
+        """Return the words of consecutive blocks, by one compiled program."""
+        block: PhiloxBlock = _words(*map(as_jax_word, (*first, *key, tag)), count=count)
+        return block
+
+    def keep_flags(
+        self,
+        xp: Any,
+        device: Any,
+        first: SplitInteger,
+        count: Any,
+        key: tuple[Any, Any],
+        threshold: int,
+    ) -> Any:
+        """Return whether each element is kept, flat, by way of one bit for each."""
+        numbers = map(as_jax_word, (*first, *key, threshold))
+        return _compiled_keep_flags(*numbers, count=count)
+
+    def split(self, xp: Any, device: Any, value: Any, name: str) -> SplitInteger:
+        """Return an integer as words; it may have 64 bits if the user has enabled x64."""
+        if isinstance(value, tuple):
+            return value
+        if value.dtype in (np.int64, np.uint64) and jax.config.jax_enable_x64 and value.ndim == 0:
+            return _WORDS.split(value, 64)
+        return super().split(xp, device, value, name)
+
+
+class JaxOperator(Operator):
+    """Dropout as a JAX primitive."""
+
+    def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
+        """Apply dropout by kernels if x is not traced, else by the primitive."""
+        y = plan.run_fused(x, key)
+        if y is not None:
+            return y
+        if mask is not None or plan.rate.keeps_nothing or 0 in x.shape:
+            return plan.select(x, plan.mask(x, key) if mask is None else mask)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-            raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not have here and now")
-        return drop(x, *self._get_words(key, window), window, rate)
+            raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not support without x64")
+        return drop(x, *_get_operands(key, plan.window), plan)
 
-    def recorded_mask(self, like: Any, p: float, key: Any, window: Any) -> Any:
-        """Return the mask by the operation that drops, which has the quicker generator."""
-        find_kernels(self, like, key, window)  # raises where nothing else is allowed
-        return keep(*self._get_words(key, window), window, Rate.from_p(p))
+    def traced_mask(self, like: Any, key: Key, window: Window, rate: Rate) -> Any:
+        """Return the mask by the primitive, whose generator is faster."""
+        check_fused(LIBRARY, like, key, window)
+        return keep(*_get_operands(key, window), DropoutPlan(LIBRARY, window, rate, drops=True))
 
-    def _get_words(self, key: Key, window: Window) -> tuple[Pair, list[Pair]]:
-        """Return a key's words, and those of a window's starts that are arrays."""
-        lo, hi = map(_word, key.words)
-        return (lo, hi), [self.split(start, "start") for start, _ in window.offsets]
 
-    def memory(self, x: Any) -> Memory | str:
-        """Return where an array on the first device of the CPU lies."""
+class JaxBuffers(Buffers):
+    """Arrays on the first device, if that is a CPU."""
+
+    def locate(self, x: Any) -> Buffer | str:
+        """Return the buffer of an array on the first CPU device."""
         devices = x.devices()
         if devices != {jax.devices()[0]}:
             return "it is not on JAX's first device alone, where its output would be"
         if jax.devices()[0].platform != "cpu":
             return f"it is on {jax.devices()[0]}, and kernels are for the CPU"
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-            return f"{x.dtype} is a dtype that JAX does not have here and now"
+            return f"JAX does not support {x.dtype} without x64"
         return locate_array(np.asarray(x))
 
-    def allocate_like(self, x: Any) -> tuple[np.ndarray[Any, Any], Memory]:
-        """Return a NumPy array, which becomes JAX's."""
+    def allocate_like(self, x: Any) -> tuple[np.ndarray[Any, Any], Buffer]:
+        """Return a NumPy array, whose memory JAX can adopt."""
         y = aligned_like(np.asarray(x))
-        return y, Memory(get_address(y), None)
+        return y, Buffer(get_address(y), None)
 
-    def finished(self, output: np.ndarray[Any, Any], x: Any) -> Any:
-        """Return an array in the same memory, or a copy where JAX can't use that."""
-        return jax.device_put(output, x.sharding if x.committed else None)
+    def wrap(self, handle: np.ndarray[Any, Any], x: Any) -> Any:
+        """Return an array in the same memory, or a copy if JAX cannot adopt it."""
+        return jax.device_put(handle, x.sharding if x.committed else None)
 
     def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> Any:
-        """Return an array in the same memory, or a copy where JAX can't use that."""
+        """Return an array in the same memory, or a copy if JAX cannot adopt it."""
         return jax.device_put(mask)
 
 
-def _word(word: Any) -> Any:
-    """Return a word as JAX takes it, for which Python's integers are signed ones of 32 bits."""
+LIBRARY = ArrayLibrary(JaxArrays(), JaxWords(), JaxOperator(), JaxBuffers())
+
+
+def _get_operands(key: Key, window: Window) -> tuple[SplitInteger, list[SplitInteger]]:
+    """Return the words of a key, and those of the starts of a window that are arrays."""
+    lo, hi = map(as_jax_word, key.words)
+    return (lo, hi), [LIBRARY.split(start, "start") for start, _ in window.offsets]
+
+
+def as_jax_word(word: Any) -> Any:
+    """Return a word for JAX, which would treat a Python integer as signed with 32 bits."""
     return np.uint32(word) if isinstance(word, int) else word
 
 
@@ -194,7 +222,7 @@ def _word(word: Any) -> Any:
 def _words(hi: Any, lo: Any, key_lo: Any, key_hi: Any, tag: Any, *, count: Any) -> PhiloxBlock:
     steps = lax.iota(np.uint32, count)
     zero = lax.full_like(steps, 0)
-    hi, lo = add_pairs(_WORDS, (hi, lo), (zero, steps))
+    hi, lo = add_split(_WORDS, (hi, lo), (zero, steps))
     return generated(lo, hi, zero, tag, key_lo, key_hi)
 
 
@@ -237,7 +265,7 @@ def _keep_flags(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, coun
         # An array that is cut for many devices may have more than 2^32 blocks.
         far = own >> np.uint32(30) if turns > 1 else lax.full_like(own, 0)
         near = own * np.uint32(turns) + which
-        block_hi, block_lo = add_pairs(_WORDS, (hi, lo), (far, near))
+        block_hi, block_lo = add_split(_WORDS, (hi, lo), (far, near))
         zero = lax.full_like(block_lo, 0)
         four = _generated((block_lo, block_hi, zero, zero), (key_lo | unmoved, key_hi | unmoved))
         byte = zero
@@ -258,7 +286,7 @@ def _keep_flags(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, coun
 _compiled_keep_flags = jax.jit(_keep_flags, static_argnames="count", inline=True)
 
 
-def _generated(counter: PhiloxBlock, key: Pair) -> PhiloxBlock:
+def _generated(counter: PhiloxBlock, key: SplitInteger) -> PhiloxBlock:
     """Return the words of blocks, by numbers of 64 bits where JAX has them."""
     if not jax.config.jax_enable_x64:
         return philox(counter, key, _WORDS)
@@ -268,29 +296,3 @@ def _generated(counter: PhiloxBlock, key: Pair) -> PhiloxBlock:
     four = philox((c0, c1, c2, c3), (k0, k1), cast(Any, _Uint64Words()))
     a, b, c, d = (lax.convert_element_type(word, np.uint32) for word in four)
     return a, b, c, d
-
-
-class _Held(int):
-    """An integer that stands in a tree for a word, such as an axis for `jax.vmap`, and is none."""
-
-
-def _leaves(key: Key) -> tuple[tuple[Any, Any], None]:
-    lo, hi = (int(word) if isinstance(word, _Held) else _word(word) for word in key.words)
-    return (lo, hi), None
-
-
-def _named_leaves(key: Key) -> tuple[tuple[Any, Any], None]:
-    (lo, hi), _ = _leaves(key)
-    return ((jax.tree_util.GetAttrKey("lo"), lo), (jax.tree_util.GetAttrKey("hi"), hi)), None
-
-
-def _key_of(_: None, leaves: Any) -> Key:
-    """Return the key of two leaves, which stand for words, or in JAX's trees for anything."""
-    lo, hi = leaves
-    if isinstance(lo, np.uint32) and isinstance(hi, np.uint32):
-        return Key.from_words(lo, hi)
-    lo, hi = (_Held(leaf) if type(leaf) is int else leaf for leaf in leaves)
-    return Key.holding((lo, hi))
-
-
-jax.tree_util.register_pytree_with_keys(Key, _named_leaves, _key_of, _leaves)

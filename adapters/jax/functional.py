@@ -43,9 +43,9 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-import unidrop.adapters.jax.arrays  # noqa: F401 # makes a Key a pytree
-from unidrop.dropout import DropoutPlan
+import unidrop.adapters.jax.pytree  # noqa: F401 # registers Key as a pytree
 from unidrop.key import Key
+from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
 __all__ = ["as_key", "dropout"]
@@ -114,7 +114,7 @@ def dropout(
     Array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
     x = _as_array(x)
-    call = DropoutPlan.from_args(
+    plan = DropoutPlan.from_args(
         x,
         Rate.from_p(rate, "rate"),
         training=not deterministic,
@@ -122,13 +122,13 @@ def dropout(
         global_shape=global_shape,
         start=start,
     )
-    if not call.drops:
-        return (x, call.ones(x)) if return_mask else x
+    if not plan.drops:
+        return (x, plan.ones(x)) if return_mask else x
     key = as_key(key)
     if not return_mask:
-        return call.drop(x, key)
-    mask = call.mask(x, key)
-    return call.drop(x, key, mask=mask), mask
+        return plan.apply(x, key)
+    mask = plan.mask(x, key)
+    return plan.apply(x, key, mask), mask
 
 
 def as_key(key: Any) -> Key:
@@ -160,8 +160,8 @@ def as_key(key: Any) -> Key:
     data = _get_data(key)
     if data is None:
         raise TypeError(
-            "key has to be a unidrop.Key, such as Key(42).fold_in(step), or a key of jax.random, "
-            f"but got {key!r} of type {type(key).__name__}"
+            "key must be a unidrop.Key, such as Key(42).fold_in(step), or a key of jax.random, "
+            f"got {key!r} of type {type(key).__name__}"
         )
     _check_one(key, data.shape[:-1])
     return Key.from_words(data[1], data[0])
@@ -184,7 +184,7 @@ def _get_data(key: Any) -> Any:
 def _check_threefry(is_threefry: bool, name: str) -> None:
     if not is_threefry:
         raise ValueError(
-            "key has to be a key of threefry2x32, whose 64 bits are a unidrop.Key, but got one of "
+            "key must be a key of threefry2x32, whose 64 bits are a unidrop.Key, got one of "
             f"{name}: give a unidrop.Key"
         )
 
@@ -192,7 +192,7 @@ def _check_threefry(is_threefry: bool, name: str) -> None:
 def _check_one(key: Any, batch: tuple[int, ...]) -> None:
     if batch:
         raise ValueError(
-            f"key has to be one key, but got a batch of them, of shape {batch}: apply jax.vmap to "
+            f"key must be one key, got a batch of them, of shape {batch}: apply jax.vmap to "
             "the function that calls dropout"
         )
 
@@ -204,4 +204,4 @@ def _as_array(x: Any) -> Any:
         return jnp.asarray(x)
     if hasattr(x, "__jax_array__"):
         return x.__jax_array__()
-    raise TypeError(f"x has to be a jax.Array, or what jax.numpy takes for one, but got {x!r}")
+    raise TypeError(f"x must be a jax.Array, or what jax.numpy takes for one, got {x!r}")

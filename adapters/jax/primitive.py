@@ -20,22 +20,20 @@ from jax import numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from unidrop.dispatch import find_kernels
-from unidrop.dropout import DropoutPlan
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
-from unidrop.library import get_library
 from unidrop.mask import portable_mask
+from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 from unidrop.window import Window
-from unidrop.words import Pair
+from unidrop.words import SplitInteger
 
 __all__ = ["drop", "keep", "programs"]
 
-_STATIC = ("window", "batch")
+_STATIC = ("plan", "batch")
 
 
-def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) -> Any:
+def drop(x: Any, key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPlan) -> Any:
     """Return dropout of an array.
 
     Parameters
@@ -46,43 +44,42 @@ def drop(x: Any, key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) 
         The key's words, in ``uint32``.
     starts : sequence of (hi, lo)
         The starts of the window that are arrays, as words.
-    window : Window
-    rate : Rate
-        Which keeps something.
+    plan : DropoutPlan
+        A plan that keeps some elements.
     """
     words = [word for start in starts for word in start]
-    settings = {"window": _of_known_starts(window), "rate": rate}
     # Where devices share x but not the mask, they do not share the output; and it is the transpose
     # of this cast that adds up what they each make of x's cotangent.
     axes = frozenset[Any]().union(*map(_varying, (*key, *words))) - _varying(x)
     if axes:
         x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
-    return _drop_p.bind(x, *key, *words, **settings, batch=())
+    return _drop_p.bind(x, *key, *words, plan=_without_array_starts(plan), batch=())
 
 
-def keep(key: Pair, starts: Sequence[Pair], window: Window, rate: Rate) -> Any:
+def keep(key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPlan) -> Any:
     """Return the mask by which `drop` drops, of the window's shape: True where it keeps."""
     words = [word for start in starts for word in start]
-    mask: Any = _keep(*key, *words, window=_of_known_starts(window), rate=rate)
+    mask: Any = _keep(*key, *words, plan=_without_array_starts(plan))
     return mask
 
 
 # One program, or part of one: the ones are made nowhere, and the mask is where the key is.
-@partial(jax.jit, static_argnames=("window", "rate"), inline=True)
-def _keep(lo: Any, hi: Any, *words: Any, window: Window, rate: Rate) -> Any:
+@partial(jax.jit, static_argnames=("plan",), inline=True)
+def _keep(lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
     starts = list(zip(words[::2], words[1::2], strict=True))
-    return drop(jnp.ones(window.shape, np.float32), (lo, hi), starts, window, rate) != 0
+    return drop(jnp.ones(plan.window.shape, np.float32), (lo, hi), starts, plan) != 0
 
 
-def _of_known_starts(window: Window) -> Window:
-    """Return a window with None for each start that is an array."""
-    if window.start is None:
-        return window
-    return replace(window, start=tuple(s if isinstance(s, int) else None for s in window.start))
+def _without_array_starts(plan: DropoutPlan) -> DropoutPlan:
+    """Return a plan with None for each start that is an array, so that it can be hashed."""
+    if plan.window.start is None:
+        return plan
+    start = tuple(s if isinstance(s, int) else None for s in plan.window.start)
+    return replace(plan, window=replace(plan.window, start=start))
 
 
-def _with_starts(window: Window, starts: Iterator[Pair]) -> Window:
-    """Return a window with the starts that it has none of."""
+def _with_starts(window: Window, starts: Iterator[SplitInteger]) -> Window:
+    """Return a window with its array starts filled in."""
     if window.start is None:
         return window
     return replace(window, start=tuple(next(starts) if s is None else s for s in window.start))
@@ -99,9 +96,9 @@ def _varying(operand: Any) -> frozenset[Any]:
 _drop_p = Primitive("unidrop_dropout")
 
 
-def _rule(*operands: Any, window: Window, rate: Rate, batch: tuple[Any, ...]) -> Any:
+def _rule(*operands: Any, plan: DropoutPlan, batch: tuple[Any, ...]) -> Any:
     """Return what the core makes of the operands; the outermost of the batch's axes is first."""
-    rule = partial(_rule_of_one, window=window, rate=rate)
+    rule = partial(_rule_of_one, plan=plan)
     for differs in reversed(batch):
         rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in differs))
     # Whether the user has enabled 64-bit numbers must not matter, and the generator is quicker by
@@ -111,17 +108,17 @@ def _rule(*operands: Any, window: Window, rate: Rate, batch: tuple[Any, ...]) ->
 
 
 # Of a model's many layers of one shape, and their gradients, one is traced and lowered for all.
-_rule_of_all = jax.jit(_rule, static_argnames=("rate", *_STATIC))
+_rule_of_all = jax.jit(_rule, static_argnames=_STATIC)
 
 
-def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, window: Window, rate: Rate) -> Any:
+def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
     starts = zip(words[::2], words[1::2], strict=True)
-    window = _with_starts(window, starts)
-    mask = portable_mask(get_library(x), jnp, window, rate, Key.from_words(lo, hi), None, x)
-    return DropoutPlan(get_library(x), window, rate, drops=True).select(x, mask)
+    window = _with_starts(plan.window, starts)
+    key = Key._from_raw_words((lo, hi))
+    return plan.select(x, portable_mask(plan.library, x, key, window, plan.rate, None))
 
 
-class _Operands(Rate):
+class _TracedRate(Rate):
     """A rate that keeps something, whose threshold and scale are operands of a program."""
 
     @property
@@ -137,9 +134,10 @@ class _Operands(Rate):
 
 
 @partial(jax.jit, static_argnames=_STATIC)
-def _run(threshold: Any, scale: Any, *operands: Any, **settings: Any) -> Any:
+def _run(threshold: Any, scale: Any, *operands: Any, plan: DropoutPlan, batch: Any) -> Any:
     """Run the rule in one program for all rates."""
-    return _rule(*operands, rate=_Operands(math.nan, threshold, scale), **settings)
+    rate = _TracedRate(math.nan, threshold, scale)
+    return _rule(*operands, plan=replace(plan, rate=rate), batch=batch)
 
 
 def programs() -> int:
@@ -148,21 +146,24 @@ def programs() -> int:
     return number
 
 
-def _at_once(x: Any, lo: Any, hi: Any, *words: Any, rate: Rate, **settings: Any) -> Any:
-    """Return dropout of an array that has its values, as where a tracer was differentiated."""
-    window = settings["window"]
-    if isinstance(x, jax.Array) and not words and not settings["batch"]:
-        library = get_library(x)
-        kernels = find_kernels(library, x, Key.from_words(lo, hi), window)
-        if kernels is not None:
-            package, memory, number, base = kernels
-            return package.drop(library, x, memory, window, rate, number, base)
-    dtype = compute_dtype(x.dtype)
+# In the place of a rate, so that a program serves all rates.
+_ANY_RATE = Rate.from_p(0.5)
+
+
+def _run_eagerly(
+    x: Any, lo: Any, hi: Any, *words: Any, plan: DropoutPlan, batch: tuple[Any, ...]
+) -> Any:
+    """Return dropout of an array that is not traced, such as a tangent."""
+    if isinstance(x, jax.Array) and not words and not batch:
+        y = plan.run_fused(x, Key.from_words(lo, hi))
+        if y is not None:
+            return y
+    dtype, rate = compute_dtype(x.dtype), plan.rate
     numbers = np.uint32(rate.threshold), np.dtype(dtype).type(rate.scale_in(dtype))
-    return _run(*numbers, x, lo, hi, *words, **settings)
+    return _run(*numbers, x, lo, hi, *words, plan=replace(plan, rate=_ANY_RATE), batch=batch)
 
 
-_drop_p.def_impl(_at_once)
+_drop_p.def_impl(_run_eagerly)
 mlir.register_lowering(_drop_p, mlir.lower_fun(_rule_of_all, multiple_results=False))
 
 
@@ -191,7 +192,7 @@ def _transpose(cotangent: Any, x: Any, *numbers: Any, **settings: Any) -> list[A
 def _batched(
     operands: Sequence[Any], axes: Sequence[int | None], *, batch: tuple[Any, ...], **settings: Any
 ) -> tuple[Any, int]:
-    """Return the operation over one more axis, which x has to have for the output's sake."""
+    """Return the operation over one more axis, which x must have for the output's sake."""
     size = next(v.shape[a] for v, a in zip(operands, axes, strict=True) if a is not None)
     moved = [v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(operands, axes, strict=True)]
     if axes[0] is None:

@@ -1,6 +1,5 @@
-"""PyTorch below the adapters: its gradient, its devices and where a tensor lies in memory."""
+"""PyTorch as an array library: its gradient, its devices and its buffers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.torch
@@ -8,45 +7,42 @@ import numpy as np
 import torch
 
 from unidrop.adapters.torch.func import randomness
-from unidrop.adapters.torch.operators import constant, int_tensor, key_tensor
+from unidrop.adapters.torch.operators import constant, int_tensor, key_tensor, pack_words
 from unidrop.key import Key, string_data
-from unidrop.library import Library, Memory
-from unidrop.window import Window
+from unidrop.plan import DropoutPlan
+from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
+from unidrop.rate import Rate
+from unidrop.window import Window, register_symbolic_integer
 from unidrop.words import Int64Words
 
-__all__ = ["Torch", "is_tracing", "record"]
+__all__ = ["LIBRARY", "is_tracing", "record"]
 
-# Of words in int64, which PyTorch has on every device.
 _WORDS = Int64Words(array_api_compat.torch)
 
-# What `torch.compiler.assume_constant_result` does; but that takes the compiler's import.
+# torch.compiler.assume_constant_result does this, but imports the compiler.
 string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions take any
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _BITS = {getattr(torch, f"{sign}int{bits}"): bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
-# The most that an operator's integer can be.
+# The largest integer of an operator.
 _MOST = (1 << 63) - 1
 
 
-class Torch(Library):
+class TorchArrays(Arrays):
     """PyTorch tensors."""
 
     def namespace(self, x: torch.Tensor) -> Any:
-        """Return the standard's namespace, past a cache that torch.compile warns of."""
+        """Return the standard's namespace, without the cache that Dynamo warns about."""
         return array_api_compat.torch
 
     def device(self, x: torch.Tensor) -> torch.device:
-        """Return the tensor's device."""
+        """Return the device of the tensor."""
         return x.device
 
-    def arithmetic(self, xp: Any, device: Any) -> Int64Words:
-        """Return arithmetic on ``int64``, and don't look for what else there is."""
-        return _WORDS
-
     def is_traced(self, x: torch.Tensor) -> bool:
-        """Tell whether something records or transforms what is done with tensors."""
+        """Return whether something records or transforms operations on tensors."""
         return is_tracing()
 
     def match_strides(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -54,97 +50,102 @@ class Torch(Library):
         like = torch.empty_like(x)
         return y if y.stride() == like.stride() else like.copy_(y)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        forward: Callable[[Any], Any],
-        transpose: Callable[[Any], Any],
+
+class TorchWords(Words):
+    """Words in ``int64``, which PyTorch has on every device."""
+
+    def arithmetic(self, xp: Any, device: Any) -> Int64Words:
+        """Return arithmetic on ``int64``, without asking for the dtypes of a device."""
+        return _WORDS
+
+    def width(self, value: torch.Tensor, name: str) -> int:
+        """Return the number of bits of a 0-d integer tensor."""
+        bits = _BITS.get(value.dtype)
+        # Only errors take the generic way, which is longer to trace.
+        return super().width(value, name) if bits is None or value.dim() != 0 else bits
+
+
+class TorchOperator(Operator):
+    """Dropout as an autograd function, or under a trace as one ``torch.ops`` operator."""
+
+    def dropout(
+        self, x: torch.Tensor, key: Key, plan: DropoutPlan, mask: torch.Tensor | None = None
     ) -> Any:
-        """Return ``forward(x)``, whose backward pass calls ``transpose`` and saves no tensor."""
+        """Apply dropout as one operator, whose backward pass keeps the key alone."""
+        if is_tracing():
+            return record(x, key_tensor(key), plan.rate.p, plan.window)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _Linear.apply(x, forward, transpose)
-        return forward(x)
+            return _Dropout.apply(x, key, plan, mask)
+        return plan.run(x, key, mask)
 
-    def recorded(self, x: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor:
-        """Return the output of one operator, which keeps no mask."""
-        return record(x, key_tensor(key.held), p, window)
-
-    def recorded_mask(self, like: torch.Tensor, p: float, key: Key, window: Window) -> torch.Tensor:
-        """Return the mask as one operator's output."""
+    def traced_mask(self, like: torch.Tensor, key: Key, window: Window, rate: Rate) -> torch.Tensor:
+        """Return the mask as the output of one operator."""
         if torch._C._are_functorch_transforms_active():
-            # What vmap makes of a mask, it makes of what is dropped from ones of its shape.
+            # vmap treats a mask as it treats dropout of ones of the same shape.
+            ones = torch.ones(window.shape, device=like.device)
             whole = Window.from_args(
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
-            return (
-                record(torch.ones(window.shape, device=like.device), key_tensor(key.held), p, whole)
-                != 0
-            )
+            return record(ones, key_tensor(key), rate.p, whole) != 0
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
-            key_tensor(key.held),
-            constant(p),
+            key_tensor(key),
+            constant(rate.p),
             window.shape,
             window.broadcast_axes,
-            *_part(window),
+            *_window_arguments(window),
             device=like.device,
         )
         return mask
 
-    def width(self, value: torch.Tensor, name: str) -> int:
-        """Return how many bits a 0-d integer tensor has."""
-        bits = _BITS.get(value.dtype)
-        # Only what is wrong takes the way that says so, which is longer to trace.
-        return super().width(value, name) if bits is None or value.dim() != 0 else bits
-
-    def joined(self, lo: Any, hi: Any) -> torch.Tensor | None:
-        """Return two tensors as a key's, where something records them."""
+    def pack_key(self, lo: Any, hi: Any) -> torch.Tensor | None:
+        """Return two tensors as the tensor of a key, under a trace."""
         if not (isinstance(lo, torch.Tensor) and isinstance(hi, torch.Tensor) and is_tracing()):
             return None
-        self.width(lo, "lo")
-        self.width(hi, "hi")
-        joined: torch.Tensor = torch.ops.unidrop.joined(lo, hi)
-        return joined
+        LIBRARY.words.width(lo, "lo")
+        LIBRARY.words.width(hi, "hi")
+        packed: torch.Tensor = torch.ops.unidrop.pack_key(lo, hi)
+        return packed
 
-    def folded(self, key: Any, data: torch.Tensor) -> torch.Tensor | None:
-        """Return the key of a key and a step as one operator's, where something records them.
+    def fold_in(self, words: Any, data: torch.Tensor) -> torch.Tensor | None:
+        """Return the key of a key and a step by one operator, under a trace on the CPU.
 
-        It takes Python's integers some microseconds, and a compiler some seconds. On another device
-        it is compiled, since the operator would have to wait for the step.
+        The operator takes microseconds on Python integers, where a compiler takes seconds. On other
+        devices the operator would must wait for the step, so folding is compiled there.
         """
         if data.device.type != "cpu" or not is_tracing():
             return None
-        self.width(data, "data")
-        folded: torch.Tensor = torch.ops.unidrop.fold_in(key_tensor(key), data)
+        LIBRARY.words.width(data, "data")
+        folded: torch.Tensor = torch.ops.unidrop.fold_in(pack_words(words), data)
         return folded
 
-    def counted(self, state: torch.Tensor) -> torch.Tensor:
-        """Return a seed and a call number with one call more."""
-        return state + torch.arange(2, dtype=state.dtype, device=state.device)
 
-    def memory(self, x: torch.Tensor) -> Memory | str:
-        """Return where a plain tensor of the CPU lies."""
+class TorchBuffers(Buffers):
+    """Plain CPU tensors."""
+
+    def locate(self, x: torch.Tensor) -> Buffer | str:
+        """Return the buffer of a plain tensor of the CPU."""
         if type(x) not in _PLAIN:
-            return f"a {type(x).__name__} is no plain torch.Tensor"
+            return f"a {type(x).__name__} is not a plain torch.Tensor"
         if x.device.type != "cpu":
             return f"it is on {x.device}, and kernels are for the CPU"
         if x.layout != torch.strided:
             return f"its layout is {x.layout}"
         if x.is_conj() or x.is_neg():
-            return "its conjugation or negation is still to be done"
+            return "its conjugation or negation is still lazy"
         if x._is_zerotensor():
-            return "it is zeros that lie nowhere"
+            return "it is a zero tensor without memory"
         try:
-            return _what_watches() or Memory(x.data_ptr(), x.stride())
-        except RuntimeError as error:  # a batch of gradients, which is of no class of its own
+            return _find_observer() or Buffer(x.data_ptr(), x.stride())
+        except RuntimeError as error:  # a batch of gradients, which has no class of its own
             return str(error)
 
-    def allocate_like(self, x: torch.Tensor) -> tuple[torch.Tensor, Memory]:
+    def allocate_like(self, x: torch.Tensor) -> tuple[torch.Tensor, Buffer]:
         """Return an empty tensor."""
         y = torch.empty_like(x)
-        return y, Memory(y.data_ptr(), y.stride())
+        return y, Buffer(y.data_ptr(), y.stride())
 
-    def assign(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Write the elements of x to out."""
+    def copy_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Copy the elements of x into out."""
         out.copy_(x)
 
     def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> torch.Tensor:
@@ -152,11 +153,15 @@ class Torch(Library):
         return torch.from_numpy(mask)
 
 
-def is_tracing() -> bool:
-    """Tell whether something records or transforms what is done with tensors.
+LIBRARY = ArrayLibrary(TorchArrays(), TorchWords(), TorchOperator(), TorchBuffers())
+register_symbolic_integer(torch.SymInt)
 
-    That is torch.compile, torch.func, or a mode that sees each operation, as of torch.export. What
-    another thread compiles has no part in it, of which `torch.compiler.is_compiling` would tell.
+
+def is_tracing() -> bool:
+    """Return whether something records or transforms operations on tensors.
+
+    That is torch.compile, torch.func, or a mode that sees each operation, such as torch.export's.
+    `torch.compiler.is_compiling` would also tell of compilations in other threads.
     """
     return (
         torch.compiler.is_dynamo_compiling()
@@ -166,51 +171,53 @@ def is_tracing() -> bool:
 
 
 def record(x: torch.Tensor, words: torch.Tensor, p: float, window: Window) -> torch.Tensor:
-    """Return the output under the key of a tensor of words, as one operator or one function."""
+    """Return the output under the key in a tensor, as one operator."""
     output: torch.Tensor = torch.ops.unidrop.dropout(
-        x, words, constant(p), window.broadcast_axes, *_part(window), random=randomness(x, words)
+        x,
+        words,
+        constant(p),
+        window.broadcast_axes,
+        *_window_arguments(window),
+        random=randomness(x, words),
     )
     return output
 
 
-def _part(window: Window) -> tuple[Any, ...]:
-    """Return an operator's arguments that say what a window is a part of; none if of nothing."""
+def _window_arguments(window: Window) -> tuple[Any, ...]:
+    """Return the operator's arguments for the global shape and the start of a window."""
     if window.global_shape is None or window.start is None:
         return ()
     if max(window.global_shape, default=0) > _MOST:
         raise ValueError(
-            "global_shape has to be below 2**63 where it is recorded as an operator's, "
-            f"but got {window.global_shape}"
+            "global_shape must be below 2**63 under torch.compile, torch.export and torch.func, "
+            f"got {window.global_shape}"
         )
     return window.global_shape, int_tensor(window.start)
 
 
-def _what_watches() -> str | None:
-    """Return what is to see each operation on a tensor, and would miss a kernel's."""
+def _find_observer() -> str | None:
+    """Return what observes each operation on a tensor and would miss a kernel, or None."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms it"
     if torch.autograd.forward_ad._current_level >= 0:
-        return "it is differentiated forwards"
+        return "forward-mode differentiation observes it"
     if torch._C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode is to see each operation"
+        return "a TorchDispatchMode observes each operation"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records it"
     return None
 
 
-class _Linear(torch.autograd.Function):
+class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, forward: Callable[[Any], Any], transpose: Callable[[Any], Any]
-    ) -> Any:
-        ctx.transpose = transpose
-        return forward(x)
+    def forward(ctx: Any, x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> Any:
+        ctx.key, ctx.plan = key, plan
+        return plan.run(x, key, mask)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        # A product by a diagonal matrix is its own transpose.
-        return ctx.transpose(tangents[0])
+        return ctx.plan.apply(tangents[0], ctx.key)  # a diagonal matrix is its own transpose
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        return ctx.transpose(upstream[0]), None, None
+        return ctx.plan.apply(upstream[0], ctx.key), None, None, None

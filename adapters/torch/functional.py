@@ -15,10 +15,10 @@ from unidrop.adapters.torch.operators import (
     key_tensor,
     record_draw,
 )
-from unidrop.dropout import DropoutPlan
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_key
 from unidrop.library import get_library
+from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate, checked_probability
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "axes2d",
     "axes3d",
     "axes_to_record",
-    "checked_call",
     "draw_to_record",
     "drop",
     "drop_drawn",
@@ -36,6 +35,7 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "make_plan",
     "no_axes",
     "record_drop",
 ]
@@ -49,7 +49,7 @@ TORCHSCRIPT_MESSAGE = (
 AxesOf = Callable[[Tensor, bool], Sequence[int]]
 
 
-# Where a compiler has to ask no more, as it then traces less.
+# Where a compiler must ask no more, as it then traces less.
 _DROPPED = frozenset(
     (
         torch.float16,
@@ -221,10 +221,10 @@ def _dropout(
     rate = Rate.from_p(p)
     if key is not None:
         check_key(key)
-    call = checked_call(input, rate, training, get_axes)
-    if call is None:
+    plan = make_plan(input, rate, training, get_axes)
+    if plan is None:
         return input
-    return drop_drawn(input, call, inplace) if key is None else drop(input, call, key, inplace)
+    return drop_drawn(input, plan, inplace) if key is None else drop(input, plan, key, inplace)
 
 
 def _record_dropout(
@@ -241,29 +241,29 @@ def _record_dropout(
     axes = axes_to_record(input, p, training, get_axes)
     if axes is None:
         return input
-    words = draw_to_record(input) if key is None else key_tensor(key.held)
+    words = draw_to_record(input) if key is None else key_tensor(key)
     return record_drop(input, p, axes, words, inplace)
 
 
-def checked_call(input: Tensor, rate: Rate, training: bool, get_axes: AxesOf) -> DropoutPlan | None:
+def make_plan(input: Tensor, rate: Rate, training: bool, get_axes: AxesOf) -> DropoutPlan | None:
     """Return the call that this is, its arguments being good; None if nothing is to be dropped."""
     if not isinstance(input, Tensor):
         raise _no_tensor(input)
     axes = get_axes(input, training)
     if not training:
         return None
-    call = DropoutPlan.from_args(input, rate, broadcast_axes=axes, name="input")
-    if not call.drops:
+    plan = DropoutPlan.from_args(input, rate, broadcast_axes=axes, name="input")
+    if not plan.drops:
         return None
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(TORCHSCRIPT_MESSAGE)
-    return call
+    return plan
 
 
 def axes_to_record(
     input: Tensor, p: float, training: bool, get_axes: AxesOf
 ) -> Sequence[int] | None:
-    """Return the axes of a call that is recorded or transformed, as `checked_call` does of others.
+    """Return the axes of a call that is recorded or transformed, as `make_plan` does of others.
 
     The operator checks the rest, which a compiler then need not trace.
     """
@@ -278,7 +278,7 @@ def axes_to_record(
 
 
 def _no_tensor(input: object) -> TypeError:
-    return TypeError(f"input has to be a torch.Tensor, but got {type(input).__name__}")
+    return TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
 
 
 def no_axes(input: Tensor, training: bool) -> tuple[int, ...]:
@@ -286,18 +286,18 @@ def no_axes(input: Tensor, training: bool) -> tuple[int, ...]:
     return ()
 
 
-def drop(input: Tensor, call: DropoutPlan, key: Key, inplace: bool) -> Tensor:
+def drop(input: Tensor, plan: DropoutPlan, key: Key, inplace: bool) -> Tensor:
     """Drop under a key."""
     output: Tensor
     if not inplace:
-        output = call.drop(input, key)
+        output = plan.apply(input, key)
         return output
     _check_inference(input)
     if _is_watched(input):
         # Copied by PyTorch, which then refuses what it always does, before it writes.
-        return input.copy_(call.drop(input, key))
+        return input.copy_(plan.apply(input, key))
     try:
-        output = call.drop(input, key, out=input)
+        output = plan.run(input, key, out=input)
     except KeyboardInterrupt:
         # It is raised when all is written.
         torch.autograd.graph.increment_version(input)
@@ -344,13 +344,13 @@ def draw_to_record(input: Tensor) -> Tensor:
     return record_draw()
 
 
-def drop_drawn(input: Tensor, call: DropoutPlan, inplace: bool) -> Tensor:
+def drop_drawn(input: Tensor, plan: DropoutPlan, inplace: bool) -> Tensor:
     """Drop under a key from the default generator, which a call that raises leaves as it was."""
     if not inplace:
-        return drop(input, call, as_key(draw_words()), inplace)
+        return drop(input, plan, as_key(draw_words()), inplace)
     state = torch.get_rng_state()
     try:
-        return drop(input, call, as_key(draw_words()), inplace)
+        return drop(input, plan, as_key(draw_words()), inplace)
     except RuntimeError:
         torch.set_rng_state(state)
         raise

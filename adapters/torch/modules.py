@@ -1,7 +1,4 @@
-"""Dropout for PyTorch: what `torch.nn` and `torch.nn.functional` call by these names.
-
-PyTorch documentation: torch.nn.Dropout, torch.nn.functional.dropout (2.13).
-"""
+"""The dropout modules of `torch.nn`, under keys."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -9,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from unidrop.adapters.calls import run_counted
 from unidrop.adapters.torch.arrays import is_tracing
 from unidrop.adapters.torch.checkpoint import current_log
 from unidrop.adapters.torch.func import randomness
@@ -19,14 +17,10 @@ from unidrop.adapters.torch.functional import (
     axes2d,
     axes3d,
     axes_to_record,
-    checked_call,
     draw_to_record,
     drop,
     drop_drawn,
-    dropout,
-    dropout1d,
-    dropout2d,
-    dropout3d,
+    make_plan,
     no_axes,
     record_drop,
 )
@@ -36,16 +30,7 @@ from unidrop.key import Key
 from unidrop.rate import Rate, checked_probability
 from unidrop.words import checked_integer
 
-__all__ = [
-    "Dropout",
-    "Dropout1d",
-    "Dropout2d",
-    "Dropout3d",
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-]
+__all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 
 
 _NO_CALLS = (
@@ -133,7 +118,7 @@ class Dropout(torch.nn.Module):
         super().__init__()
         Rate.from_p(p)
         if inplace not in (True, False):
-            raise TypeError(f"inplace has to be a bool, but got {inplace!r}; seed= goes by name")
+            raise TypeError(f"inplace must be a bool, got {inplace!r}; seed= goes by name")
         self.p = p
         self.inplace = inplace
         self.key = seed if seed is None or isinstance(seed, Key) else Key(seed)
@@ -144,18 +129,17 @@ class Dropout(torch.nn.Module):
         """Apply dropout in training, and the identity in evaluation."""
         if is_tracing():
             return self._record(input)
-        call = checked_call(input, Rate.from_p(self.p), self.training, self._axes)
-        if call is None:
+        plan = make_plan(input, Rate.from_p(self.p), self.training, self._axes)
+        if plan is None:
             return input
         if self.key is None:
-            return drop_drawn(input, call, self.inplace)
-        draws = current_log()
-        number = next_call_number(self.calls, draws)
-        try:
-            return drop(input, call, self.key.fold_in(number), self.inplace)
-        except BaseException:
-            rollback_call(self.calls, draws)
-            raise
+            return drop_drawn(input, plan, self.inplace)
+        key, log = self.key, current_log()
+        return run_counted(
+            lambda: next_call_number(self.calls, log),
+            lambda: rollback_call(self.calls, log),
+            lambda number: drop(input, plan, key.fold_in(number), self.inplace),
+        )
 
     def _record(self, input: Tensor) -> Tensor:
         p = checked_probability(self.p)
@@ -184,7 +168,7 @@ class Dropout(torch.nn.Module):
         if name == "key":
             # As a tensor too, so that one compiled graph serves layers of any key. It is neither a
             # parameter nor a buffer: it stays on the CPU, and no replica is given another's.
-            self.__dict__["_words"] = None if value is None else key_tensor(value.held)
+            self.__dict__["_words"] = None if value is None else key_tensor(value)
         # DataParallel gives each replica a buffer of its own, with the number of this call.
         if name != "calls" or self.__dict__.get("_is_replica"):
             super().__setattr__(name, value)
@@ -205,7 +189,7 @@ class Dropout(torch.nn.Module):
         """Write a number into the buffer, so that a tensor which is set does not count with it."""
         if isinstance(value, Tensor):
             if value.dim() != 0 or integer_bits(value.dtype) is None:
-                raise TypeError(f"calls has to be an integer, but got {value!r}")
+                raise TypeError(f"calls must be an integer, got {value!r}")
             if value.is_meta or (value.device.type != "cpu" and not self.calls.is_meta):
                 self.calls.copy_(value)
                 return

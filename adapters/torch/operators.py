@@ -13,7 +13,6 @@ A key is an int64 tensor ``[lo, hi]``, on the CPU unless it was made of a step o
 """
 
 from collections.abc import Callable, Sequence
-from threading import Lock
 from typing import Any
 
 import torch
@@ -22,11 +21,12 @@ from torch._compile import _disable_dynamo
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
+from unidrop.adapters.calls import COUNTING
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
-from unidrop.dropout import DropoutPlan
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
+from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 from unidrop.words import MASK32
 
@@ -40,10 +40,6 @@ __all__ = [
     "record_key",
     "rollback_call",
 ]
-
-# Reading a call number and advancing it is one act, also where threads share a module. One lock
-# for all, since a module has to be copied and pickled.
-_COUNTING = Lock()
 
 # What a drawing of a key says that it writes to, which keeps drawings in order.
 _ORDER = torch.zeros((), dtype=torch.int64)
@@ -61,16 +57,21 @@ _library.define(
     "SymInt[]? global_shape=None, Tensor? start=None, *, Device device) -> Tensor"
 )
 _library.define("integers(SymInt[] values) -> Tensor")
-_library.define("int_tensor(Tensor[] values) -> Tensor")
-_library.define("joined(Tensor lo, Tensor hi) -> Tensor")
+_library.define("stack_integers(Tensor[] values) -> Tensor")
+_library.define("pack_key(Tensor lo, Tensor hi) -> Tensor")
 _library.define("fold_in(Tensor key, Tensor data) -> Tensor")
 _library.define("next_call(Tensor(a!) calls) -> Tensor")
 _library.define("draw_key(Tensor(a!) order) -> Tensor")
 
 
-def key_tensor(held: Any) -> Tensor:
-    """Return a key as a tensor of its words, of what the key holds."""
-    return held if isinstance(held, Tensor) else int_tensor(held)
+def key_tensor(key: Key) -> Tensor:
+    """Return a key as a tensor of its words."""
+    return pack_words(key._words)
+
+
+def pack_words(words: Any) -> Tensor:
+    """Return the words of a key as a tensor: ``(lo, hi)``, or a tensor of both already."""
+    return words if isinstance(words, Tensor) else int_tensor(words)
 
 
 def int_tensor(numbers: Sequence[Any]) -> Tensor:
@@ -91,10 +92,10 @@ def _record_int_tensor(numbers: Sequence[Any]) -> Tensor:
         integers: Tensor = ops.integers(numbers)
         return integers
     device = tensors[0].device
-    joined: Tensor = ops.int_tensor(
+    stack: Tensor = ops.stack_integers(
         [n if isinstance(n, Tensor) else ops.integers([n]).to(device).reshape(()) for n in numbers]
     )
-    return joined
+    return stack
 
 
 def constant(p: float) -> float:
@@ -113,14 +114,16 @@ def as_key(words: Tensor) -> Key:
 
 
 def next_call_number(calls: Tensor, draws: CheckpointLog | None) -> Any:
-    """Return a call number and advance it; what is computed again has that of the first time."""
+    """Return a call number and advance it; a recomputation replays the first number.
+
+    The caller holds the lock `COUNTING`.
+    """
     if draws is not None and draws.are_again:
         return draws.take()
-    with _COUNTING:
-        # Read where that waits for nothing.
-        is_known = calls.device.type == "cpu" and calls.dim() == 0
-        number = int(calls) if is_known else calls.clone()
-        calls.add_(1)
+    # Reading the value of other tensors would wait for a device.
+    is_known = calls.device.type == "cpu" and calls.dim() == 0
+    number = int(calls) if is_known else calls.clone()
+    calls.add_(1)
     if draws is not None:
         draws.keep(number)
     return number
@@ -129,8 +132,7 @@ def next_call_number(calls: Tensor, draws: CheckpointLog | None) -> Any:
 def rollback_call(calls: Tensor, draws: CheckpointLog | None) -> None:
     """Undo what `next_call_number` did for a call that raised."""
     if draws is None or not draws.are_again:
-        with _COUNTING:
-            calls.sub_(1)
+        calls.sub_(1)
     if draws is not None:
         draws.undo()
 
@@ -172,7 +174,7 @@ def _drawn() -> Tensor:
 def record_key(words: Tensor, calls: Tensor) -> Tensor:
     """Record that a call number is taken, and return the words of the key that it is folded into.
 
-    The CPU's is folded by an operator. On another device that would have to wait for the number, so
+    The CPU's is folded by an operator. On another device that would must wait for the number, so
     there folding is compiled, or done by operations on 0-d tensors.
     """
     number = torch.ops.unidrop.next_call(calls)
@@ -180,7 +182,7 @@ def record_key(words: Tensor, calls: Tensor) -> Tensor:
         folded: Tensor = torch.ops.unidrop.fold_in(words, number)
         return folded
     lo, hi = words.to(calls.device).unbind()
-    return key_tensor(Key.from_words(lo, hi).fold_in(number).held)
+    return key_tensor(Key.from_words(lo, hi).fold_in(number))
 
 
 @_disable_dynamo
@@ -193,14 +195,14 @@ def _dropout(
     start: Tensor | None = None,
     random: Tensor | None = None,
 ) -> Tensor:
-    call = DropoutPlan.from_args(
+    plan = DropoutPlan.from_args(
         x,
         Rate.from_p(p),
         broadcast_axes=broadcast_axes,
         global_shape=global_shape,
         start=_starts(start),
     )
-    output: Tensor = call.drop(x, as_key(key))
+    output: Tensor = plan.apply(x, as_key(key))
     return output
 
 
@@ -242,12 +244,12 @@ def _integers(values: Sequence[int]) -> Tensor:
 
 
 @_disable_dynamo
-def _stack(values: Sequence[Tensor]) -> Tensor:
+def _stack_integers(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([value.to(torch.int64) for value in values])
 
 
 @_disable_dynamo
-def _joined(lo: Tensor, hi: Tensor) -> Tensor:
+def _pack_key(lo: Tensor, hi: Tensor) -> Tensor:
     """Return words of the low 32 bits; of a batch of keys, along a last axis."""
     return torch.stack([_low_bits(lo), _low_bits(hi).to(lo.device)], -1)
 
@@ -264,12 +266,13 @@ def _fold_in(key: Tensor, data: Tensor) -> Tensor:
     bits = integer_bits(data.dtype)
     assert bits is not None  # as `Library.width` has seen to
     # Extended by zeros from its width, as words are: also a negative one, and one of uint64.
-    return key_tensor(as_key(key).fold_in(int(data.item()) & ((1 << bits) - 1)).held)
+    return key_tensor(as_key(key).fold_in(int(data.item()) & ((1 << bits) - 1)))
 
 
 @_disable_dynamo
 def _next_call(calls: Tensor) -> Tensor:
-    number = next_call_number(calls, current_log())
+    with COUNTING:
+        number = next_call_number(calls, current_log())
     if isinstance(number, Tensor):
         return number.clone()
     return torch.tensor(number, dtype=torch.int64)
@@ -398,7 +401,7 @@ def _next_calls(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Tensor, 
     return torch.ops.unidrop.next_call(calls), in_dims[0]
 
 
-def _joined_each(
+def _pack_each_key(
     info: Any, in_dims: tuple[int | None, int | None], lo: Tensor, hi: Tensor
 ) -> tuple[Tensor, int]:
     """Join a batch of keys, whose words have no axes but that of the batch."""
@@ -406,7 +409,7 @@ def _joined_each(
         word.expand(info.batch_size, *word.shape) if dim is None else word.movedim(dim, 0)
         for word, dim in zip((lo, hi), in_dims, strict=True)
     )
-    return torch.ops.unidrop.joined(lo, hi), 0
+    return torch.ops.unidrop.pack_key(lo, hi), 0
 
 
 def _fold_in_each(
@@ -424,8 +427,8 @@ _EAGER = {
     "dropout": _dropout,
     "keep_mask": _keep_mask,
     "integers": _integers,
-    "int_tensor": _stack,
-    "joined": _joined,
+    "stack_integers": _stack_integers,
+    "pack_key": _pack_key,
     "fold_in": _fold_in,
     "next_call": _next_call,
     "draw_key": _draw_key,
@@ -436,8 +439,8 @@ _FAKE: dict[str, Callable[..., Tensor]] = {
         shape, dtype=torch.bool, device=device
     ),
     "integers": lambda values: torch.empty((len(values),), dtype=torch.int64, device="cpu"),
-    "int_tensor": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
-    "joined": lambda lo, hi: lo.new_empty((*lo.shape, 2), dtype=torch.int64),
+    "stack_integers": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
+    "pack_key": lambda lo, hi: lo.new_empty((*lo.shape, 2), dtype=torch.int64),
     "fold_in": lambda key, data: torch.empty_like(key),
     "next_call": torch.empty_like,
     "draw_key": lambda order: torch.empty((2,), dtype=torch.int64, device="cpu"),
@@ -451,5 +454,5 @@ for _name in ("next_call", "draw_key"):
 _library.impl("dropout", _differentiated, "Autograd", with_keyset=True)
 torch.library.register_vmap("unidrop::dropout", _vmapped, lib=_library)
 torch.library.register_vmap("unidrop::next_call", _next_calls, lib=_library)
-torch.library.register_vmap("unidrop::joined", _joined_each, lib=_library)
+torch.library.register_vmap("unidrop::pack_key", _pack_each_key, lib=_library)
 torch.library.register_vmap("unidrop::fold_in", _fold_in_each, lib=_library)

@@ -12,9 +12,9 @@ import numpy as np
 
 from unidrop import Key, dropout
 from unidrop.conformance import CoreBackend
-from unidrop.library import Library
+from unidrop.protocols import ArrayLibrary, Arrays, Operator
 
-__all__ = ["Mlx", "MlxBackend"]
+__all__ = ["LIBRARY", "MlxBackend"]
 
 
 def _anywhere(make):
@@ -47,33 +47,40 @@ _NAMESPACE = _Namespace(
 )
 
 
-class Mlx(Library):
-    """MLX's arrays, which are computed when they are looked at."""
+class MlxArrays(Arrays):
+    """MLX arrays, which are lazy."""
 
     def namespace(self, x):
-        """Return the functions of the standard."""
+        """Return MLX's functions by the standard's names."""
         return _NAMESPACE
 
     def device(self, x):
-        """Return None: arrays have no device, operations have."""
+        """Return None: operations have devices, but arrays have none."""
 
     def is_traced(self, x):
-        """Return True: what is recorded is fused, and needs no pieces."""
+        """Return True: MLX fuses what it records, so the core computes no pieces."""
         return True
 
     def is_mutable(self, x):
-        """Return False: what is assigned to is copied."""
+        """Return False: assigning to an item copies the array."""
         return False
 
     def complex(self, xp, real, imag):
-        """Return complex numbers of the same bits; a sum with 1j times would make more NaN."""
+        """Return complex numbers of the same bits; adding 1j * imag would create more NaN."""
         return mx.stack([real, imag], axis=-1).view(mx.complex64).reshape(real.shape)
 
-    def linear(self, x, forward, transpose):
-        """Return ``forward(x)``, whose gradient is ``transpose`` and keeps nothing of it."""
-        function = mx.custom_function(forward)
-        function.vjp(lambda primal, cotangent, output: transpose(cotangent))
+
+class MlxOperator(Operator):
+    """Dropout with a gradient that recomputes the mask."""
+
+    def dropout(self, x, key, plan, mask=None):
+        """Apply dropout as one function with a custom gradient."""
+        function = mx.custom_function(lambda v: plan.run(v, key, mask))
+        function.vjp(lambda primal, cotangent, output: plan.apply(cotangent, key))
         return function(x)
+
+
+LIBRARY = ArrayLibrary(arrays=MlxArrays(), operator=MlxOperator())
 
 
 class MlxBackend(CoreBackend):

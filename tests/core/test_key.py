@@ -131,13 +131,13 @@ NOT_INTEGERS = [
 
 @pytest.mark.parametrize("seed", [*NOT_INTEGERS, "1"], ids=repr)
 def test_a_seed_that_is_no_integer_raises_and_is_named(seed):
-    with pytest.raises(TypeError, match=re.escape("seed has to be an integer, 0 <= seed < 2**64")):
+    with pytest.raises(TypeError, match=re.escape("seed must be an integer, 0 <= seed < 2**64")):
         Key(seed)
 
 
 @pytest.mark.parametrize("data", NOT_INTEGERS, ids=repr)
 def test_folding_in_neither_an_integer_nor_a_string_raises_and_names_data(data):
-    with pytest.raises(TypeError, match=r"^data has to be an integer"):
+    with pytest.raises(TypeError, match=r"^data must be an integer"):
         SITE.fold_in(data)
 
 
@@ -151,7 +151,7 @@ def test_the_message_of_a_wrong_type_holds_the_value(make, value):
 @pytest.mark.parametrize("value", [-1, 2**64, np.int64(-1), -(2**70)], ids=repr)
 @pytest.mark.parametrize(("make", "name"), [(Key, "seed"), (SITE.fold_in, "data")])
 def test_an_integer_outside_64_bits_raises_and_does_not_wrap(make, name, value):
-    message = f"{name} has to be 0 <= {name} < 2**64, but got {int(value)}"
+    message = f"{name} must be 0 <= {name} < 2**64, got {int(value)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         make(value)
 
@@ -293,14 +293,14 @@ def test_an_array_is_traced_and_an_integer_is_not(scalar):
 
 @pytest.mark.parametrize("dtype", ["bool", "float32", "float64"])
 def test_folding_in_an_array_of_no_integers_raises_and_names_its_dtype(scalar, dtype):
-    with pytest.raises(TypeError, match=rf"data has to be an integer.*{dtype}"):
+    with pytest.raises(TypeError, match=rf"data must be an integer.*{dtype}"):
         SITE.fold_in(scalar(1, dtype))
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (1, 1)], ids=str)
 def test_folding_in_an_array_that_is_not_0_d_raises_and_names_its_shape(scalar, shape):
     data = scalar(np.ones(shape, "int32").tolist(), "int32")
-    with pytest.raises(ValueError, match=r"data has to be 0-d.*" + re.escape(str(shape))):
+    with pytest.raises(ValueError, match=r"data must be 0-d.*" + re.escape(str(shape))):
         SITE.fold_in(data)
 
 
@@ -367,19 +367,19 @@ def test_words_of_numpy_integers_have_values_as_they_have_everywhere_else(dtype)
 @pytest.mark.parametrize("word", [-1, 2**32])
 @pytest.mark.parametrize("name", ["lo", "hi"])
 def test_a_word_outside_32_bits_raises_and_is_named(name, word):
-    with pytest.raises(ValueError, match=rf"{name} has to be .*but got {word}"):
+    with pytest.raises(ValueError, match=rf"{name} must be .*got {word}"):
         Key.from_words(**{"lo": 0, "hi": 0, name: word})
 
 
 @pytest.mark.parametrize("word", [True, 1.0, "1", None], ids=repr)
 @pytest.mark.parametrize("name", ["lo", "hi"])
 def test_a_word_that_is_no_integer_raises_and_is_named(name, word):
-    with pytest.raises(TypeError, match=rf"^{name} has to be an integer"):
+    with pytest.raises(TypeError, match=rf"^{name} must be an integer"):
         Key.from_words(**{"lo": 0, "hi": 0, name: word})
 
 
 def test_a_word_that_is_not_0_d_raises_and_is_named(scalar):
-    with pytest.raises(ValueError, match=r"hi has to be 0-d"):
+    with pytest.raises(ValueError, match=r"hi must be 0-d"):
         Key.from_words(scalar(1, "int64"), scalar([1], "int64"))
 
 
@@ -387,5 +387,5 @@ def test_a_64_bit_step_where_jax_has_no_64_bit_integers_raises_rather_than_lose_
     jax = pytest.importorskip("jax")
     with jax.enable_x64(True):
         step = jax.numpy.asarray(2**33 + 5, dtype="int64")
-    with jax.enable_x64(False), pytest.raises(ValueError, match="data has dtype int64"):
+    with jax.enable_x64(False), pytest.raises(ValueError, match="data must have at most 32 bits"):
         Key(1).fold_in(step)

@@ -118,12 +118,12 @@ def test_an_error_inside_the_package_of_kernels_is_not_taken_for_its_absence(mon
         raise ModuleNotFoundError("No module named 'other'", name="other")
 
     monkeypatch.setattr(PATH, "import_module", absent)
-    PATH._package.cache_clear()
+    PATH._get_package.cache_clear()
     try:
         with pytest.raises(ModuleNotFoundError, match="other"):
             unidrop.dropout(np.ones(3), 0.5, KEY)
     finally:
-        PATH._package.cache_clear()
+        PATH._get_package.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -155,14 +155,16 @@ def test_without_a_folder_for_its_cache_numba_compiles_all_the_same(monkeypatch)
 
     monkeypatch.setattr(kernels, "_compiled", no_folder)
     kernels._function.cache_clear()
-    FUSED._compiled.cache_clear()
+    FUSED._compile.cache_clear()
+    FUSED.prepare.cache_clear()
     try:
         x = values((99,))
         assert_bits(fused(x, 0.4), portable(x, 0.4))
     finally:
         kernels._function.cache_clear()
-        FUSED._compiled.cache_clear()
-    names = ("keep_flags", "select_float32", "rows")
+        FUSED._compile.cache_clear()
+        FUSED.prepare.cache_clear()
+    names = ("decide", "select_float32", "rows")
     assert asked == [(name, cached) for name in names for cached in (True, False)]
 
 

@@ -1,4 +1,4 @@
-"""Defects mutant in the kernels: the matrix has to turn red."""
+"""Defects mutant in the kernels: the matrix must turn red."""
 
 import importlib
 import importlib.util
@@ -38,11 +38,13 @@ def plant(tmp_path, monkeypatch):
     def put(source):
         mutant = get_module("planted_kernels", source, tmp_path)
         monkeypatch.setattr(kernels, "kernel", mutant.kernel)
-        FUSED._compiled.cache_clear()
+        FUSED._compile.cache_clear()
+        FUSED.prepare.cache_clear()
 
     yield put
     monkeypatch.undo()
-    FUSED._compiled.cache_clear()
+    FUSED._compile.cache_clear()
+    FUSED.prepare.cache_clear()
 
 
 def failed(contract, dtype=None):

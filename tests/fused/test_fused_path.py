@@ -93,20 +93,20 @@ def test_a_parameter_is_fused():
 
 @pytest.mark.parametrize("x", [[1.0], 3.0, None, "text"], ids=repr)
 def test_explain_refuses_what_is_no_array(x):
-    with pytest.raises(TypeError, match="x has to be an array"):
+    with pytest.raises(TypeError, match="x must be an array"):
         unidrop.explain_path(x)
 
 
 @pytest.mark.parametrize("dtype", ["int64", "bool", "longdouble"])
 def test_explain_refuses_a_dtype_without_dropout(dtype):
-    with pytest.raises(TypeError, match="x has to be of a floating-point dtype"):
+    with pytest.raises(TypeError, match="x must be of a floating-point dtype"):
         unidrop.explain_path(np.ones(3, dtype))
 
 
 @pytest.mark.parametrize("path", ["", "Fused", "both", None, 1], ids=repr)
 def test_only_refuses_what_is_no_path(path):
     context = unidrop.force_path(path)
-    with pytest.raises(ValueError, match="path has to be one of fused, portable, but got"):
+    with pytest.raises(ValueError, match="path must be one of fused, portable, got"):
         context.__enter__()
     assert unidrop.explain_path(np.ones(3)).name == "fused"
 
@@ -120,7 +120,7 @@ def test_only_ends_where_its_block_does_also_by_an_exception():
         assert unidrop.explain_path(x).name == "portable"
         with unidrop.force_path("fused"):
             assert unidrop.explain_path(x).name == "fused"
-        assert unidrop.explain_path(x).reason == "unidrop.force_path says so"
+        assert unidrop.explain_path(x).reason == "unidrop.force_path forces it"
     assert unidrop.explain_path(x).name == "fused"
 
 

@@ -215,7 +215,7 @@ def test_the_number_that_was_set_is_the_number(number):
 @pytest.mark.parametrize("number", [0, -1, np.int64(0)], ids=repr)
 def test_fewer_than_one_thread_is_an_error_that_says_so(number):
     before = get_num_threads()
-    with pytest.raises(ValueError, match=rf"number has to be 1 or more, but got {number}"):
+    with pytest.raises(ValueError, match=rf"number must be 1 or more, got {number}"):
         set_num_threads(number)
     assert get_num_threads() == before
 
@@ -223,7 +223,7 @@ def test_fewer_than_one_thread_is_an_error_that_says_so(number):
 @pytest.mark.parametrize("number", [True, False, 2.0, "2", b"2", None, [2], np.True_], ids=repr)
 def test_what_is_no_integer_is_an_error_that_says_so(number):
     before = get_num_threads()
-    expected = f"number has to be an integer, but got {number!r}"
+    expected = f"number must be an integer, got {number!r}"
     with pytest.raises(TypeError, match=re.escape(expected)):
         set_num_threads(number)
     assert get_num_threads() == before
@@ -294,7 +294,7 @@ def test_a_bad_number_in_the_environment_is_an_error_that_names_the_variable(tmp
     lines = run.stdout.splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert line.startswith("UNIDROP_NUM_THREADS has to be ")
+        assert line.startswith("UNIDROP_NUM_THREADS must be ")
         assert value in line
 
 

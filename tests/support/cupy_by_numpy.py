@@ -79,7 +79,7 @@ def _on_device(function):
 
 
 def _values(x):
-    """Return the values of arrays, in whatever holds them; they have to be on this device."""
+    """Return the values of arrays, in whatever holds them; they must be on this device."""
     if isinstance(x, ndarray):
         assert x.device.id == Device().id, "an array is not on the current device"
         return x._values

@@ -100,7 +100,7 @@ def portable(x, p, key=KEY, **options):
 
 
 def fused(x, p, key=KEY, **options):
-    """Return what kernels make of an array, which they have to take."""
+    """Return what kernels make of an array, which they must take."""
     with unidrop.force_path("fused"):
         return unidrop.dropout(x, p, key, **options)
 

@@ -1,4 +1,4 @@
-"""What JAX' dropout has to return, as the core's portable path makes it of NumPy arrays."""
+"""What JAX' dropout must return, as the core's portable path makes it of NumPy arrays."""
 
 import numpy as np
 

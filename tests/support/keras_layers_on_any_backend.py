@@ -59,7 +59,7 @@ def test_inference_is_the_identity_and_does_not_count(arguments):
 
 def test_integers_raise_and_do_not_count():
     layer = Dropout(0.5, seed=SITE)
-    with pytest.raises(TypeError, match=r"inputs has to be of a floating"):
+    with pytest.raises(TypeError, match=r"inputs must be of a floating"):
         layer(np.ones(3, "int32"), training=True)
     assert layer.calls == 0
 
@@ -93,7 +93,7 @@ def test_calls_beyond_what_keras_counts_raise_and_are_named():
     layer.calls = 2**31 - 1
     assert_bits(layer(X, training=True), dropped(X, 2**31 - 1))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"calls has to be below 2\*\*31"):
+        with pytest.raises(ValueError, match=r"calls must be below 2\*\*31"):
             layer(X, training=True)
     layer.calls = 0
     assert_bits(layer(X, training=True), dropped(X, 0))

@@ -3,7 +3,7 @@
     python keras_training.py run FOLDER       trains in each of the backend's ways; saves at step 25
     python keras_training.py resume FOLDER    loads what is saved there, and goes on to step 50
 
-Both print the losses as JSON. What the losses have to be, `small_network.py` says.
+Both print the losses as JSON. What the losses must be, `small_network.py` says.
 """
 
 import json

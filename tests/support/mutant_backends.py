@@ -1,7 +1,7 @@
 """A backend in plain NumPy, written from the specification, and others that differ in a defect.
 
 It shares no code with the core. Each defect is one that somebody makes, in a few lines of its own;
-which contract has to name it stands in test_planted_defects.py.
+which contract must name it stands in test_planted_defects.py.
 """
 
 import json
@@ -97,11 +97,11 @@ class Sound(BaseBackend):
 
     def refuse(self, x, p):
         if x.dtype.kind != "f":
-            raise TypeError(f"x has to be of floating-point numbers, but got {x.dtype}")
+            raise TypeError(f"x must be of floating-point numbers, got {x.dtype}")
         if isinstance(p, bool) or not isinstance(p, int | float):
-            raise TypeError(f"p has to be a number, but got {p!r}")
+            raise TypeError(f"p must be a number, got {p!r}")
         if not 0 <= p <= 1:
-            raise ValueError(f"p has to be between 0 and 1, but got {p}")
+            raise ValueError(f"p must be between 0 and 1, got {p}")
 
     def scaled(self, x, p):
         compute = np.promote_types(x.dtype, np.float32).type

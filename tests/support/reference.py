@@ -34,14 +34,14 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 def _lo_hi(number: int) -> tuple[int, int]:
     if not 0 <= number < 2**64:
-        raise ValueError(f"expected an integer in [0, 2**64), but got {number}")
+        raise ValueError(f"expected an integer in [0, 2**64), got {number}")
     return number % 2**32, number // 2**32
 
 
 def fold_in(key: int, data: int | str) -> int:
     """Return the key that ``data``, an integer below 2**64 or a string, derives from ``key``."""
     if isinstance(data, bool):
-        raise TypeError("expected an integer or a string, but got a bool")
+        raise TypeError("expected an integer or a string, got a bool")
     if isinstance(data, str):
         tag, number = (
             STR_TAG,
@@ -62,7 +62,7 @@ def _block_words(key: int, block: int) -> Words:
 def u(key: int, i: int) -> int:
     """Return the 32-bit number that decides element ``i`` of the masks of ``key``."""
     if not 0 <= i < 2**64:
-        raise ValueError(f"expected an index in [0, 2**64), but got {i}")
+        raise ValueError(f"expected an index in [0, 2**64), got {i}")
     word = _block_words(key, i // 8)[(i // 2) % 4]
     return word if i % 2 == 0 else word * 0x6C078965 % 2**32
 
@@ -70,7 +70,7 @@ def u(key: int, i: int) -> int:
 def threshold(p: float) -> int:
     """Return T: the elements with u >= T are kept."""
     if not 0 <= p <= 1:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        raise ValueError(f"dropout probability must be between 0 and 1, got {p}")
     return round(Fraction(p) * 2**32)  # round() of a Fraction is exact, and half to even
 
 
@@ -81,7 +81,7 @@ def scale(p: float) -> float:
 
 def _axes(ndim: int, broadcast_axes: Collection[int]) -> set[int]:
     if not all(-ndim <= axis < ndim for axis in broadcast_axes):
-        raise ValueError(f"expected broadcast axes of {ndim} dimensions, but got {broadcast_axes}")
+        raise ValueError(f"expected broadcast axes of {ndim} dimensions, got {broadcast_axes}")
     return {axis % ndim for axis in broadcast_axes}
 
 
@@ -103,7 +103,7 @@ def mask_indices(
     For a window (``global_shape`` and ``start``) it is the index in the whole array's mask.
     """
     if (global_shape is None) != (start is None):
-        raise ValueError("global_shape and start have to be given together")
+        raise ValueError("global_shape and start must be given together")
     axes = _axes(len(shape), broadcast_axes)
     whole = mask_shape(shape if global_shape is None else global_shape, broadcast_axes)
     origin = [0] * len(shape) if start is None else start
@@ -179,7 +179,7 @@ class Format:
     def encode(self, value: Fraction) -> int:
         """Return the magnitude nearest to a value >= 0, half to even, infinity on overflow.
 
-        The value's denominator has to be a power of two, as those of all products here are.
+        The value's denominator must be a power of two, as those of all products here are.
         """
         if value == 0:
             return 0
@@ -231,7 +231,7 @@ def dropout_bits(bits: Sequence[int], dtype: str, keep: Sequence[int], p: float)
     width = 2 if dtype in COMPONENTS else 1
     decisions = [decision for decision in keep for _ in range(width)]
     if len(decisions) != len(bits):
-        raise ValueError(f"expected {len(decisions)} patterns of {dtype}, but got {len(bits)}")
+        raise ValueError(f"expected {len(decisions)} patterns of {dtype}, got {len(bits)}")
     if p == 0:
         return list(bits)
     if threshold(p) == 2**32:  # nothing is kept, and at p = 1 there is no scale to form

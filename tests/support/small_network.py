@@ -1,4 +1,4 @@
-"""One small network that is trained in every framework, and what its losses have to be.
+"""One small network that is trained in every framework, and what its losses must be.
 
 The losses are those of NumPy in double precision: a hidden layer, its dropout under
 ``Key(SEED).fold_in("hidden")`` with the step as the call number, and SGD with momentum as Keras

@@ -81,8 +81,8 @@ class CoreBackend(BaseBackend):
         library, xp = get_namespace_library(self.xp)
         lo, hi, reserved, tag = counter
         if reserved == 0:
-            return library.words(xp, (hi, lo), 1, (key[0], key[1]), tag, None)
-        words = library.arithmetic(xp, None)
+            return library.words.generate(xp, None, (hi, lo), 1, (key[0], key[1]), tag)
+        words = library.words.arithmetic(xp, None)
         lanes = [xp.asarray([word], dtype=words.dtype) for word in counter]
         return philox((lanes[0], lanes[1], lanes[2], lanes[3]), (key[0], key[1]), words)
 

@@ -1,29 +1,29 @@
-"""The same dropout as single-pass kernels on the CPU: nothing but faster.
+"""Dropout as single-pass kernels on the CPU: the same bits, only faster.
 
 This package can be deleted without changing a result: `unidrop.dispatch` then finds it missing, and
-every array takes the portable operations. A kernel knows addresses, and no array library; a
-library says where its elements lie (`Library.memory`).
+every array uses the portable operations. Kernels read and write buffers, and know no library.
 """
 
 import logging
 import math
 import os
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.dtypes import dtype_name
-from unidrop.fused.layout import Layout, make_layout, same_strides
-from unidrop.library import Library, Memory
+from unidrop.fused.layout import make_layout, same_strides
+from unidrop.protocols import Buffer
 from unidrop.rate import Rate
 from unidrop.threads import run
-from unidrop.window import Window
 
-__all__ = ["drop", "keep", "unavailable"]
+if TYPE_CHECKING:
+    from unidrop.fused.task import PreparedKernel
+
+__all__ = ["can_read", "make_mask", "prepare", "run_kernel", "unavailable"]
 
 _ITEM_SIZES = {
     "float16": 2,
@@ -35,7 +35,7 @@ _ITEM_SIZES = {
 }
 
 # A process that forks while Numba compiles would leave its child with Numba's lock held. Numba
-# logs while it compiles: logging has to have registered its own lock before, as it is imported, so
+# logs while it compiles: logging must have registered its own lock before, as it is imported, so
 # that a fork takes this one first.
 logging.getLogger(__name__)
 _compiling = RLock()
@@ -49,7 +49,7 @@ if hasattr(os, "register_at_fork"):
 
 @cache
 def unavailable() -> str | None:
-    """Return why there are no kernels here, or None; the first call imports Numba."""
+    """Return the reason why kernels cannot be compiled, or None; the first call imports Numba."""
     if sys.byteorder != "little":
         return "this machine is big-endian"
     try:
@@ -64,89 +64,88 @@ def unavailable() -> str | None:
     return None
 
 
-def drop(
-    library: Library,
-    x: Any,
-    source: Memory,
-    window: Window,
-    rate: Rate,
-    key: int,
-    base: int,
-    out: Any = None,
-) -> Any:
-    """Return dropout of an array whose memory can be reached.
+@lru_cache(maxsize=4096)
+def prepare(
+    kind: str,
+    shape: tuple[int, ...],
+    steps: tuple[int, ...] | None,
+    mask_strides: tuple[int, ...],
+) -> "PreparedKernel | None":
+    """Return the kernel for an array of at least one element, or None if the array has gaps.
 
     Parameters
     ----------
-    library : Library
-        Its library.
-    x : array
-        At least one element.
-    source : Memory
-        Where they lie.
-    window : Window
-        Its mask's numbering.
-    rate : Rate
-        Which keeps something.
-    key : int
-        In [0, 2^64).
-    base : int
-        The number of the first element, in [0, 2^64).
-    out : array, optional
-        Of x's shape and dtype; where to write, and what is returned.
+    kind : str
+        The name of the dtype; "bool" computes the mask itself.
+    shape : tuple of int
+    steps : tuple of int or None
+        The distance between neighbors along each axis in memory, in elements; None means C order.
+    mask_strides : tuple of int
+        Their distance in the numbering of the mask.
     """
-    shape, kind = tuple(x.shape), dtype_name(x.dtype)
-    target: Memory | str
-    y, target = library.allocate_like(x) if out is None else (out, library.memory(out))
-    layout = None
-    if not isinstance(target, str):
-        layout = make_layout(shape, target.strides, window.strides)
-    if isinstance(target, str) or layout is None:
-        library.assign(out, drop(library, x, source, window, rate, key, base))
-        return out
-    is_alike = same_strides(shape, source.strides, target.strides)
-    if not is_alike or (out is not None and _overlap(source, target, shape, kind)):
-        library.assign(y, x)
-        source = target
-    _run(layout, kind, (source.address, target.address), rate, key, base, (x, y))
-    return library.finished(y, x) if out is None else out
+    layout = make_layout(shape, steps, mask_strides)
+    if layout is None:
+        return None
+    kernel = _compile(layout.traversal, kind)
+    from unidrop.fused.task import prepare_kernel  # imports Numba
+
+    return prepare_kernel(kernel, layout)
 
 
-def keep(window: Window, rate: Rate, key: int, base: int) -> NDArray[np.bool]:
-    """Return a window's mask, under a rate that keeps something, of at least one element."""
-    mask = np.empty(window.shape, dtype=np.bool)
-    layout = make_layout(window.shape, None, window.strides)
-    assert layout is not None  # C order has no gaps
-    address = mask.ctypes.data
-    _run(layout, "bool", (address, address), rate, key, base, mask)
-    return mask
+def can_read(kind: str, shape: tuple[int, ...], source: Buffer, target: Buffer) -> bool:
+    """Return whether a kernel that writes to target can read from source at the same time.
 
-
-def _overlap(source: Memory, target: Memory, shape: tuple[int, ...], kind: str) -> bool:
-    """Tell whether two blocks of memory, each without gaps, share a part but are not the same."""
+    Both must have the same strides, and must not share a part of their memory only.
+    """
+    if not same_strides(shape, source.strides, target.strides):
+        return False
     distance = abs(source.address - target.address)
-    return 0 < distance < math.prod(shape) * _ITEM_SIZES[kind]
+    return not 0 < distance < math.prod(shape) * _ITEM_SIZES[kind]
 
 
-def _run(
-    layout: Layout,
-    kind: str,
-    addresses: tuple[int, int],
+def run_kernel(
+    prepared: "PreparedKernel",
+    source: Buffer,
+    target: Buffer,
     rate: Rate,
     key: int,
     base: int,
-    owners: Any,
+    keep_alive: object,
 ) -> None:
-    kernel, make_task = _compiled(layout.way, kind)
-    numbers, units = make_task(kernel, layout, *addresses, rate, key, base)
-    run(kernel.run, numbers, units, owners)
+    """Write dropout of the elements of source to target.
+
+    Parameters
+    ----------
+    prepared : PreparedKernel
+    source, target : Buffer
+        Of the same strides; may be the same.
+    rate : Rate
+        A rate that keeps some elements.
+    key, base : int
+        The key and the number of the first element, in [0, 2^64).
+    keep_alive : object
+        The owners of the memory. Threads hold a reference until they have finished.
+    """
+    task = prepared.make_task(source.address, target.address, rate, key, base)
+    run(prepared.run, task, prepared.work_items, keep_alive)
+
+
+def make_mask(
+    shape: tuple[int, ...], mask_strides: tuple[int, ...], rate: Rate, key: int, base: int
+) -> NDArray[np.bool]:
+    """Return the mask of at least one element, for a rate that keeps some elements."""
+    mask = np.empty(shape, dtype=np.bool)
+    prepared = prepare("bool", shape, None, mask_strides)
+    assert prepared is not None  # C order has no gaps
+    buffer = Buffer(mask.ctypes.data, None)
+    run_kernel(prepared, buffer, buffer, rate, key, base, mask)
+    return mask
 
 
 @cache
-def _compiled(way: str, kind: str) -> tuple[Any, Any]:
-    """Return a kernel and what makes its jobs, both of which need Numba."""
+def _compile(traversal: str, kind: str) -> Any:
+    """Return a compiled kernel; the first call imports Numba."""
     with _compiling:
         from unidrop.fused.kernels import kernel
-        from unidrop.fused.task import make_task
 
-        return kernel(way, kind), make_task
+        return kernel(traversal, kind)

@@ -637,7 +637,7 @@ def _place(job: Any, number: Any, ndim: Any) -> Any:
 
 
 class Kernel(NamedTuple):
-    """A way through arrays, and the addresses of what it calls, which its jobs have to name.
+    """A way through arrays, and the addresses of what it calls, which its jobs must name.
 
     ``run`` takes units of a job until none is left, from the back if it runs on a helper's thread,
     and returns whether all are finished.

@@ -1,4 +1,4 @@
-"""How an array lies in memory, and how its mask is numbered there: the axes a kernel goes along."""
+"""Layouts: the axes of an array in memory order, with their numbering in the mask."""
 
 from functools import lru_cache
 from operator import attrgetter
@@ -8,7 +8,7 @@ __all__ = ["Axis", "Layout", "make_layout", "same_strides"]
 
 
 class Axis(NamedTuple):
-    """An axis: how many elements, how far apart in the mask's numbering and in memory."""
+    """An axis: its length, and the distance of its elements in the mask's numbering and in memory."""
 
     length: int
     stride: int
@@ -16,13 +16,13 @@ class Axis(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The axes of an array without gaps, outermost in memory first, and the way along them.
+    """The axes of an array without gaps, outermost in memory first, and their traversal.
 
-    ``way`` is "rows" where the last axis is numbered one by one. It is "tiles" where that is the
-    axis before it, and the last one follows memory.
+    ``traversal`` is "rows" if the numbering advances by one along the last axis. It is "tiles" if
+    the numbering advances by one along the axis before the last.
     """
 
-    way: str
+    traversal: str
     axes: tuple[Axis, ...]
 
 
@@ -37,15 +37,15 @@ def make_layout(
     shape : tuple of int
         At least one element.
     steps : tuple of int or None
-        How many elements apart neighbours along each axis are in memory; None means C order.
+        The distance between neighbors along each axis in memory; None means C order.
     strides : tuple of int
-        How far apart they are in the mask's numbering; 0 where they share a decision.
+        Their distance in the mask's numbering; 0 if they share a decision.
 
     Examples
     --------
     >>> make_layout((2, 3), (3, 1), (3, 1))
-    Layout(way='rows', axes=(Axis(length=6, stride=1, step=1),))
-    >>> make_layout((2, 3), (1, 2), (3, 1)).way
+    Layout(traversal='rows', axes=(Axis(length=6, stride=1, step=1),))
+    >>> make_layout((2, 3), (1, 2), (3, 1)).traversal
     'tiles'
     """
     if steps is None:
@@ -70,9 +70,9 @@ def make_layout(
 def same_strides(
     shape: tuple[int, ...], a: tuple[int, ...] | None, b: tuple[int, ...] | None
 ) -> bool:
-    """Tell whether the steps of two arrays of one shape are the same wherever there is a step.
+    """Return whether two arrays of one shape have the same strides along every axis above 1.
 
-    Two layouts may be equal where their steps are not: along axes that share a decision.
+    Equal layouts are not enough: axes that share a decision may differ in their strides.
     """
     if a == b:
         return True

@@ -117,13 +117,13 @@ def test_it_is_an_nnx_dropout_and_shows_its_seed_and_calls():
 
 @pytest.mark.parametrize("rate", [True, "0.5", np.float32(0.5)], ids=repr)
 def test_a_rate_that_is_no_python_number_raises(rate):
-    with pytest.raises(TypeError, match="rate has to be a Python int or float"):
+    with pytest.raises(TypeError, match="rate must be a Python int or float"):
         Dropout(rate)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_outside_64_bits_raises(seed):
-    with pytest.raises(ValueError, match="seed has to be"):
+    with pytest.raises(ValueError, match="seed must be"):
         Dropout(0.5, seed=seed)
 
 
@@ -137,7 +137,7 @@ def test_training_calls_are_counted_and_others_are_not():
         assert_bits(module(X), wanted(call))
         module(X, deterministic=True)
         module(X, rngs=Key(1))
-    with pytest.raises(TypeError, match="inputs has to be of a floating-point dtype"):
+    with pytest.raises(TypeError, match="inputs must be of a floating-point dtype"):
         module(jnp.ones(3, jnp.int32))
     assert int(module.calls) == 3
     idle = Dropout(0.0, seed=1)

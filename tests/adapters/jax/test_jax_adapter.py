@@ -90,7 +90,7 @@ def test_a_python_number_is_a_0_d_array():
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], "x", None], ids=str)
 def test_what_is_no_array_raises(x):
-    with pytest.raises(TypeError, match=r"x has to be a jax\.Array"):
+    with pytest.raises(TypeError, match=r"x must be a jax\.Array"):
         dropout(x, RATE, KEY)
 
 
@@ -117,5 +117,5 @@ def test_a_bad_rate_raises_and_is_named(rate):
 
 
 def test_a_traced_rate_raises():
-    with pytest.raises(TypeError, match="rate has to be a Python int or float"):
+    with pytest.raises(TypeError, match="rate must be a Python int or float"):
         jax.jit(lambda rate: dropout(jnp.ones(3), rate, KEY))(0.5)

@@ -59,7 +59,7 @@ def test_the_core_refuses_a_batch_of_keys_and_says_what_to_do(transform, functio
 
 @pytest.mark.parametrize("key", [42, None, jnp.ones(2), "key", np.uint32(3)], ids=repr)
 def test_what_is_no_key_raises(key):
-    with pytest.raises(TypeError, match=r"key has to be a unidrop\.Key"):
+    with pytest.raises(TypeError, match=r"key must be a unidrop\.Key"):
         dropout(jnp.ones(3), RATE, key)
 
 

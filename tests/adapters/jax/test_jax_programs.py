@@ -58,7 +58,7 @@ def test_a_mask_is_made_once_and_by_the_operation(function):
 
 
 def test_a_mask_in_a_program_is_refused_where_only_kernels_are_allowed():
-    with unidrop.force_path("fused"), pytest.raises(RuntimeError, match="only fused kernels"):
+    with unidrop.force_path("fused"), pytest.raises(RuntimeError, match="demands fused kernels"):
         jax.jit(lambda: unidrop.keep_mask((33,), RATE, KEY, xp=jnp))()
 
 

@@ -172,7 +172,7 @@ def test_noise_shape_shares_decisions(noise_shape, axes, compiled):
 @pytest.mark.parametrize("noise_shape", [(3, 10), (4, 9), (1, 4, 10)], ids=str)
 def test_a_noise_shape_that_does_not_fit_the_input_raises_and_does_not_count(noise_shape):
     layer = Dropout(0.5, noise_shape, seed=SITE)
-    with pytest.raises(ValueError, match=rf"noise_shape has to .*{re.escape(str(noise_shape))}"):
+    with pytest.raises(ValueError, match=rf"noise_shape must .*{re.escape(str(noise_shape))}"):
         layer(X, training=True)
     assert layer.calls == 0
 
@@ -198,13 +198,13 @@ def test_a_rate_outside_0_and_1_raises_what_keras_raises(layer, rate):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("rate", [True, "0.5", None, np.float32(0.1), tf.constant(0.1)], ids=repr)
 def test_a_rate_that_is_no_python_number_raises_and_is_named(layer, rate):
-    with pytest.raises(TypeError, match=rf"probability rate .*but got {re.escape(repr(rate))}"):
+    with pytest.raises(TypeError, match=rf"probability rate .*got {re.escape(repr(rate))}"):
         layer(rate)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_rate_that_is_a_tensor_raises_and_says_what_to_give(layer):
-    with pytest.raises(TypeError, match=r"give the number itself, or float\("):
+    with pytest.raises(TypeError, match="compile-time constant, so pass a Python float"):
         layer(tf.constant(0.1))
 
 
@@ -248,7 +248,7 @@ def test_a_seed_outside_64_bits_raises_and_is_named(layer, seed, rate):
 @pytest.mark.parametrize("dtype", ["int32", "bool"])
 def test_integers_raise_name_the_inputs_and_do_not_count(dtype):
     layer = Dropout(0.5, seed=SITE)
-    with pytest.raises(TypeError, match=rf"inputs has to be of a floating.*{dtype}"):
+    with pytest.raises(TypeError, match=rf"inputs must be of a floating.*{dtype}"):
         layer(np.ones(3, dtype), training=True)
     assert layer.calls == 0
 
@@ -319,7 +319,7 @@ def test_setting_the_call_number_of_an_unseeded_layer_leaves_its_seed():
 @pytest.mark.parametrize("rate", [0, 0.5])
 def test_a_call_number_that_is_none_raises_is_named_and_changes_nothing(rate, value, error):
     layer = Dropout(rate, seed=SITE)
-    with pytest.raises(error, match=rf"^calls has to be .*{value}"):
+    with pytest.raises(error, match=rf"^calls must be .*{value}"):
         layer.calls = value
     assert layer.calls == 0
 
@@ -699,7 +699,7 @@ def test_a_call_that_fails_while_it_drops_is_not_counted(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(unidrop.adapters.keras.DropoutPlan, "drop", out_of_memory)
+        patch.setattr(unidrop.adapters.keras.DropoutPlan, "apply", out_of_memory)
         with pytest.raises(MemoryError):
             layer(np.ones((4, 4), np.float32), training=True)
     assert layer.calls == 0

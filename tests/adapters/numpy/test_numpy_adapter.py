@@ -264,13 +264,13 @@ def test_out_is_the_first_of_output_and_mask():
 @pytest.mark.parametrize(
     ("out", "error", "message"),
     [
-        (np.zeros((37, 3)), ValueError, "shape (3, 37) and dtype float64, but got shape (37, 3)"),
-        (np.zeros(37), ValueError, "but got shape (37,)"),
-        (np.zeros((1, 3, 37)), ValueError, "but got shape (1, 3, 37)"),
+        (np.zeros((37, 3)), ValueError, "shape (3, 37) and dtype float64, got shape (37, 3)"),
+        (np.zeros(37), ValueError, "got shape (37,)"),
+        (np.zeros((1, 3, 37)), ValueError, "got shape (1, 3, 37)"),
         (np.zeros((3, 37), "float32"), ValueError, "and dtype float32"),
         (np.zeros((3, 37), ">f8"), ValueError, "and dtype >f8"),
         (np.zeros((3, 37), "int64"), ValueError, "and dtype int64"),
-        (X.tolist(), TypeError, "numpy.ndarray, but got list"),
+        (X.tolist(), TypeError, "numpy.ndarray, got list"),
     ],
     ids=["transposed", "shorter", "longer", "float32", "big-endian", "int64", "list"],
 )
@@ -278,13 +278,13 @@ def test_an_out_that_does_not_fit_raises_is_named_and_stays_untouched(
     function, out, error, message
 ):
     before = np.copy(out)
-    with pytest.raises(error, match=r"^out has to .*" + re.escape(message)):
+    with pytest.raises(error, match=r"^out must .*" + re.escape(message)):
         function(X, out=out)
     np.testing.assert_array_equal(out, before)
 
 
 def test_a_read_only_out_raises_and_is_named(function):
-    with pytest.raises(ValueError, match=r"^out has to be writeable"):
+    with pytest.raises(ValueError, match=r"^out must be writeable"):
         function(X, out=readonly(X))
 
 
@@ -319,7 +319,7 @@ def test_a_rate_outside_0_and_1_raises_and_is_named(function, name, value, train
 @pytest.mark.parametrize("value", [True, np.float32(0.5), "0.5", np.asarray(0.5)], ids=repr)
 @pytest.mark.parametrize("name", ["p", "keep_prob"])
 def test_a_rate_that_is_no_python_number_raises_and_is_named(function, name, value):
-    with pytest.raises(TypeError, match=rf"{name} has to be .*but got {re.escape(repr(value))}"):
+    with pytest.raises(TypeError, match=rf"{name} must be .*got {re.escape(repr(value))}"):
         function(X, **{name: value})
 
 
@@ -331,24 +331,24 @@ def test_both_rates_raise_and_are_named(function):
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int64", "uint32"])
 @pytest.mark.parametrize("training", [True, False])
 def test_integers_raise_and_the_argument_and_its_dtype_are_named(function, dtype, training):
-    with pytest.raises(TypeError, match=rf"^(x|grad) has to be of a floating.*{dtype}"):
+    with pytest.raises(TypeError, match=rf"^(x|grad) must be of a floating.*{dtype}"):
         function(np.ones(3, dtype), training=training)
 
 
 @pytest.mark.parametrize("x", [[1, 2], 3, "text", None, [True]], ids=repr)
 def test_what_is_no_array_of_floats_raises_and_is_named(x):
-    with pytest.raises(TypeError, match=r"^x has to be of a floating-point dtype"):
+    with pytest.raises(TypeError, match=r"^x must be of a floating-point dtype"):
         dropout(x, key=KEY)
 
 
 def test_the_backward_call_names_its_own_argument():
-    with pytest.raises(TypeError, match=r"^grad has to be of a floating-point dtype"):
+    with pytest.raises(TypeError, match=r"^grad must be of a floating-point dtype"):
         dropout_backward([1, 2], key=KEY)
 
 
 @pytest.mark.parametrize("key", [42, "encoder", 0.5], ids=repr)
 def test_a_key_that_is_none_raises_and_is_named(function, key):
-    with pytest.raises(TypeError, match=rf"key has to be a unidrop.Key.*{re.escape(repr(key))}"):
+    with pytest.raises(TypeError, match=rf"key must be a unidrop.Key.*{re.escape(repr(key))}"):
         function(X, key=key)
 
 
@@ -419,7 +419,7 @@ def test_the_backward_pass_takes_either_key_or_mask(options, message):
 
 @pytest.mark.parametrize("dtype", ["int64", "float64", "uint8"])
 def test_a_mask_of_another_dtype_raises_and_is_named(dtype):
-    with pytest.raises(TypeError, match=rf"^mask has to be of bool, but got dtype {dtype}"):
+    with pytest.raises(TypeError, match=rf"^mask must be of bool, got dtype {dtype}"):
         dropout_backward(X, mask=MASK.astype(dtype))
 
 
@@ -429,9 +429,7 @@ def test_a_mask_of_another_dtype_raises_and_is_named(dtype):
     ids=["transposed", "too short", "without the broadcast axis", "with another axis"],
 )
 def test_a_mask_of_another_shape_raises_and_is_named(mask, axes):
-    with pytest.raises(
-        ValueError, match=rf"^mask has to have shape .*{re.escape(str(mask.shape))}"
-    ):
+    with pytest.raises(ValueError, match=rf"^mask must have shape .*{re.escape(str(mask.shape))}"):
         dropout_backward(X, mask=mask, broadcast_axes=axes)
 
 
@@ -442,5 +440,5 @@ def test_a_bool_is_no_rng(rng):
 
 
 def test_an_array_of_rates_raises_and_is_named():
-    with pytest.raises(TypeError, match=r"probability p has to be a Python int or float"):
+    with pytest.raises(TypeError, match=r"probability p must be a Python int or float"):
         dropout(X, np.array([0.1, 0.2]), keep_prob=0.5, key=Key(1))

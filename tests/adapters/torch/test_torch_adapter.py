@@ -21,7 +21,7 @@ import unidrop
 import unidrop.adapters.torch as ours
 from unidrop import Key, keep_mask
 from unidrop.adapters.torch import Dropout, Dropout1d, Dropout2d, Dropout3d, dropout
-from unidrop.dropout import DropoutPlan
+from unidrop.plan import DropoutPlan
 
 KEY = Key(42).fold_in("encoder/0").fold_in(7)
 SITE = Key(42).fold_in("encoder/0")
@@ -374,7 +374,7 @@ def test_a_rate_of_nan_raises_and_is_named(entry):
     "p", [True, "0.5", None, np.float32(0.1), torch.tensor(0.1), (0.1,)], ids=repr
 )
 def test_a_rate_that_is_no_python_number_raises_and_is_named(entry, p):
-    with pytest.raises(TypeError, match=rf"probability p .*but got {re.escape(repr(p))}"):
+    with pytest.raises(TypeError, match=rf"probability p .*got {re.escape(repr(p))}"):
         entry(p)
 
 
@@ -392,7 +392,7 @@ def test_integers_raise_name_the_input_and_its_dtype_and_change_nothing(dtype, h
     module = Dropout(seed=SITE if how == "seeded module" else None)
     call = module if "module" in how else dropout
     x, state = torch.ones(3, dtype=dtype), torch.get_rng_state()
-    with pytest.raises(TypeError, match=rf"^input has to be of a floating.*{dtype}"):
+    with pytest.raises(TypeError, match=rf"^input must be of a floating.*{dtype}"):
         call(x)
     assert torch.equal(torch.get_rng_state(), state)
     assert getattr(module, "calls", 0) == 0
@@ -400,14 +400,14 @@ def test_integers_raise_name_the_input_and_its_dtype_and_change_nothing(dtype, h
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], np.ones(3), 1.0, None], ids=repr)
 def test_what_is_no_tensor_raises_and_is_named(x):
-    with pytest.raises(TypeError, match=r"^input has to be"):
+    with pytest.raises(TypeError, match=r"^input must be"):
         dropout(x, key=KEY)
 
 
 @pytest.mark.parametrize("key", [42, "encoder", torch.tensor(42)], ids=repr)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_key_that_is_none_raises_and_is_named(key, training):
-    with pytest.raises(TypeError, match=rf"key has to be a unidrop.Key.*{re.escape(repr(key))}"):
+    with pytest.raises(TypeError, match=rf"key must be a unidrop.Key.*{re.escape(repr(key))}"):
         dropout(torch.ones(3), key=key, training=training)
 
 
@@ -425,7 +425,7 @@ def test_a_key_that_is_none_raises_and_is_named(key, training):
     ids=repr,
 )
 def test_a_seed_that_is_none_raises_and_is_named(module, seed, error):
-    with pytest.raises(error, match=rf"^seed has to be .*{re.escape(str(seed))}"):
+    with pytest.raises(error, match=rf"^seed must be .*{re.escape(str(seed))}"):
         module(seed=seed)
 
 
@@ -611,7 +611,7 @@ def test_a_tensor_that_set_the_call_number_does_not_advance_with_it():
 def test_a_call_number_that_is_none_raises_is_named_and_changes_nothing(value, error):
     module = Dropout(seed=SITE)
     module.calls = 3
-    with pytest.raises(error, match=rf"^calls has to be .*{re.escape(str(value))}"):
+    with pytest.raises(error, match=rf"^calls must be .*{re.escape(str(value))}"):
         module.calls = value
     assert module.calls == 3
     assert module.calls.dtype == torch.int64
@@ -911,7 +911,7 @@ def test_a_call_that_fails_while_it_drops_is_not_counted(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(DropoutPlan, "drop", out_of_memory)
+        patch.setattr(DropoutPlan, "apply", out_of_memory)
         with pytest.raises(MemoryError):
             module(torch.ones(3))
     assert module.calls == 0
@@ -919,14 +919,12 @@ def test_a_call_that_fails_while_it_drops_is_not_counted(monkeypatch):
 
 @pytest.mark.parametrize("x", [nn.Linear(2, 2), torch.float32], ids=["module", "dtype"])
 def test_what_torch_has_that_is_no_tensor_raises_in_the_core_and_is_named(x):
-    with pytest.raises(TypeError, match=r"^x has to be an array"):
+    with pytest.raises(TypeError, match=r"^x must be an array"):
         unidrop.dropout(x, 0.5, KEY)
 
 
 def test_a_seed_in_the_place_of_inplace_raises_and_says_so():
-    with pytest.raises(
-        TypeError, match=r"inplace has to be a bool, but got 42; seed= goes by name"
-    ):
+    with pytest.raises(TypeError, match=r"inplace must be a bool, got 42; seed= goes by name"):
         Dropout(0.2, 42)
 
 

@@ -14,8 +14,8 @@ from torch.utils import checkpoint as torchs
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
 from unidrop import Key, keep_mask
-from unidrop.adapters.torch import checkpoint as torch_checkpoint
 from unidrop.adapters.torch import Dropout, dropout
+from unidrop.adapters.torch import checkpoint as torch_checkpoint
 
 SITE = Key(42).fold_in("encoder/0")
 WIDTH = 64
@@ -275,16 +275,16 @@ def test_after_a_region_that_raised_the_next_has_the_next_mask(run, raises):
 
 
 def test_a_call_that_raises_and_is_caught_in_a_region_shifts_no_mask(run, monkeypatch):
-    from unidrop.dropout import DropoutPlan
+    from unidrop.plan import DropoutPlan
 
-    layer, x, drop, fails = Dropout(seed=SITE), numbers(), DropoutPlan.drop, [True]
+    layer, x, drop, fails = Dropout(seed=SITE), numbers(), DropoutPlan.apply, [True]
 
     def failing(*arguments, **options):
         if fails[0]:
             raise MemoryError
         return drop(*arguments, **options)
 
-    monkeypatch.setattr(DropoutPlan, "drop", failing)
+    monkeypatch.setattr(DropoutPlan, "apply", failing)
 
     def function(x):
         fails[0] = True

@@ -479,9 +479,9 @@ def test_a_batch_of_keys_of_two_tensors_drops_from_each_by_its_own(in_dims):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        ((torch.ones(()), torch.tensor(1)), TypeError, "lo has to be an integer"),
-        ((torch.tensor(1), torch.ones(())), TypeError, "hi has to be an integer"),
-        ((torch.tensor(1), torch.ones(2, dtype=torch.int64)), ValueError, "hi has to be 0-d"),
+        ((torch.ones(()), torch.tensor(1)), TypeError, "lo must be an integer"),
+        ((torch.tensor(1), torch.ones(())), TypeError, "hi must be an integer"),
+        ((torch.tensor(1), torch.ones(2, dtype=torch.int64)), ValueError, "hi must be 0-d"),
     ],
 )
 def test_what_is_no_word_raises_where_keys_are_recorded_too(words, error, message):

@@ -130,7 +130,7 @@ class TensorFlow(CoreBackend):
                     return self._words((*given, *upper), (lo, hi))
                 c0, c1, c2, c3 = (word[None] for word in given)
                 library, xp = get_namespace_library(tf)
-                return philox((c0, c1, c2, c3), (lo, hi), library.arithmetic(xp, None))
+                return philox((c0, c1, c2, c3), (lo, hi), library.words.arithmetic(xp, None))
 
             self._compiled[static] = self._in_mode(run, mode)
         words = tf.constant((*counter[: 4 - len(upper)], *key), tf.int64)

@@ -1,0 +1,37 @@
+"""Call numbers: counted once for each training call, and rolled back if the call raises."""
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, TypeVar
+
+__all__ = ["COUNTING", "run_counted"]
+
+T = TypeVar("T")
+
+# Threads may share a layer, so reading a call number and advancing it is one step. All layers share
+# the lock, because layers are copied and pickled.
+COUNTING = Lock()
+
+
+def run_counted(
+    take_number: Callable[[], Any], roll_back: Callable[[], None], call: Callable[[Any], T]
+) -> T:
+    """Return ``call(number)`` for the next call number; a call that raises does not count.
+
+    Parameters
+    ----------
+    take_number : callable
+        Returns the call number and advances it.
+    roll_back : callable
+        Takes the number back.
+    call : callable
+        The call, given its number.
+    """
+    with COUNTING:
+        number = take_number()
+    try:
+        return call(number)
+    except BaseException:
+        with COUNTING:
+            roll_back()
+        raise

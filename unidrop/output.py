@@ -1,0 +1,90 @@
+"""The output rule: kept elements times the scale, and +0 for dropped ones."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+
+from unidrop.dtypes import compute_dtype, dtype_name
+from unidrop.mask import PIECE
+from unidrop.protocols import ArrayLibrary
+from unidrop.rate import Rate
+
+__all__ = ["select"]
+
+
+def select(library: ArrayLibrary, x: Any, mask: Any, rate: Rate) -> Any:
+    """Return x times the scale for elements in the mask, and +0 for the others, in bounded memory."""
+    xp = library.arrays.namespace(x)
+    if rate.keeps_nothing:
+        return xp.zeros_like(x)
+    if library.arrays.is_traced(x):
+        return _select_part(library, xp, x, mask, rate)
+    if math.prod(x.shape) <= PIECE:
+        return library.arrays.match_strides(_select_part(library, xp, x, mask, rate), x)
+    if not library.arrays.is_mutable(xp.empty((0,))):
+        return _select_and_join(library, xp, x, mask, rate)
+    y = xp.empty_like(x)
+    for cut in _cuts(x.shape):
+        y[cut] = _select_part(library, xp, x[cut], mask[_cut_mask(cut, mask)], rate)
+    return y
+
+
+def _select_and_join(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
+    """Run `select` for a library without item assignment, which takes the memory of two outputs."""
+    if mask.shape == x.shape and x.ndim > 1:
+        x_flat, mask_flat = xp.reshape(x, (-1,)), xp.reshape(mask, (-1,))
+        return xp.reshape(_select_and_join(library, xp, x_flat, mask_flat, rate), x.shape)
+    axis = max(range(x.ndim), key=lambda i: x.shape[i])
+    length = x.shape[axis]
+    step = max(1, PIECE * length // math.prod(x.shape))
+    cuts = [
+        (*(slice(None),) * axis, slice(first, min(first + step, length)), ...)
+        for first in range(0, length, step)
+    ]
+    whole = mask.shape[axis] == 1
+    parts = [_select_part(library, xp, x[cut], mask if whole else mask[cut], rate) for cut in cuts]
+    return xp.concat(parts, axis=axis)
+
+
+def _cuts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yield the parts of an array, of at most `PIECE` elements each, cut along its longest axes."""
+    size = math.prod(shape)
+    slices = [[slice(None)] for _ in shape]
+    for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        if size <= PIECE:
+            break
+        length, inner = shape[axis], size // shape[axis]
+        step = max(1, PIECE // inner)
+        slices[axis] = [slice(i, min(i + step, length)) for i in range(0, length, step)]
+        size = inner * step
+    return itertools.product(*slices)
+
+
+def _cut_mask(cut: tuple[slice, ...], mask: Any) -> tuple[slice, ...]:
+    """Return the part of the mask for a part of the array: the whole of every shared axis."""
+    pairs = zip(cut, mask.shape, strict=True)
+    return tuple(slice(None) if length == 1 else part for part, length in pairs)
+
+
+def _select_part(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
+    name = compute_dtype(x.dtype)
+    dtype = getattr(xp, name)
+    scale = rate.scale_in(name)
+    zero = xp.zeros((), dtype=dtype, device=library.arrays.device(x))
+
+    def scaled(component: Any) -> Any:
+        return xp.where(mask, component * scale, zero)
+
+    # The output rule asks for infinity on overflow, and dropped elements never overflow.
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        if dtype_name(x.dtype).startswith("complex"):
+            y = library.arrays.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
+        else:
+            y = scaled(xp.astype(x, dtype, copy=False))
+        y = xp.astype(y, x.dtype, copy=False)
+    if y.dtype != x.dtype:
+        raise TypeError(f"x has dtype {x.dtype}, which {xp.__name__} does not support now")
+    return y

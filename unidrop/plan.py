@@ -1,0 +1,129 @@
+"""The plan: the validated arguments of one dropout call, before its key is known."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Self
+
+from unidrop.dispatch import fused_dropout
+from unidrop.dtypes import compute_dtype
+from unidrop.key import Key
+from unidrop.library import get_library
+from unidrop.mask import make_mask
+from unidrop.output import select
+from unidrop.protocols import ArrayLibrary
+from unidrop.rate import Rate
+from unidrop.window import Window
+
+__all__ = ["DropoutPlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutPlan:
+    """The arguments of a call: valid, and complete but for the key.
+
+    An adapter makes the plan before it draws a key or counts a call. So a call that raises changes
+    no state, and a call that drops nothing uses no key.
+
+    Attributes
+    ----------
+    library : ArrayLibrary
+        The library of the array.
+    window : Window
+        The block of the mask that belongs to the array.
+    rate : Rate
+    drops : bool
+        Whether the call drops anything: it is in training, at a rate above 0.
+    """
+
+    library: ArrayLibrary
+    window: Window
+    rate: Rate
+    drops: bool
+
+    @classmethod
+    def from_args(
+        cls,
+        x: Any,
+        rate: Rate,
+        *,
+        training: bool = True,
+        broadcast_axes: Sequence[int] = (),
+        global_shape: Sequence[int] | None = None,
+        start: Sequence[Any] | None = None,
+        name: str = "x",
+    ) -> Self:
+        """Validate the arguments of `dropout` except the key; raises as `dropout`.
+
+        ``name`` is the name of the array in error messages.
+        """
+        library = get_library(x, name)
+        arrays = library.arrays
+        drops = bool(training) and rate.p > 0
+        if (
+            broadcast_axes == ()
+            and global_shape is None
+            and start is None
+            and not arrays.is_traced(x)
+        ):
+            return _make_plain_plan(cls, library, tuple(x.shape), x.dtype, rate, drops, name)
+        compute_dtype(x.dtype, name)
+        window = Window.from_args(arrays.shape(x), broadcast_axes, global_shape, start)
+        return cls(library, window, rate, drops)
+
+    def ones(self, x: Any) -> Any:
+        """Return the mask of a call that drops nothing."""
+        xp = self.library.arrays.namespace(x)
+        device = self.library.arrays.device(x)
+        return xp.ones(self.window.shape, dtype=xp.bool, device=device)
+
+    def mask(self, x: Any, key: Key) -> Any:
+        """Return the mask of a key for x: traced if x is, else computed at once."""
+        device = self.library.arrays.device(x)
+        return make_mask(self.library, x, key, self.window, self.rate, device)
+
+    def apply(self, x: Any, key: Key, mask: Any = None) -> Any:
+        """Return the output under a key, by one differentiable operator of x's library.
+
+        ``mask`` is the mask of the key if the caller has it.
+        """
+        return self.library.operator.dropout(x, key, self, mask)
+
+    def run(self, x: Any, key: Key, mask: Any = None, out: Any = None) -> Any:
+        """Compute the output under a key without recording a gradient.
+
+        ``out`` is an array of x's shape and dtype to write and return; it may be x.
+        """
+        y = self.run_fused(x, key, out)
+        if y is not None:
+            return y
+        y = self.select(x, self.mask(x, key) if mask is None else mask)
+        if out is None:
+            return y
+        self.library.buffers.copy_into(out, y)
+        return out
+
+    def run_fused(self, x: Any, key: Key, out: Any = None) -> Any | None:
+        """Compute the output by fused kernels, or return None if they cannot run."""
+        if self.rate.keeps_nothing or 0 in x.shape:
+            return None
+        return fused_dropout(self.library, x, key, self.window, self.rate, out)
+
+    def select(self, x: Any, mask: Any) -> Any:
+        """Return x times the scale for elements in the mask, and +0 for the others."""
+        return select(self.library, x, mask, self.rate)
+
+
+# Models call few layers with few shapes, again and again.
+@lru_cache(maxsize=1024)
+def _make_plain_plan(
+    cls: type[DropoutPlan],
+    library: ArrayLibrary,
+    shape: tuple[int, ...],
+    dtype: Any,
+    rate: Rate,
+    drops: bool,
+    name: str,
+) -> Any:
+    compute_dtype(dtype, name)
+    return cls(library, Window.from_args(shape), rate, drops)
