@@ -14,24 +14,29 @@ COUNTING = Lock()
 
 
 def run_counted(
-    take_number: Callable[[], Any], roll_back: Callable[[], None], call: Callable[[Any], T]
+    take_number: Callable[..., Any],
+    roll_back: Callable[..., None],
+    call: Callable[[Any], T],
+    *state: Any,
 ) -> T:
     """Return ``call(number)`` for the next call number; a call that raises does not count.
 
     Parameters
     ----------
     take_number : callable
-        Returns the call number and advances it.
+        Returns the call number and advances it, given the state.
     roll_back : callable
-        Takes the number back.
+        Takes the number back, given the state.
     call : callable
         The call, given its number.
+    *state
+        What holds the call number.
     """
     with COUNTING:
-        number = take_number()
+        number = take_number(*state)
     try:
         return call(number)
     except BaseException:
         with COUNTING:
-            roll_back()
+            roll_back(*state)
         raise

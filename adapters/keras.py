@@ -67,8 +67,11 @@ class _SeededLayerMixin(keras.layers.Layer):
             inputs = keras.ops.convert_to_tensor(
                 inputs, dtype=dtype and keras.backend.standardize_dtype(dtype)
             )
-        arrays = get_library(inputs, "inputs").arrays
-        axes = noise_shape_axes(self._noise_shape(inputs), arrays.shape(inputs))
+        axes: tuple[int, ...] = ()
+        noise_shape = self._noise_shape(inputs)
+        if noise_shape is not None:
+            shape = get_library(inputs, "inputs").arrays.shape(inputs)
+            axes = noise_shape_axes(noise_shape, shape)
         replica = find_replica(inputs)
         rank, window = (None, None) if replica is None else replica
         global_shape, start = window or (None, None)

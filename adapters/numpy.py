@@ -94,7 +94,7 @@ def dropout(
         if rng is not None:
             raise ValueError(f"give either key or rng, got key={key!r} and rng={rng!r}")
     _check_out(out, x)
-    plan = DropoutPlan.from_args(x, rate, training=training, broadcast_axes=broadcast_axes)
+    plan = _make_plan(x, rate, training, broadcast_axes, "x")
     generator = _get_generator(rng) if key is None else None
     if not plan.drops:
         output, mask = _written(out, x), plan.ones(x)
@@ -164,9 +164,7 @@ def dropout_backward(
     if key is not None:
         check_key(key)
     _check_out(out, grad)
-    plan = DropoutPlan.from_args(
-        grad, rate, training=training, broadcast_axes=broadcast_axes, name="grad"
-    )
+    plan = _make_plan(grad, rate, training, broadcast_axes, "grad")
     if plan.drops and (key is None) == (mask is None):
         raise ValueError(
             f"give the forward call's key or its mask, got key={key!r} and mask={mask!r}"
@@ -176,6 +174,16 @@ def dropout_backward(
     if key is not None:
         return plan.run(grad, key, out=out)
     return _written(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
+
+
+def _make_plan(
+    x: NDArray[Any], rate: Rate, training: bool, broadcast_axes: Sequence[int], name: str
+) -> DropoutPlan:
+    if broadcast_axes == ():
+        return DropoutPlan.for_whole(LIBRARY, x.shape, x.dtype, rate, training and rate.p > 0, name)
+    return DropoutPlan.from_args(
+        x, rate, training=training, broadcast_axes=broadcast_axes, name=name
+    )
 
 
 def _get_rate(p: float, keep_prob: float | None) -> Rate:
@@ -253,7 +261,12 @@ def locate_array(x: np.ndarray[Any, Any]) -> Buffer | str:
     """Return where a NumPy array lies, or why a kernel can't read it there."""
     if not x.dtype.isnative:
         return "it is not in this machine's byte order"
-    if not x.flags.aligned or any(step % x.itemsize for step in x.strides):
+    flags = x.flags
+    if not flags.aligned:
+        return "its elements are not aligned"
+    if flags.c_contiguous:
+        return Buffer(get_address(x), None)
+    if any(step % x.itemsize for step in x.strides):
         return "its elements are not aligned"
     return Buffer(get_address(x), _get_steps(x))
 

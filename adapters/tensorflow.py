@@ -18,7 +18,7 @@ from unidrop.philox import ODD_MULTIPLIER, PhiloxBlock
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
 from unidrop.rate import Rate
-from unidrop.words import SplitInteger
+from unidrop.words import Int64Words, SplitInteger
 
 __all__ = ["LIBRARY", "dropout"]
 
@@ -128,7 +128,7 @@ class TensorFlowArrays(Arrays):
 
     def device(self, x: Any) -> Any:
         """Return the device of an eager tensor; a graph places its own."""
-        return None if self.is_traced(x) else x.device
+        return x.device if tf.executing_eagerly() else None
 
     def shape(self, x: Any) -> tuple[Any, ...]:
         """Return the shape, with a scalar tensor for each length that is not known yet."""
@@ -148,8 +148,15 @@ class TensorFlowArrays(Arrays):
         return False
 
 
+_WORDS = Int64Words(_NAMESPACE)
+
+
 class TensorFlowWords(Words):
     """Words from TensorFlow's own Philox, in ``int64``."""
+
+    def arithmetic(self, xp: Any, device: Any) -> Int64Words:
+        """Return arithmetic on ``int64``."""
+        return _WORDS
 
     def generate(
         self, xp: Any, device: Any, first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int
@@ -186,6 +193,12 @@ class TensorFlowWords(Words):
 
 class TensorFlowOperator(Operator):
     """Dropout with a custom gradient."""
+
+    def fold_in(self, words: Any, data: Any, tag: int) -> Any:
+        """Return the words of a key after folding in a tensor."""
+        split = _WORDS.split(data, LIBRARY.words.width(data, "data"))
+        flat = tf.cast(_flat_words(split, 1, words, tag), tf.int64)
+        return flat[0], flat[1]
 
     def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
         """Apply dropout as one operator, whose gradient recomputes the mask."""

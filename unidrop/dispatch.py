@@ -150,17 +150,18 @@ def fused_dropout(
     package, source = kernels
     buffers = library.buffers
     y, target = buffers.allocate_like(x) if out is None else (out, buffers.locate(out))
-    kind, shape = dtype_name(x.dtype), tuple(x.shape)
     kernel = None
     if not isinstance(target, str):
-        kernel = package.prepare(kind, shape, target.strides, window.strides)
+        kernel = package.prepare(x.dtype, tuple(x.shape), target.strides, window.strides)
     if kernel is None:  # kernels cannot write to out: it has gaps, or is not in memory
         buffers.copy_into(out, fused_dropout(library, x, key, window, rate))
         return out
-    if not package.can_read(kind, shape, source, target):
+    may_overlap = out is not None or source.strides != target.strides
+    if may_overlap and not kernel.can_read(source, target):
         buffers.copy_into(y, x)
         source = target
-    package.run_kernel(kernel, source, target, rate, *_get_numbers(key, window), (x, y))
+    key_number, base = _get_numbers(key, window)
+    kernel.run(source.address, target.address, rate, key_number, base, (x, y))
     return buffers.wrap(y, x) if out is None else out
 
 
@@ -175,7 +176,8 @@ def fused_mask(
     if kernels is None:
         return None
     package, _ = kernels
-    mask = package.make_mask(window.shape, window.strides, rate, *_get_numbers(key, window))
+    numbers = _get_numbers(key, window)
+    mask = package.make_mask(window.shape, window.strides, rate, *numbers)
     return library.buffers.from_numpy(mask, device)
 
 
@@ -203,7 +205,7 @@ def _find_kernels(
     library: ArrayLibrary, x: Any, key: Key | None = None, window: Window | None = None
 ) -> tuple[Any, Buffer] | str:
     """Return the package of kernels and the buffer of x, or the reason why kernels cannot run."""
-    if library.arrays.is_traced(x) or _has_traced(key, window):
+    if library.arrays.is_traced(x) or (key is not None and _has_traced(key, window)):
         return "it is traced, and the compiler of the trace compiles dropout"
     buffer = library.buffers.locate(x)
     if isinstance(buffer, str):
@@ -214,20 +216,22 @@ def _find_kernels(
     return package.unavailable() or (package, buffer)
 
 
-def _has_traced(key: Key | None, window: Window | None) -> bool:
-    numbers: list[Any] = []
-    if key is not None and key.is_traced:
-        numbers.extend(key.words)
-    if window is not None and window.global_shape is not None:
-        numbers.extend(start for start, _ in window.offsets)
-    return any(get_library(number).arrays.is_traced(number) for number in numbers)
+def _has_traced(key: Key, window: Window | None) -> bool:
+    """Return whether a word of a key or a start of a window is traced."""
+    numbers = [*key._words]
+    if window is not None and window.start is not None:
+        numbers.extend(window.start)
+    for number in numbers:
+        if not isinstance(number, int) and get_library(number).arrays.is_traced(number):
+            return True
+    return False
 
 
 def _get_numbers(key: Key, window: Window) -> tuple[int, int]:
     """Return the key and the number of the window's first element as integers below 2^64."""
-    lo, hi = key.words
+    lo, hi = key._words
     number = (int(hi) & MASK32) << 32 | (int(lo) & MASK32)
-    if window.global_shape is None:
+    if window.start is None:
         return number, 0
     base = window.whole.base + sum(_read(start) * stride for start, stride in window.offsets)
     return number, base % (1 << 64)

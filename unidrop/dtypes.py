@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy
 
-__all__ = ["DTYPES", "compute_dtype", "dtype_name", "integer_bits"]
+__all__ = ["COMPUTE_DTYPES", "DTYPES", "compute_dtype", "dtype_name", "integer_bits"]
 
-_COMPUTE = {
+#: The real dtype in which the components of an array are multiplied, by the array's dtype.
+COMPUTE_DTYPES = {
     "float16": "float32",
     "bfloat16": "float32",
     "float32": "float32",
@@ -17,7 +18,7 @@ _COMPUTE = {
 }
 
 #: The dtypes that dropout supports.
-DTYPES = tuple(_COMPUTE)
+DTYPES = tuple(COMPUTE_DTYPES)
 
 _INTEGERS = {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
@@ -59,10 +60,10 @@ def compute_dtype(dtype: Any, name: str = "x") -> str:
     'float32'
     """
     try:
-        return _COMPUTE[dtype_name(dtype)]
+        return COMPUTE_DTYPES[dtype_name(dtype)]
     except KeyError:
         raise TypeError(
-            f"{name} must be of a floating-point dtype ({', '.join(_COMPUTE)}), got {dtype}"
+            f"{name} must be of a floating-point dtype ({', '.join(COMPUTE_DTYPES)}), got {dtype}"
         ) from None
 
 

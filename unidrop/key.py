@@ -8,7 +8,7 @@ import numpy
 from unidrop.library import get_library
 from unidrop.philox import philox
 from unidrop.protocols import ArrayLibrary
-from unidrop.words import SplitInteger, checked_integer, split64
+from unidrop.words import MASK32, SplitInteger, checked_integer, split64
 
 __all__ = ["Key", "check_key", "string_data"]
 
@@ -141,25 +141,36 @@ class Key:
         >>> Key(2**64 - 1).fold_in(2**64 - 1)
         Key(0xa1951b70d619276d)
         """
+        if type(data) is int and 0 <= data < 1 << 64:  # the call number of a layer
+            return self._fold((data >> 32, data & MASK32), _TAG_INTEGER)
         if isinstance(data, str):
             return self._fold(split64(string_data(data)), _TAG_STRING)
         if _is_index(data):
             return self._fold(split64(checked_integer(data, "data")), _TAG_INTEGER)
         library = _get_integer_library(data, "data")
-        words = library.operator.fold_in(self._words, data)
-        if words is None:
-            return self._fold(library.split(data, "data"), _TAG_INTEGER)
-        return self._from_raw_words(words)
+        words = library.operator.fold_in(self._words, data, _TAG_INTEGER)
+        if words is not None:
+            return self._from_raw_words(words)
+        xp, device = library.arrays.namespace(data), library.arrays.device(data)
+        split = library.words.split(xp, device, data, "data")
+        if self.is_traced:
+            return self._fold(split, _TAG_INTEGER)
+        return self._generate(library, xp, device, split, _TAG_INTEGER)
 
     def _fold(self, data: SplitInteger, tag: int) -> Self:
         hi, lo = data
-        if not self.is_traced and isinstance(lo, int):
+        if not self.is_traced:
             lo, hi, _, _ = philox((lo, hi, 0, tag), self._words)
             return self._from_raw_words((lo, hi))
-        like = self.words[0] if self.is_traced else lo
-        library = get_library(like)
-        xp, device = library.arrays.namespace(like), library.arrays.device(like)
-        lo, hi, _, _ = library.words.generate(xp, device, (hi, lo), 1, self.words, tag)
+        word, _ = self.words
+        library = get_library(word)
+        xp, device = library.arrays.namespace(word), library.arrays.device(word)
+        return self._generate(library, xp, device, data, tag)
+
+    def _generate(
+        self, library: ArrayLibrary, xp: Any, device: Any, data: SplitInteger, tag: int
+    ) -> Self:
+        lo, hi, _, _ = library.words.generate(xp, device, data, 1, self.words, tag)
         return self._from_raw_words((xp.reshape(lo, ()), xp.reshape(hi, ())))
 
     def __int__(self) -> int:

@@ -16,9 +16,10 @@ from unidrop.dispatch import fused_mask
 from unidrop.key import Key, check_key
 from unidrop.library import get_namespace_library
 from unidrop.protocols import ArrayLibrary
-from unidrop.rate import Rate
+from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Axis, Piece, Window
 from unidrop.words import (
+    MASK32,
     SplitInteger,
     WordArithmetic,
     add_split,
@@ -111,15 +112,15 @@ def make_mask(
     Beyond the mask, eager libraries need about 10 MiB if items can be assigned (40 bytes for each
     of `PIECE` elements), and once or twice the mask if not.
     """
-    if rate.keeps_all or rate.keeps_nothing or _is_zero(window.size):
+    if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
         xp = library.arrays.namespace(like)
-        fill = xp.ones if rate.keeps_all else xp.zeros
+        fill = xp.ones if rate.threshold == 0 else xp.zeros
         return fill(window.shape, dtype=xp.bool, device=device)
+    mask = None
     if library.arrays.is_traced(like):
-        traced = library.operator.traced_mask(like, key, window, rate)
-        if traced is not None:
-            return traced
-    mask = fused_mask(library, like, key, window, rate, device)
+        mask = library.operator.traced_mask(like, key, window, rate)
+    if mask is None:
+        mask = fused_mask(library, like, key, window, rate, device)
     return portable_mask(library, like, key, window, rate, device) if mask is None else mask
 
 
@@ -132,14 +133,15 @@ def portable_mask(
     """
     xp = library.arrays.namespace(like)
     words = library.words.arithmetic(xp, device)
+    key_words = key.words
+    offsets = () if window.start is None else window.offsets
 
     def decide(piece: Piece) -> Any:
-        return _piece_mask(
-            library, xp, words, piece, window.offsets, rate.threshold, key.words, device
-        )
+        return _piece_mask(library, xp, words, piece, offsets, rate.threshold, key_words, device)
 
-    values = (like, *key.words, *(value for value, _ in window.offsets))
-    if any(library.arrays.is_traced(value) for value in values if not isinstance(value, int)):
+    is_traced = library.arrays.is_traced
+    arrays = (like, *key_words, *(start for start, _ in offsets))
+    if is_traced(like) or any(is_traced(a) for a in arrays if not isinstance(a, int)):
         return xp.reshape(decide(window.whole), window.shape)
     pieces = list(window.pieces(_piece_size(window)))
     if len(pieces) == 1:
@@ -184,8 +186,8 @@ def _piece_mask(
     aligned = all(stride % 8 == 0 for stride in strides)
     skip = piece.base % 8
     count = (skip + length + 7) // 8 if aligned else (length + 14) // 8
-    block: SplitInteger = split64(piece.base // 8)
-    index: SplitInteger = split64(piece.base)
+    index: SplitInteger = (piece.base >> 32, piece.base & MASK32)
+    block: SplitInteger = (piece.base >> 35, piece.base >> 3 & MASK32)
     if rows or offsets:
         index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
         block = shift_split(words, index, 3)

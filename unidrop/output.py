@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from unidrop.dtypes import compute_dtype, dtype_name
+from unidrop.dtypes import COMPUTE_DTYPES, dtype_name
 from unidrop.mask import PIECE
 from unidrop.protocols import ArrayLibrary
 from unidrop.rate import Rate
@@ -70,9 +70,10 @@ def _cut_mask(cut: tuple[slice, ...], mask: Any) -> tuple[slice, ...]:
 
 
 def _select_part(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
-    name = compute_dtype(x.dtype)
-    dtype = getattr(xp, name)
-    scale = rate.scale_in(name)
+    kind = dtype_name(x.dtype)
+    compute = COMPUTE_DTYPES[kind]
+    dtype = getattr(xp, compute)
+    scale = rate.scale_in(compute)
     zero = xp.zeros((), dtype=dtype, device=library.arrays.device(x))
 
     def scaled(component: Any) -> Any:
@@ -80,7 +81,7 @@ def _select_part(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) 
 
     # The output rule asks for infinity on overflow, and dropped elements never overflow.
     with numpy.errstate(over="ignore", invalid="ignore"):
-        if dtype_name(x.dtype).startswith("complex"):
+        if kind.startswith("complex"):
             y = library.arrays.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
         else:
             y = scaled(xp.astype(x, dtype, copy=False))

@@ -4,7 +4,6 @@ J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, "Parallel random numbers:
 3", SC11, doi:10.1145/2063384.2063405.
 """
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 from unidrop.words import MASK32, WordArithmetic
@@ -97,25 +96,32 @@ def keep_flags(xp: Any, words: WordArithmetic, four: PhiloxBlock, threshold: int
 
 def next_round_key(key: tuple[Any, Any], words: WordArithmetic) -> tuple[Any, Any]:
     """Return the key of the next round, for a key of arrays of words."""
-    k0, k1 = (
-        words.add(k, words.constant(increment))[1]
-        for k, increment in zip(key, KEY_INCREMENTS, strict=True)
-    )
-    return k0, k1
+    k0, k1 = key
+    first, second = (words.constant(increment) for increment in KEY_INCREMENTS)
+    if words.sums_wrap:
+        return k0 + first, k1 + second
+    return words.add(k0, first)[1], words.add(k1, second)[1]
 
 
-def _round_keys(
-    key: tuple[Any, Any], words: WordArithmetic, rounds: int
-) -> Iterator[tuple[Any, Any]]:
-    """Yield the key of each round: the key, bumped by the increments before every later one."""
+def _round_keys(key: tuple[Any, Any], words: WordArithmetic, rounds: int) -> list[tuple[Any, Any]]:
+    """Return the key of each round: the key plus the increments, once for every earlier round."""
     k0, k1 = key
     if isinstance(k0, int):
-        for _ in range(rounds):
-            yield words.constant(k0), words.constant(k1)
-            k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
-        return
+        return [
+            tuple(
+                words.constant((k + i * increment) & MASK32)
+                for k, increment in zip(key, KEY_INCREMENTS, strict=True)
+            )
+            for i in range(rounds)
+        ]
     # The words of a traced key may have another dtype: JAX switches x64 on and off.
-    k0, k1 = words.split(k0, 32)[1], words.split(k1, 32)[1]
-    for _ in range(rounds):
-        yield k0, k1
-        k0, k1 = next_round_key((k0, k1), words)
+    keys = [(words.split(k0, 32)[1], words.split(k1, 32)[1])]
+    if words.sums_wrap:
+        first, second = (words.constant(increment) for increment in KEY_INCREMENTS)
+        for _ in range(1, rounds):
+            k0, k1 = keys[-1]
+            keys.append((k0 + first, k1 + second))
+    else:
+        for _ in range(1, rounds):
+            keys.append(next_round_key(keys[-1], words))
+    return keys

@@ -12,7 +12,7 @@ from unidrop.library import get_library
 from unidrop.mask import make_mask
 from unidrop.output import select
 from unidrop.protocols import ArrayLibrary
-from unidrop.rate import Rate
+from unidrop.rate import KEEP_NOTHING, Rate
 from unidrop.window import Window
 
 __all__ = ["DropoutPlan"]
@@ -60,16 +60,31 @@ class DropoutPlan:
         library = get_library(x, name)
         arrays = library.arrays
         drops = bool(training) and rate.p > 0
-        if (
-            broadcast_axes == ()
-            and global_shape is None
-            and start is None
-            and not arrays.is_traced(x)
-        ):
-            return _make_plain_plan(cls, library, tuple(x.shape), x.dtype, rate, drops, name)
+        is_whole = broadcast_axes == () and global_shape is None and start is None
+        if is_whole and not arrays.is_traced(x):
+            return cls.for_whole(library, tuple(x.shape), x.dtype, rate, drops, name)
         compute_dtype(x.dtype, name)
         window = Window.from_args(arrays.shape(x), broadcast_axes, global_shape, start)
         return cls(library, window, rate, drops)
+
+    @classmethod
+    # Models call few layers with few shapes, again and again.
+    @lru_cache(maxsize=1024)
+    def for_whole(
+        cls,
+        library: ArrayLibrary,
+        shape: tuple[int, ...],
+        dtype: Any,
+        rate: Rate,
+        drops: bool,
+        name: str,
+    ) -> Self:
+        """Return the plan of an array that is not traced and not part of a larger one.
+
+        An adapter that knows these facts calls this instead of `from_args`; raises the same.
+        """
+        compute_dtype(dtype, name)
+        return cls(library, Window.from_args(shape), rate, drops)
 
     def ones(self, x: Any) -> Any:
         """Return the mask of a call that drops nothing."""
@@ -105,25 +120,14 @@ class DropoutPlan:
 
     def run_fused(self, x: Any, key: Key, out: Any = None) -> Any | None:
         """Compute the output by fused kernels, or return None if they cannot run."""
-        if self.rate.keeps_nothing or 0 in x.shape:
+        if self.is_trivial(x):
             return None
         return fused_dropout(self.library, x, key, self.window, self.rate, out)
+
+    def is_trivial(self, x: Any) -> bool:
+        """Return whether the output needs no generator: nothing is kept, or x is empty."""
+        return self.rate.threshold == KEEP_NOTHING or 0 in x.shape
 
     def select(self, x: Any, mask: Any) -> Any:
         """Return x times the scale for elements in the mask, and +0 for the others."""
         return select(self.library, x, mask, self.rate)
-
-
-# Models call few layers with few shapes, again and again.
-@lru_cache(maxsize=1024)
-def _make_plain_plan(
-    cls: type[DropoutPlan],
-    library: ArrayLibrary,
-    shape: tuple[int, ...],
-    dtype: Any,
-    rate: Rate,
-    drops: bool,
-    name: str,
-) -> Any:
-    compute_dtype(dtype, name)
-    return cls(library, Window.from_args(shape), rate, drops)

@@ -204,11 +204,11 @@ class Operator:
         """
         return None
 
-    def fold_in(self, words: Any, data: Any) -> Any | None:
-        """Return the words of a key after folding in an array by a single operator, or None.
+    def fold_in(self, words: Any, data: Any, tag: int) -> Any | None:
+        """Return the words of a key after folding in an array natively, or None.
 
-        ``words`` are ``(lo, hi)`` or one array of both, and so is the result. Raises as
-        `Words.width` does.
+        ``words`` are ``(lo, hi)`` or one array of both, and so is the result; ``tag`` is the last
+        word of the counter. Raises as `Words.width` does.
         """
         return None
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["Rate", "checked_probability"]
+__all__ = ["KEEP_NOTHING", "Rate", "checked_probability"]
 
-_KEEP_NOTHING = 1 << 32
+#: The threshold that no number reaches.
+KEEP_NOTHING = 1 << 32
 
 _ARRAY_HINT = ": p is a compile-time constant, so pass a Python float"
 
@@ -93,7 +94,7 @@ class Rate:
     @property
     def keeps_nothing(self) -> bool:
         """Whether every element is dropped, whatever its word."""
-        return self.threshold == _KEEP_NOTHING
+        return self.threshold == KEEP_NOTHING
 
     def scale_in(self, dtype: str) -> float:
         """Return the scale in a compute type: "float64", or "float32" (ties to even)."""

@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy
@@ -272,6 +273,7 @@ def _check_size(shape: tuple[Any, ...], name: str) -> None:
         raise ValueError(f"{name} must have at most 2**64 elements, got {shape}")
 
 
+@lru_cache(maxsize=1024)
 def _row_major(total: tuple[Any, ...]) -> tuple[Any, ...]:
     strides: list[Any] = []
     stride: Any = 1

@@ -37,11 +37,14 @@ SplitInteger = tuple[Any, Any]
 
 
 class Int64Words:
-    """WordArithmetic in ``int64`` arrays.
+    """Words in ``int64`` arrays.
 
     Multipliers of 2^31 or more enter as themselves minus 2^32, which keeps every product of a word
     and a multiplier between -2^63 and 2^63. The word is then added to the high half.
     """
+
+    #: Whether ``a + b`` is the sum of two words modulo 2^32 without further operations.
+    sums_wrap = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -88,7 +91,9 @@ class Int64Words:
 
 
 class Uint32Words:
-    """WordArithmetic in ``uint32`` arrays, multiplied by 16-bit limbs."""
+    """Words in ``uint32`` arrays, multiplied by 16-bit limbs."""
+
+    sums_wrap = False
 
     def __init__(self, xp: Any, device: Any = None) -> None:
         self.xp = xp

@@ -43,6 +43,8 @@ _MASK16 = 0xFFFF
 class _WrappingUint32Words(Uint32Words):
     """Words in ``uint32`` arrays, whose sums and products XLA defines modulo 2^32."""
 
+    sums_wrap = True
+
     def constant(self, word: int) -> Any:
         """Return a word that combines with arrays of words."""
         return np.uint32(word)
@@ -74,11 +76,13 @@ class _WrappingUint32Words(Uint32Words):
 
 
 class _Uint64Words:
-    """Words in ``uint64`` arrays, whose upper halves hold rubbish: for the generator alone.
+    """Words in ``uint64`` arrays, whose upper halves are arbitrary: for the generator alone.
 
     One multiplication makes both words of a product, where `_WrappingUint32Words` takes five, so a
     program is quicker, and is compiled in half the time.
     """
+
+    sums_wrap = True
 
     def constant(self, word: int) -> Any:
         """Return a word that combines with arrays of words."""
@@ -87,10 +91,6 @@ class _Uint64Words:
     def split(self, value: Any, bits: int) -> SplitInteger:
         """Return a word as it is."""
         return None, value
-
-    def add(self, a: Any, b: Any) -> SplitInteger:
-        """Return the sum of two words."""
-        return None, a + b
 
     def mulhilo(self, a: Any, m: int) -> SplitInteger:
         """Return the words of a product."""
@@ -151,9 +151,10 @@ class JaxWords(Words):
         """Return an integer as words; it may have 64 bits if the user has enabled x64."""
         if isinstance(value, tuple):
             return value
-        if value.dtype in (np.int64, np.uint64) and jax.config.jax_enable_x64 and value.ndim == 0:
-            return _WORDS.split(value, 64)
-        return super().split(xp, device, value, name)
+        bits = self.width(value, name)
+        if bits == 64 and not jax.config.jax_enable_x64:
+            return super().split(xp, device, value, name)  # raises
+        return _WORDS.split(value, bits)
 
 
 class JaxOperator(Operator):
@@ -164,7 +165,7 @@ class JaxOperator(Operator):
         y = plan.run_fused(x, key)
         if y is not None:
             return y
-        if mask is not None or plan.rate.keeps_nothing or 0 in x.shape:
+        if mask is not None or plan.is_trivial(x):
             return plan.select(x, plan.mask(x, key) if mask is None else mask)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not support without x64")

@@ -106,7 +106,7 @@ class TorchOperator(Operator):
         packed: torch.Tensor = torch.ops.unidrop.pack_key(lo, hi)
         return packed
 
-    def fold_in(self, words: Any, data: torch.Tensor) -> torch.Tensor | None:
+    def fold_in(self, words: Any, data: torch.Tensor, tag: int) -> torch.Tensor | None:
         """Return the key of a key and a step by one operator, under a trace on the CPU.
 
         The operator takes microseconds on Python integers, where a compiler takes seconds. On other

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from unidrop.adapters.torch.arrays import is_tracing
+from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
 from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.operators import (
     as_key,
@@ -252,7 +252,12 @@ def make_plan(input: Tensor, rate: Rate, training: bool, get_axes: AxesOf) -> Dr
     axes = get_axes(input, training)
     if not training:
         return None
-    plan = DropoutPlan.from_args(input, rate, broadcast_axes=axes, name="input")
+    if axes == ():
+        plan = DropoutPlan.for_whole(
+            LIBRARY, tuple(input.shape), input.dtype, rate, rate.p > 0, "input"
+        )
+    else:
+        plan = DropoutPlan.from_args(input, rate, broadcast_axes=axes, name="input")
     if not plan.drops:
         return None
     if torch._C._get_tracing_state() is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unidrop.adapters.calls import run_counted
-from unidrop.adapters.torch.arrays import is_tracing
+from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
 from unidrop.adapters.torch.checkpoint import current_log
 from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.functional import (
@@ -134,11 +134,15 @@ class Dropout(torch.nn.Module):
             return input
         if self.key is None:
             return drop_drawn(input, plan, self.inplace)
-        key, log = self.key, current_log()
+        key = self.key
+
+        def call(number: Any) -> Any:
+            if self.inplace:
+                return drop(input, plan, key.fold_in(number), inplace=True)
+            return LIBRARY.operator.dropout(input, key.fold_in(number), plan)
+
         return run_counted(
-            lambda: next_call_number(self.calls, log),
-            lambda: rollback_call(self.calls, log),
-            lambda number: drop(input, plan, key.fold_in(number), self.inplace),
+            next_call_number, rollback_call, call, self._buffers["calls"], current_log()
         )
 
     def _record(self, input: Tensor) -> Tensor:

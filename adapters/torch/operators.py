@@ -109,8 +109,10 @@ def constant(p: float) -> float:
 
 def as_key(words: Tensor) -> Key:
     """Return the key of a tensor of words: with a value, where that is read without waiting."""
-    lo, hi = words.tolist() if words.device.type == "cpu" else words.unbind()
-    return Key.from_words(lo, hi)
+    if words.device.type != "cpu":
+        return Key.from_words(*words.unbind())
+    lo, hi = words.tolist()
+    return Key._from_raw_words((lo & MASK32, hi & MASK32))
 
 
 def next_call_number(calls: Tensor, draws: CheckpointLog | None) -> Any:
@@ -198,7 +200,7 @@ def _dropout(
     plan = DropoutPlan.from_args(
         x,
         Rate.from_p(p),
-        broadcast_axes=broadcast_axes,
+        broadcast_axes=tuple(broadcast_axes),
         global_shape=global_shape,
         start=_starts(start),
     )

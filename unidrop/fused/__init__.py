@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.fused.layout import make_layout, same_strides
-from unidrop.protocols import Buffer
+from unidrop.dtypes import dtype_name
+from unidrop.fused.layout import make_layout
 from unidrop.rate import Rate
-from unidrop.threads import run
 
 if TYPE_CHECKING:
     from unidrop.fused.task import PreparedKernel
 
-__all__ = ["can_read", "make_mask", "prepare", "run_kernel", "unavailable"]
+__all__ = ["make_mask", "prepare", "unavailable"]
 
 _ITEM_SIZES = {
+    "bool": 1,
     "float16": 2,
     "bfloat16": 2,
     "float32": 4,
@@ -66,7 +66,7 @@ def unavailable() -> str | None:
 
 @lru_cache(maxsize=4096)
 def prepare(
-    kind: str,
+    dtype: Any,
     shape: tuple[int, ...],
     steps: tuple[int, ...] | None,
     mask_strides: tuple[int, ...],
@@ -75,59 +75,22 @@ def prepare(
 
     Parameters
     ----------
-    kind : str
-        The name of the dtype; "bool" computes the mask itself.
+    dtype : dtype
+        Of any library; bool computes the mask itself.
     shape : tuple of int
     steps : tuple of int or None
         The distance between neighbors along each axis in memory, in elements; None means C order.
     mask_strides : tuple of int
-        Their distance in the numbering of the mask.
+        Their distance in the numbering of the mask; 0 if they share a decision.
     """
     layout = make_layout(shape, steps, mask_strides)
     if layout is None:
         return None
+    kind = dtype_name(dtype)
     kernel = _compile(layout.traversal, kind)
     from unidrop.fused.task import prepare_kernel  # imports Numba
 
-    return prepare_kernel(kernel, layout)
-
-
-def can_read(kind: str, shape: tuple[int, ...], source: Buffer, target: Buffer) -> bool:
-    """Return whether a kernel that writes to target can read from source at the same time.
-
-    Both must have the same strides, and must not share a part of their memory only.
-    """
-    if not same_strides(shape, source.strides, target.strides):
-        return False
-    distance = abs(source.address - target.address)
-    return not 0 < distance < math.prod(shape) * _ITEM_SIZES[kind]
-
-
-def run_kernel(
-    prepared: "PreparedKernel",
-    source: Buffer,
-    target: Buffer,
-    rate: Rate,
-    key: int,
-    base: int,
-    keep_alive: object,
-) -> None:
-    """Write dropout of the elements of source to target.
-
-    Parameters
-    ----------
-    prepared : PreparedKernel
-    source, target : Buffer
-        Of the same strides; may be the same.
-    rate : Rate
-        A rate that keeps some elements.
-    key, base : int
-        The key and the number of the first element, in [0, 2^64).
-    keep_alive : object
-        The owners of the memory. Threads hold a reference until they have finished.
-    """
-    task = prepared.make_task(source.address, target.address, rate, key, base)
-    run(prepared.run, task, prepared.work_items, keep_alive)
+    return prepare_kernel(kernel, layout, shape, math.prod(shape) * _ITEM_SIZES[kind])
 
 
 def make_mask(
@@ -135,10 +98,9 @@ def make_mask(
 ) -> NDArray[np.bool]:
     """Return the mask of at least one element, for a rate that keeps some elements."""
     mask = np.empty(shape, dtype=np.bool)
-    prepared = prepare("bool", shape, None, mask_strides)
-    assert prepared is not None  # C order has no gaps
-    buffer = Buffer(mask.ctypes.data, None)
-    run_kernel(prepared, buffer, buffer, rate, key, base, mask)
+    kernel = prepare(mask.dtype, shape, None, mask_strides)
+    assert kernel is not None  # C order has no gaps
+    kernel.run(mask.ctypes.data, mask.ctypes.data, rate, key, base, mask)
     return mask
 
 

@@ -158,6 +158,8 @@ class _Words:
     halves of such lanes, and does not look at the upper ones.
     """
 
+    sums_wrap = True
+
     def constant(self, word: int) -> int:
         """Return a Python word as it is."""
         return word
@@ -165,10 +167,6 @@ class _Words:
     def split(self, value: _Lanes, bits: int) -> tuple[Any, _Lanes]:
         """Return a word as it is."""
         return None, value
-
-    def add(self, a: _Lanes, b: int) -> tuple[Any, _Lanes]:
-        """Return the sum of two words."""
-        return None, a + b
 
     def mulhilo(self, a: _Lanes, m: int) -> tuple[_Lanes, _Lanes]:
         """Return the words of a product."""

@@ -3,41 +3,67 @@
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unidrop.fused import kernels
 from unidrop.fused.kernels import Kernel
-from unidrop.fused.layout import Layout
+from unidrop.fused.layout import Layout, same_strides
+from unidrop.protocols import Buffer
 from unidrop.rate import Rate
+from unidrop.threads import run
 
 __all__ = ["PreparedKernel", "prepare_kernel"]
 
 
-class PreparedKernel(NamedTuple):
-    """A kernel for one layout.
+@dataclass(frozen=True, eq=False, slots=True)
+class PreparedKernel:
+    """A kernel for arrays of one shape, dtype and layout.
 
     Attributes
     ----------
-    run : callable
-        The compiled kernel, which takes a task.
+    compiled : callable
+        Runs work items of a task; see `unidrop.fused.kernels`.
     template : array of int64
-        The task, without addresses, rate and key.
+        The task without addresses, rate and key.
     work_items : int
-        The number of work items of the task.
+        The number of work items of a task.
+    shape : tuple of int
+    size : int
+        In bytes.
     """
 
-    run: Callable[[Any, bool], bool]
+    compiled: Callable[[Any, bool], bool]
     template: NDArray[np.int64]
     work_items: int
+    shape: tuple[int, ...]
+    size: int
 
-    def make_task(self, x: int, y: int, rate: Rate, key: int, base: int) -> NDArray[np.int64]:
-        """Return the task of reading elements at address x and writing them at address y.
+    def can_read(self, source: Buffer, target: Buffer) -> bool:
+        """Return whether the kernel can read from source while it writes to target.
 
-        ``base`` is the number of the first element in the mask.
+        Both must have the same strides, and must not share only a part of their memory.
+        """
+        if not same_strides(self.shape, source.strides, target.strides):
+            return False
+        return not 0 < abs(source.address - target.address) < self.size
+
+    def run(self, x: int, y: int, rate: Rate, key: int, base: int, keep_alive: object) -> None:
+        """Write dropout of the elements at address x to address y, which may be x.
+
+        Parameters
+        ----------
+        x, y : int
+        rate : Rate
+            A rate that keeps some elements.
+        key, base : int
+            The key and the number of the first element, in [0, 2^64).
+        keep_alive : object
+            The owners of the memory. Threads hold a reference until they have finished.
         """
         task = self.template.copy()
         task[kernels.X] = x
@@ -46,22 +72,27 @@ class PreparedKernel(NamedTuple):
         task[kernels.SCALE] = _get_bits(rate.scale)
         task[kernels.KEY] = key if key < 1 << 63 else key - (1 << 64)
         task[kernels.BASE] = base if base < 1 << 63 else base - (1 << 64)
-        return task
+        if self.work_items == 1:
+            self.compiled(task, False)
+        else:
+            run(self.compiled, task, self.work_items, keep_alive)
 
 
-def prepare_kernel(kernel: Kernel, layout: Layout) -> PreparedKernel:
-    """Return a kernel with the template of its tasks for a layout."""
-    size = math.prod(axis.length for axis in layout.axes)
+def prepare_kernel(
+    kernel: Kernel, layout: Layout, shape: tuple[int, ...], size: int
+) -> PreparedKernel:
+    """Return a kernel with the template of its tasks; size is in bytes."""
+    length = math.prod(axis.length for axis in layout.axes)
     template = np.zeros(kernels.AXES + 3 * len(layout.axes), dtype=np.int64)
     template[kernels.DECIDE] = kernel.decide
     template[kernels.SELECT] = kernel.select
-    template[kernels.SIZE] = size
+    template[kernels.SIZE] = length
     template[kernels.NDIM] = len(layout.axes)
     # Strides may exceed int64: the kernel adds them modulo 2^64.
     axes = np.array([n % (1 << 64) for axis in layout.axes for n in axis], dtype=np.uint64)
     template[kernels.AXES :] = axes.view(np.int64)
     if layout.traversal == "rows":
-        work_items = -(-size // kernels.UNIT)
+        work_items = -(-length // kernels.UNIT)
     else:
         *outer, rows, columns = layout.axes
         height = min(kernels.TILE_ROWS, rows.length)
@@ -70,7 +101,7 @@ def prepare_kernel(kernel: Kernel, layout: Layout) -> PreparedKernel:
         tiles = -(-rows.length // height) * -(-columns.length // width)
         work_items = tiles * math.prod(axis.length for axis in outer)
     template[kernels.UNITS] = work_items
-    return PreparedKernel(kernel.run, template, work_items)
+    return PreparedKernel(kernel.run, template, work_items, shape, size)
 
 
 @lru_cache(maxsize=1024)

@@ -911,7 +911,7 @@ def test_a_call_that_fails_while_it_drops_is_not_counted(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(DropoutPlan, "apply", out_of_memory)
+        patch.setattr(DropoutPlan, "run", out_of_memory)
         with pytest.raises(MemoryError):
             module(torch.ones(3))
     assert module.calls == 0

@@ -277,14 +277,14 @@ def test_after_a_region_that_raised_the_next_has_the_next_mask(run, raises):
 def test_a_call_that_raises_and_is_caught_in_a_region_shifts_no_mask(run, monkeypatch):
     from unidrop.plan import DropoutPlan
 
-    layer, x, drop, fails = Dropout(seed=SITE), numbers(), DropoutPlan.apply, [True]
+    layer, x, drop, fails = Dropout(seed=SITE), numbers(), DropoutPlan.run, [True]
 
     def failing(*arguments, **options):
         if fails[0]:
             raise MemoryError
         return drop(*arguments, **options)
 
-    monkeypatch.setattr(DropoutPlan, "apply", failing)
+    monkeypatch.setattr(DropoutPlan, "run", failing)
 
     def function(x):
         fails[0] = True
