@@ -126,6 +126,8 @@ class Child:
 
     def kill(self) -> None:
         """End the process and all that it has forked; does nothing the second time."""
+        if self.connection.closed:
+            return
         with suppress(ProcessLookupError, PermissionError):  # all of them have ended
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
