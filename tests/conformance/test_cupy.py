@@ -90,5 +90,5 @@ def test_without_a_gpu_the_column_is_untested_and_no_failure(cupy, monkeypatch, 
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", count)
     (backend,) = load_backends(["cupy"])
     assert backend.is_missing
-    assert backend.error.startswith("untested: CuPy finds no CUDA device")
+    assert backend.error.startswith("CuPy finds no CUDA device")
     assert ("cudaErrorInsufficientDriver" in backend.error) == (devices == "no driver")

@@ -1,6 +1,7 @@
-"""The matrix as a whole: backends side by side, whatever one of them does."""
+"""A run of the matrix: each backend has a child process, and harms no other."""
 
-import os
+import itertools
+import signal
 import subprocess
 import sys
 import time
@@ -11,27 +12,35 @@ import pytest
 from click.testing import CliRunner
 
 from unidrop.cli import main
-from unidrop.conformance import BackendNotRun, NotApplicable, Progress, Result, run_matrix
-from unidrop.conformance.remote import BACKEND_ENV_VAR
-from unidrop.conformance.schedule import Work
+from unidrop.conformance import (
+    BackendNotRun,
+    NotApplicable,
+    Progress,
+    Result,
+    check,
+    load_backends,
+    run_matrix,
+)
+from unidrop.conformance.compare import ContractError
 
-BROKEN = {
-    "exits": ("raise SystemExit(0)", "SystemExit: 0"),
-    "raises": ("raise RuntimeError('boom')", "RuntimeError: boom"),
-    "dies": ("os._exit(3)", "has ended, with exit status 3"),
-    "is killed": ("os.kill(os.getpid(), signal.SIGSEGV)", "has ended, by signal SIGSEGV"),
-    "forks and dies": (
-        "os.fork() or (os.close(0), time.sleep(300)); os._exit(3)",
-        "has ended, with exit status 3",
-    ),
-    "is interrupted": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-    "has no text": (
-        "raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()",
-        "Mute: its text could not be made",
-    ),
-    "can not be encoded": (r"raise ValueError('\udcff')", r"ValueError: \udcff"),
-    "hangs": ("time.sleep(600)", "gave no answer within 10 s"),
+DEATHS = {
+    "exit": ("os._exit(3)", "ended with exit status 3"),
+    "signal": ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by signal 11"),
+    "exit before its child": ("os.fork() or time.sleep(300); os._exit(3)", "exit status 3"),
+    "hang": ("time.sleep(600)", "backend mutant did not answer in"),
 }
+ERRORS = {
+    "error": ("raise RuntimeError('boom')", "RuntimeError: boom"),
+    "SystemExit": ("raise SystemExit(0)", "SystemExit: 0"),
+    "KeyboardInterrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "error without a message": (
+        "raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()",
+        "Mute: its message raises an error",
+    ),
+    "error that UTF-8 cannot encode": (r"raise ValueError('\udcff')", r"ValueError: \udcff"),
+}
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 
 def run(*arguments):
@@ -39,10 +48,10 @@ def run(*arguments):
 
 
 def mutant(where, statement):
-    """Return a module whose backend does something when it is made, described or run."""
+    """Return a module whose backend runs a statement in one place."""
     places = dict.fromkeys(("make", "dtypes", "dropout"), "pass") | {where: statement}
     return f"""
-    import os, signal, time
+    import os, signal, sys, time
     from unidrop.conformance.backends.numpy import Numpy
 
 
@@ -64,43 +73,44 @@ def mutant(where, statement):
     """
 
 
-@pytest.mark.parametrize("where", ["make", "dtypes"])
-@pytest.mark.parametrize(("statement", "mention"), BROKEN.values(), ids=BROKEN)
-def test_a_backend_that_can_not_be_loaded_is_one_red_line_and_the_others_still_run(
-    install, where, statement, mention
-):
-    install("mutant", mutant(where, statement))
-    both = ("--backend", "mutant", "--backend", "numpy")
-    result = run(*both, "--contract", "mask", "--timeout", "10")
-    assert result.exit_code == 1
-    assert "2 passed, 0 failed" in result.output
-    assert "! mutant is broken" in result.output
-    assert mention in result.output
-
-
 @pytest.mark.parametrize(
-    ("statement", "mention"),
-    [BROKEN[how] for how in ("dies", "is killed", "forks and dies", "hangs")],
-    ids=("dies", "is killed", "forks and dies", "hangs"),
+    ("where", "how"),
+    [*(("make", how) for how in (*DEATHS, *ERRORS)), ("dtypes", "SystemExit"), ("dtypes", "exit")],
 )
-def test_a_backend_that_breaks_down_fails_the_contract_and_the_rest_is_said_not_to_be_run(
-    install, statement, mention
-):
+def test_backend_that_cannot_be_loaded_is_one_outcome(install, where, how):
+    statement, mention = {**DEATHS, **ERRORS}[how]
+    install("mutant", mutant(where, statement))
+    (outcome,) = run_matrix(["mutant"], ["mask"], jobs=1, timeout=5 if how == "hang" else None)
+    assert isinstance(outcome, BackendNotRun)
+    assert mention in outcome.error
+    assert not outcome.is_missing
+
+
+@pytest.mark.parametrize("how", DEATHS)
+def test_death_fails_its_cell_and_counts_the_cells_not_run(install, how):
+    statement, mention = DEATHS[how]
     install("mutant", mutant("dropout", statement))
-    outcomes = list(run_matrix(["mutant"], ["traces", "mask", "steps"], jobs=1, timeout=10))
-    *missing, failure, rest = outcomes
-    assert {type(outcome) for outcome in missing} == {NotApplicable}
-    assert isinstance(failure, Result)
-    assert str(failure) == "mask-mutant-cpu-float32-eager"
-    assert failure.status == "failed"
+    outcomes = list(run_matrix(["mutant"], ["traces", "steps", "mask"], jobs=1, timeout=10))
+    *known, failure, missing, rest = outcomes
+    assert [type(outcome) for outcome in known] == [NotApplicable, Result]
+    assert (str(failure), failure.status) == ("mask-mutant-cpu-float32-eager", "failed")
     assert mention in failure.actual
+    assert (missing.contract, missing.mode) == ("traces", "fused")
     assert isinstance(rest, BackendNotRun)
-    assert rest.error.endswith("3 more were not run")
+    assert rest.error.endswith("; 2 cells were not run")
 
 
-@pytest.mark.parametrize("how", ["is interrupted", "has no text", "can not be encoded"])
-def test_an_error_of_any_kind_is_a_failure_of_its_contract_in_every_report(install, tmp_path, how):
-    statement, mention = BROKEN[how]
+def test_death_leaves_other_backends_alone(install):
+    install("mutant", mutant("make", DEATHS["signal"][0]))
+    result = run("--backend", "mutant", "--backend", "numpy", "--contract", "mask")
+    assert result.exit_code == 1
+    assert "✗ mutant: broken (the process of backend mutant was killed" in result.output
+    assert "2 passed, 0 failed" in result.output
+
+
+@pytest.mark.parametrize("how", [how for how in ERRORS if how not in ("error", "SystemExit")])
+def test_any_error_fails_its_cell_in_every_report(install, tmp_path, how):
+    statement, mention = ERRORS[how]
     install("mutant", mutant("dropout", statement))
     names = {name: tmp_path / name for name in ("html", "json", "junit", "markdown")}
     files = [str(part) for name, path in names.items() for part in (f"--{name}", path)]
@@ -111,193 +121,212 @@ def test_an_error_of_any_kind_is_a_failure_of_its_contract_in_every_report(insta
         assert mention.partition(":")[0] in path.read_text(encoding="utf-8")
 
 
-def test_what_a_backend_starts_reads_nothing_of_what_is_asked(install):
+def test_child_process_has_no_input(install):
     install("mutant", mutant("dropout", "assert os.read(0, 1) == b''"))
-    assert run("--backend", "mutant", "--contract", "mask").exit_code == 0
+    assert {outcome.status for outcome in run_matrix(["mutant"], ["mask"], jobs=1)} == {"passed"}
 
 
-def test_a_traceback_is_printed_on_request(install):
+def test_output_of_backend_stays_out_of_the_report(install, capfd):
+    install("mutant", mutant("dropout", "print('talkative'); os.write(2, b'talkative')"))
+    result = run("--backend", "mutant", "--contract", "mask")
+    assert result.exit_code == 0
+    assert "talkative" not in result.output + "".join(capfd.readouterr())
+
+
+def test_traceback_option_shows_output_and_place_of_a_death(install):
+    die = "print('last words'); os.kill(os.getpid(), signal.SIGSEGV)"
+    install("mutant", mutant("dropout", die))
+    chosen = ("--backend", "mutant", "--contract", "mask")
+    assert "last words" not in run(*chosen).output
+    output = run(*chosen, "--traceback").output
+    for word in ("last words", "Segmentation fault", "mutant.py"):
+        assert word in output
+
+
+def test_traceback_option_shows_where_loading_failed(install):
     install("mutant", mutant("make", "raise RuntimeError('boom')"))
     chosen = ("--backend", "mutant", "--contract", "mask")
     assert "Traceback" not in run(*chosen).output
     assert "raise RuntimeError('boom')" in run(*chosen, "--traceback").output
 
 
-def test_where_a_process_was_that_is_killed_is_printed_on_request(install):
-    install("mutant", mutant("dropout", "os.kill(os.getpid(), signal.SIGSEGV)"))
-    chosen = ("--backend", "mutant", "--contract", "mask")
-    assert "Segmentation fault" not in run(*chosen).output
-    output = run(*chosen, "--traceback").output
-    assert "Segmentation fault" in output
-    assert "mutant.py" in output
-
-
-def test_what_backends_print_does_not_stand_in_the_tables(install, capfd):
-    install("mutant", mutant("dropout", "os.write(1, b'talkative'); os.write(2, b'talkative')"))
-    assert run("--backend", "mutant", "--contract", "mask").exit_code == 0
-    assert "talkative" not in "".join(capfd.readouterr())
-
-
-def test_a_module_that_can_not_be_imported_is_not_tried_again(install):
+def test_module_is_imported_once_even_if_that_fails(install):
     first = "sys.imports = getattr(sys, 'imports', 0) + 1\nassert sys.imports != 1, 'the reason'\n"
     install("mutant", f"import sys\n{first}{dedent(mutant('make', 'pass'))}")
-    result = run("--backend", "mutant", "--contract", "mask")
-    assert "! mutant is broken: AssertionError: the reason" in result.output
-    assert result.exit_code == 1
+    (outcome,) = run_matrix(["mutant"], ["mask"], jobs=1)
+    assert outcome.error == "AssertionError: the reason"
 
 
-def test_an_entry_point_of_a_module_that_is_not_there_is_broken(install, tmp_path):
+def test_entry_point_without_its_module_is_broken(install, tmp_path):
     install("mutant", mutant("make", "pass"))
     (tmp_path / "mutant.py").unlink()
-    result = run("--backend", "numpy", "--backend", "mutant", "--contract", "mask")
+    result = run("--backend", "mutant", "--contract", "mask")
     assert result.exit_code == 1
-    assert "! mutant is broken: ModuleNotFoundError: No module named 'mutant'" in result.output
+    assert "mutant: broken (ModuleNotFoundError: No module named 'mutant')" in result.output
 
 
-def test_files_of_the_current_folder_are_not_taken_for_packages(tmp_path, monkeypatch):
-    (tmp_path / "click.py").write_text("raise RuntimeError('not this one')")
-    (tmp_path / "unidrop").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert run("--backend", "numpy", "--contract", "mask").exit_code == 0
-
-
-def test_a_named_backend_whose_library_is_not_installed_is_a_failure(install):
+def test_backend_without_its_library_is_skipped(install):
     install("mutant", "import no_such_library")
     result = run("--backend", "mutant", "--backend", "numpy", "--contract", "mask")
-    assert result.exit_code == 1
-    assert "! mutant is not here: ModuleNotFoundError" in result.output
+    assert "mutant: skipped (no_such_library is not installed)" in result.output
+    assert result.exit_code == 1, "a backend that the user names must run"
 
 
-def test_as_many_backends_as_jobs_run_at_a_time(install):
-    # Each waits for the other one, in vain where they run in turn.
-    meet = """
-    import pathlib, time
-    from unidrop.conformance.backends.numpy import Numpy
-
-    here = pathlib.Path(__file__)
-
-
-    class make(Numpy):
-        name = here.stem
-
-        def dropout(self, x, p, seed, step, **options):
-            here.with_suffix(".here").touch()
-            end = time.monotonic() + 60
-            while len(list(here.parent.glob("*.here"))) < 2:
-                assert time.monotonic() < end
-            return super().dropout(x, p, seed, step, **options)
-    """
-    for name in ("one", "other"):
-        install(name, meet)
-    together = list(run_matrix(["one", "other"], ["steps"], jobs=2))
-    assert {outcome.status for outcome in together} == {"passed"}
-
-
-SHARED = """
-import os, pathlib, time
+MEET = """
+import pathlib, time
 from unidrop.conformance.backends.numpy import Numpy
 
 here = pathlib.Path(__file__)
 
 
 class make(Numpy):
-    name = "shared"
+    name = here.stem
 
-    def __init__(self):
-        super().__init__()
-        self.modes = tuple("abcdef")
-        here.with_suffix(f".{os.getpid()}").touch()
-        if len(self.there()) > 1:
-            SECOND
-
-    def there(self):
-        return list(here.parent.glob("shared.[0-9]*"))
-
-    def dropout(self, x, p, seed, step, *, mode, **options):
-        # All but the first mode wait for the other process.
+    def dropout(self, x, p, seed, step, **options):
+        here.with_suffix(".here").touch()
         end = time.monotonic() + 60
-        while mode != "a" and len(self.there()) < 2:
-            assert time.monotonic() < end
+        while len(list(here.parent.glob("*.here"))) < 2:
+            assert time.monotonic() < end, "the other backend does not run"
             time.sleep(0.01)
-        return super().dropout(x, p, seed, step, mode="eager", **options)
+        return super().dropout(x, p, seed, step, **options)
 """
 
 
-@pytest.mark.parametrize(
-    "second",
-    [
-        "pass",
-        "os._exit(3)",
-        "raise RuntimeError('taken')",
-        "self.modes = self.modes[:3]",
-        "self.modes = self.modes[::-1]",
-        "self.devices = ()",
-    ],
-    ids=["helps", "exits", "raises", "has fewer modes", "has another order", "is broken"],
-)
-def test_who_has_nothing_to_do_helps_where_a_backend_takes_long(install, monkeypatch, second):
-    install("shared", SHARED.replace("SECOND", second))
-    pays = property(lambda work: work.is_shareable and bool(work.ran and work.modes))
-    monkeypatch.setattr(Work, "pays", pays)
+def test_jobs_backends_run_at_a_time(install):
+    for name in ("one", "other"):
+        install(name, MEET)
+    outcomes = list(run_matrix(["one", "other"], ["steps"], jobs=2))
+    assert {outcome.status for outcome in outcomes} == {"passed"}
+
+
+def test_one_job_runs_one_backend_at_a_time(install, tmp_path):
+    note = f"os.write(os.open({str(tmp_path / 'log')!r}, 1089, 0o600), b'%d ' % os.getpid())"
+    for name in ("one", "other"):
+        install(name, mutant("dropout", note).replace('"mutant"', repr(name)))
+    assert len(list(run_matrix(["one", "other"], ["mask"], jobs=1))) == 4
+    pids = (tmp_path / "log").read_text().split()
+    changes = sum(before != after for before, after in itertools.pairwise(pids))
+    assert (len(set(pids)), changes) == (2, 1)
+
+
+def test_outcomes_come_mode_by_mode_and_progress_counts_them():
     begun, ran = [], []
     progress = Progress(lambda name, count: begun.append((name, count)), ran.append)
-    outcomes = list(run_matrix(["shared"], ["steps", "rate"], jobs=2, progress=progress))
-    assert [(outcome.contract, outcome.mode) for outcome in outcomes] == [
-        (contract, mode) for contract in ("steps", "rate") for mode in "abcdef"
+    outcomes = run_matrix(["numpy"], ["traces", "steps", "keys"], jobs=1, progress=progress)
+    assert [(outcome.mode, outcome.contract) for outcome in outcomes] == [
+        (mode, contract) for mode in ("eager", "fused") for contract in ("traces", "steps", "keys")
     ]
-    assert {outcome.status for outcome in outcomes} == {"passed"}
-    assert begun == [("shared", 12)]
-    assert ran == ["shared"] * 12
+    assert begun == [("numpy", 6)]
+    assert ran == ["numpy"] * 6
 
 
-def test_a_backend_that_lives_elsewhere_has_its_environment_in_the_only_process(install):
-    install(
-        "mutant",
-        f"""
-        import os
-        from pathlib import Path
-        from unidrop.conformance.backends.numpy import Numpy
-        from unidrop.conformance import RemoteBackend
+@pytest.mark.parametrize(("backends", "contracts"), [(["numpi"], []), ([], ["masks"])])
+def test_unknown_names_raise_at_once(backends, contracts):
+    with pytest.raises(ValueError, match=r"numpi|masks"):
+        run_matrix(backends, contracts, jobs=1)
 
 
-        class make(RemoteBackend):
-            name = "mutant"
-            target = "mutant:Served"
-            environment = {{"OF_PLANTED": Path("its own")}}
+ENVIRONMENT = """
+import os
+from unidrop.conformance import SubprocessBackend
+from unidrop.conformance.backends.numpy import Numpy
+
+make = SubprocessBackend(
+    "mutant", "mutant:Target", environment={"REQUIRED": "1"}, defaults={"A": "ours", "B": "ours"}
+)
 
 
-        class Served(Numpy):
-            def dropout(self, x, p, seed, step, **options):
-                assert (os.environ["OF_PLANTED"], os.getppid()) == ("its own", {os.getpid()})
-                return super().dropout(x, p, seed, step, **options)
-        """,
-    )
+class Target(Numpy):
+    name = "other"
+
+    def dropout(self, x, p, seed, step, **options):
+        variables = [os.environ.get(name) for name in ("REQUIRED", "A", "B")]
+        assert variables == ["1", "theirs", "ours"], variables
+        WRONG
+        return super().dropout(x, p, seed, step, **options)
+"""
+
+
+@pytest.fixture
+def in_own_environment(install, monkeypatch):
+    """Install a backend with an environment, whose dropout runs a statement."""
+    monkeypatch.setenv("A", "theirs")
+    monkeypatch.setenv("REQUIRED", "0")
+    monkeypatch.delitem(sys.modules, "mutant", raising=False)
+    return lambda wrong="pass": install("mutant", ENVIRONMENT.replace("WRONG", wrong))
+
+
+def test_child_process_has_the_backends_environment(in_own_environment):
+    in_own_environment()
     outcomes = list(run_matrix(["mutant"], ["mask", "threads"], jobs=1))
-    assert len(outcomes) == 4
-    assert {outcome.status for outcome in outcomes} == {"passed"}
+    assert [(outcome.backend, outcome.status) for outcome in outcomes] == [("mutant", "passed")] * 4
+
+
+def test_backend_needs_its_environment_to_load(in_own_environment, monkeypatch):
+    in_own_environment()
+    (backend,) = load_backends(["mutant"])
+    assert backend.is_missing
+    assert backend.error.startswith("it needs a process with REQUIRED=1")
+    monkeypatch.setenv("REQUIRED", "1")
+    (backend,) = load_backends(["mutant"])
+    assert backend.name == "mutant"
+
+
+def test_check_runs_in_the_backends_environment(in_own_environment):
+    in_own_environment()
+    check("mask", "mutant", mode="eager")
+    with pytest.raises(ValueError, match=r"eager: NumPy has functions, and no layers"):
+        check("layer-calls", "mutant")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "mention"),
+    [("step += 1", "the step is"), ("1 / 0", "ZeroDivisionError"), ("os._exit(3)", "status 3")],
+)
+def test_check_raises_what_fails_in_the_backends_environment(in_own_environment, wrong, mention):
+    in_own_environment(wrong)
+    with pytest.raises(ContractError, match=mention):
+        check("mask", "mutant", mode="eager")
+
+
+def test_check_raises_import_error_if_the_child_cannot_load(in_own_environment, tmp_path):
+    in_own_environment()
+    text = (tmp_path / "mutant.py").read_text()
+    (tmp_path / "mutant.py").write_text(text.replace("mutant:Target", "mutant:Absent"))
+    with pytest.raises(ImportError, match="Absent"):
+        check("mask", "mutant")
+
+
+def test_diff_runs_in_the_backends_environment(in_own_environment, capfd):
+    in_own_environment("step += 1")
+    mask = ("--seed", "42", "--step", "7", "--p", "0.3", "--shape", "4x50")
+    result = CliRunner().invoke(main, ["diff", "--backend", "mutant", *mask])
+    assert result.exit_code == 1
+    assert "this explains all of it: the step is 8, and not 7" in capfd.readouterr().out
 
 
 CACHE, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
-@pytest.mark.parametrize("own", ["", "of the user"])
-def test_what_jax_compiles_is_kept_for_a_run_and_longer_only_where_the_user_keeps_it(
-    install, tmp_path, monkeypatch, own
-):
+@pytest.mark.parametrize("own", [False, True], ids=["for the run", "the user's"])
+def test_jax_cache_lasts_for_the_run_unless_the_user_sets_it(install, tmp_path, monkeypatch, own):
     folder, noted = tmp_path / "own", tmp_path / "noted"
     monkeypatch.delenv(CACHE, raising=False)
+    monkeypatch.delenv(LEAST, raising=False)
     if own:
         monkeypatch.setenv(CACHE, str(folder))
         monkeypatch.setenv(LEAST, "0.00")
     compiled = f"""
     import os
     import jax
+    from unidrop.conformance import SubprocessBackend
     from unidrop.conformance.backends.numpy import Numpy
+    from unidrop.conformance.backends.subprocess_backends import JAX_DEFAULTS
+
+    make = SubprocessBackend("mutant", "mutant:Target", defaults=JAX_DEFAULTS)
 
 
-    class make(Numpy):
-        name = "mutant"
-
+    class Target(Numpy):
         def dropout(self, x, p, seed, step, **options):
             jax.jit(lambda v: v * 2)(x)
             cache = os.environ[{CACHE!r}]
@@ -310,43 +339,53 @@ def test_what_jax_compiles_is_kept_for_a_run_and_longer_only_where_the_user_keep
     (outcome, *_) = run_matrix(["mutant"], ["rate"], jobs=1)
     assert outcome.status == "passed", outcome
     cache = Path(noted.read_text())
-    assert (cache == folder, cache.exists()) == (bool(own), bool(own))
+    assert (cache == folder, cache.exists()) == (own, own)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this platform has no /proc")
-def test_processes_end_with_a_run_that_is_given_up_and_so_does_what_they_forked(install, tmp_path):
+@pytest.fixture
+def sleepers(install, tmp_path):
+    """Install a backend that forks and sleeps; return a function that waits for both processes."""
     pids = tmp_path / "pids"
-    note = f"os.fork(); os.write(os.open({str(pids)!r}, 1090, 0o600), b'%d ' % os.getpid())"
-    install("mutant", mutant("make", f"{note}; os.getpid() == os.getsid(0) or time.sleep(600)"))
-    outcomes = run_matrix(["mutant"], ["keys", "mask"], jobs=1)
-    next(outcomes)
-    outcomes.close()
-    both = [int(pid) for pid in pids.read_text().split()]
-    assert len(both) == 2
+    note = f"os.write(os.open({str(pids)!r}, 1089, 0o600), b'%d ' % os.getpid())"
+    install("mutant", mutant("make", f"os.fork(); {note}; time.sleep(600)"))
+
+    def wait():
+        until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        return [int(pid) for pid in pids.read_text().split()]
+
+    return wait
+
+
+def until(condition):
     end = time.monotonic() + 60
-    while any(_is_running(pid) for pid in both):
-        assert time.monotonic() < end, "a process is left behind"
-        time.sleep(0.05)
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
-def _is_running(pid):
-    """Tell whether a process is there, and no zombie that nobody has asked for yet."""
+def is_running(pid):
+    """Tell whether a process exists, other than as a zombie."""
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
 
 
-@pytest.mark.parametrize(("backends", "contracts"), [(["numpi"], []), ([], ["masks"])])
-def test_unknown_names_raise_at_once(backends, contracts):
-    with pytest.raises(ValueError, match=r"numpi|masks"):
-        run_matrix(backends, contracts, jobs=1)
+@needs_proc
+def test_children_end_with_a_run_that_is_closed(sleepers):
+    outcomes = run_matrix(["mutant", "numpy"], ["keys"], jobs=2)
+    assert next(outcomes).backend == "numpy"
+    both = sleepers()
+    outcomes.close()
+    until(lambda: not any(map(is_running, both)))
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own process", "anybody's"])
-def test_only_a_process_of_the_matrix_leaves_out_what_keras_imports_for_others(own):
-    code = "import sys, unidrop.conformance.backends.keras; print('sklearn.base' in sys.modules)"
-    environment = os.environ | ({BACKEND_ENV_VAR: "keras"} if own else {})
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(not own)]
+@needs_proc
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_child_ends_with_the_command_that_a_signal_stops(sleepers, how):
+    command = [sys.executable, "-m", "unidrop.cli", "conformance", "--backend", "mutant"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        both = sleepers()
+        process.send_signal(how)
+        assert process.wait(timeout=60) != 0
+    until(lambda: not any(map(is_running, both)))

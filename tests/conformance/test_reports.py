@@ -1,4 +1,4 @@
-"""The matrix as a page, and as files for other programs."""
+"""The reports of the matrix: terminal, page and files for other programs."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def report():
 
 
 class Page(HTMLParser):
-    """What a page has: its cells, its elements, and what its scripts hold."""
+    """The cells, elements, scripts and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -64,7 +64,7 @@ class Page(HTMLParser):
             self._script = named.get("id", "")
             self.scripts[self._script] = ""
         for name in ("src", "href"):
-            assert name not in named, "a page that is self-contained loads nothing"
+            assert name not in named, "a self-contained page loads nothing"
 
     def handle_endtag(self, tag):
         if tag == "script":
@@ -77,39 +77,43 @@ class Page(HTMLParser):
             self.scripts[self._script] += data
 
 
-def test_the_page_has_a_cell_for_each_contract_and_column(report):
+def test_page_has_a_cell_for_each_contract_and_column(report):
     page = Page(to_html(report))
     # mask, layout and output, in this order; eager and graph.
     assert page.cells == ["passed", "", "missing", "", "failed", "missing"]
 
 
-def test_the_page_holds_the_evidence_and_the_reproduction_of_each_cell(report):
+def test_page_has_the_evidence_of_each_cell(report):
     data = json.loads(Page(to_html(report)).scripts["data"])
     assert data["columns"] == [["mine", "eager"], ["mine", "graph"]]
     row = data["contracts"].index("output")
     passed, failed = data["evidence"][row][0]["results"]
     assert passed["status"] == "passed"
-    told = dict(failed["evidence"])
-    assert (told["expected"], told["actual"], told["cause"]) == ("1.5", HOSTILE, "a mistake")
+    evidence = dict(failed["evidence"])
+    assert [evidence[name] for name in ("expected", "actual", "cause")] == [
+        *("1.5", HOSTILE, "a mistake")
+    ]
     assert failed["details"] == "Traceback of it"
-    assert "check('output', 'mine', device='cpu', dtype='float32', mode='eager')" in told["again"]
+    assert (
+        "check('output', 'mine', device='cpu', dtype='float32', mode='eager')" in evidence["rerun"]
+    )
     assert data["evidence"][row][1] == {"results": [], "reasons": [f"not yet {HOSTILE}"]}
 
 
-def test_what_a_backend_says_is_text_on_the_page_and_no_markup(report):
+def test_page_escapes_the_text_of_backends(report):
     page = Page(to_html(report))
     assert "b" not in page.tags
     assert page.tags.count("script") == 2
     assert f"it died {HOSTILE}" in "".join(page.text)
 
 
-def test_the_page_has_colours_for_light_and_dark_and_a_width_for_phones(report):
+def test_page_fits_dark_screens_and_phones(report):
     text = to_html(report)
     assert "color-scheme: light dark" in text
     assert 'name="viewport" content="width=device-width' in text
 
 
-def test_json_holds_everything(report):
+def test_json_has_everything(report):
     data = json.loads(to_json(report))
     assert [cell["status"] for cell in data["cells"]] == ["passed", "failed", "passed"]
     failed = data["cells"][1]
@@ -121,7 +125,7 @@ def test_json_holds_everything(report):
     assert [backend["backend"] for backend in data["unavailable"]] == ["absent", "dead"]
 
 
-def test_junit_counts_what_passed_failed_and_was_skipped(report):
+def test_junit_counts_cases_failures_errors_and_skips(report):
     root = ElementTree.fromstring(to_junit(report))
     suites = {suite.get("name"): suite for suite in root}
     counts = {
@@ -135,14 +139,14 @@ def test_junit_counts_what_passed_failed_and_was_skipped(report):
         "dead": (1, 0, 1, 0),
     }
     failure = root.find(".//failure")
-    assert "expected 1.5, actual </script>" in failure.get("message")
+    assert "expected 1.5, got </script>" in failure.get("message")
     assert failure.get("message").endswith(": a mistake")
     assert "unidrop diff of it" in failure.text
     assert "check('output'" in failure.text
     assert "Traceback of it" in failure.text
 
 
-def test_markdown_has_a_badge_a_row_a_column_and_the_failures(report):
+def test_markdown_has_a_badge_rows_and_failures(report):
     text = to_markdown(report)
     assert "unidrop%20stream%201-2%20passed%2C%201%20failed-red" in text.splitlines()[0]
     rows = [line for line in text.splitlines() if line.startswith("| mine")]
@@ -154,7 +158,7 @@ def test_markdown_has_a_badge_a_row_a_column_and_the_failures(report):
     )
 
 
-def test_markdown_fences_and_escapes_what_a_name_holds():
+def test_markdown_escapes_names():
     report = Report([Result("mask", "```$x$~", "cpu", "float32", "eager", "failed", 0, "1", "2")])
     lines = to_markdown(report).splitlines()
     begin = lines.index("````sh")
@@ -163,19 +167,55 @@ def test_markdown_fences_and_escapes_what_a_name_holds():
     assert "| \\`\\`\\`\\$x\\$\\~ | eager |" in "\n".join(lines)
 
 
-@pytest.mark.parametrize("width", [20, 40, 200])
-def test_the_title_stands_in_one_line_however_narrow_the_terminal_is(report, width):
+def printed(report, width=200, **options):
     console = Console(width=width, file=StringIO())
-    print_report(report, console)
-    first, *_ = console.file.getvalue().splitlines()
+    print_report(report, console, **options)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_terminal_title_is_one_line_at_any_width(report, width):
+    first, *_ = printed(report, width).splitlines()
     assert first == f"unidrop conformance, stream {STREAM_VERSION}"
+
+
+def test_terminal_has_a_line_for_each_backend(report):
+    text = printed(report)
+    assert re.search(r"^mine +1 +2 +1 +2$", text, re.MULTILINE)
+    assert "\nabsent: skipped (ModuleNotFoundError: no)\n" in text
+    assert "\n✗ dead: broken (it died " in text
+    assert "layout" not in text
+
+
+def test_terminal_has_every_failure_in_full(report):
+    text = printed(report)
+    assert "\n✗ output-mine-cpu-float32-eager\n" in text
+    for line in (
+        "promise ",
+        "expected   1.5",
+        "cause      a mistake",
+        "analyze    unidrop diff of it",
+    ):
+        assert f"\n  {line}" in text
+    assert "  rerun      python -c" in text
+
+
+def test_terminal_has_the_rest_on_request(report):
+    *_, hint = printed(report).splitlines()
+    assert re.findall("--[a-z]+", hint) == ["--table", "--reasons", "--traceback"]
+    text = printed(report, table=True, reasons=True, tracebacks=True)
+    assert re.search(r"│ output +│ ✗ 1 of 2 │ +- +│", text)
+    assert "- mine (eager): it has no strides: layout" in text
+    assert "\n    where it died\n" in text
+    assert "\n    Traceback of it\n" in text
+    assert "more:" not in text
 
 
 def red(*contracts, mode="eager"):
     return [result(name, "float32", "1", "2", mode=mode, status="failed") for name in contracts]
 
 
-def test_what_others_rest_on_comes_first_and_is_said_to_be_where_to_begin():
+def test_root_failures_come_first_and_are_named():
     report = Report(
         [
             *red("output", "bad-rate", "mask"),
@@ -186,23 +226,23 @@ def test_what_others_rest_on_comes_first_and_is_said_to_be_where_to_begin():
     first, *rest = (str(failure) for failure in report.failures)
     assert first == "bad-rate-mine-cpu-float32-eager"
     assert [name.partition("-")[0] for name in rest] == ["mask", "mask", "mask", "output", "output"]
-    begin = [
-        "begin with mask, bad-rate in mine (eager): the others that do not hold there rest on them",
-        "begin with mask in mine (graph): the others that do not hold there rest on it",
+    expected = [
+        "start with mask, bad-rate in mine (eager): the other failures there depend on them",
+        "start with mask in mine (graph): the other failures there depend on it",
     ]
-    assert [str(beginning) for beginning in report.beginnings()] == begin
-    assert begin[1] in "".join(Page(to_html(report)).text)
-    assert "\n- begin with mask, bad-rate in mine" in to_markdown(report)
+    assert [str(roots) for roots in report.root_failures()] == expected
+    assert expected[1] in "".join(Page(to_html(report)).text)
+    assert "\n- start with mask, bad-rate in mine" in to_markdown(report)
 
 
-def test_where_nothing_rests_on_what_failed_no_beginning_is_named():
-    assert Report(red("bad-rate", "mask")).beginnings() == []
+def test_independent_failures_have_no_root():
+    assert Report(red("bad-rate", "mask")).root_failures() == []
 
 
-def test_a_green_report_has_a_green_badge():
+def test_markdown_badge_is_green_if_all_passed():
     assert "brightgreen" in to_markdown(Report([result("mask", "float32")]))
 
 
-def test_a_report_of_nothing_is_written_all_the_same():
+def test_every_format_writes_an_empty_report():
     for write in (to_html, to_json, to_junit, to_markdown):
         assert write(Report())

@@ -183,8 +183,8 @@ def make():
 
 @pytest.mark.parametrize(
     ("code", "reason"),
-    [(UNTESTED, "untested: there is no GPU"), ("import no_such_library", "*no_such_library*")],
-    ids=["untested", "not installed"],
+    [(UNTESTED, "there is no GPU"), ("import no_such_library", "*no_such_library*")],
+    ids=["unavailable", "not installed"],
 )
 def test_a_backend_that_can_not_be_run_here_is_one_skipped_item_with_the_reason(
     suite, install, code, reason

@@ -1,15 +1,16 @@
-"""The command line: the matrix, masks and dumps of them, and vectors for other languages."""
+"""The command line: one module for each command."""
 
 try:
     import click
 
     import unidrop
     from unidrop.cli.conformance import conformance
-    from unidrop.cli.masks import diff, mask
+    from unidrop.cli.diff import diff
+    from unidrop.cli.mask import mask
     from unidrop.cli.vectors import vectors
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"the command line needs {error.name}, which is not installed: install unidrop with its "
+        f"the command line requires {error.name}, which is not installed: install unidrop with the "
         "extra 'cli', as in pip install '.[cli]'"
     ) from None
 
@@ -21,7 +22,7 @@ __all__ = ["main"]
     unidrop.__version__, message=f"unidrop %(version)s, stream {unidrop.STREAM_VERSION}"
 )
 def main() -> None:
-    """One dropout that drops the very same elements in every array library."""
+    """One dropout that drops the same elements in every array library."""
 
 
 for _command in (conformance, mask, diff, vectors):

@@ -1,4 +1,4 @@
-"""``python -m unidrop.cli``, where the script is not on the path."""
+"""``python -m unidrop.cli`` is the same as the script ``unidrop``."""
 
 from unidrop.cli import main
 

@@ -1,6 +1,5 @@
-"""``unidrop conformance``: the matrix, with a bar for each backend that runs."""
+"""``unidrop conformance`` runs the matrix and shows a progress bar for each running backend."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from unidrop.threads import cpu_count
 
 __all__ = ["conformance"]
 
-# What a run can be written as, and by whom.
+# The formats of a report, by the names of their options.
 _FORMATS: dict[str, Callable[[Report], str]] = {
     "html": to_html,
     "json": to_json,
@@ -34,62 +33,63 @@ _FORMATS: dict[str, Callable[[Report], str]] = {
 
 
 def _format_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each format, which names a file."""
-    for name in reversed(list(_FORMATS)):
+    """Give a command an option for each format, which takes the name of a file."""
+    for name in reversed(_FORMATS):
         path = click.Path(dir_okay=False, path_type=Path)
-        command = click.option(f"--{name}", type=path, metavar="FILE", help=f"Write {name} here.")(
-            command
-        )
+        help_text = f"Write the report as {name} to this file."
+        command = click.option(f"--{name}", type=path, metavar="FILE", help=help_text)(command)
     return command
 
 
 @click.command()
-@click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated.")
-@click.option("--contract", "contracts", multiple=True, help="Only this contract; repeatable.")
+@click.option("--backend", "backends", multiple=True, help="Run only this backend; repeatable.")
+@click.option("--contract", "contracts", multiple=True, help="Run only this contract; repeatable.")
+@click.option("--table", is_flag=True, help="Print every contract in every mode.")
+@click.option("--reasons", is_flag=True, help="Print why contracts do not apply.")
+@click.option("--traceback", "tracebacks", is_flag=True, help="Print tracebacks of failures.")
 @_format_options
 @click.option(
     "--jobs",
     type=click.IntRange(1),
-    help="Processes that run at a time; the number of CPUs if not.",
+    help="Number of backends to run at a time; defaults to the number of CPUs.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     default=600,
     show_default=True,
-    help="Seconds after which a contract has failed, and its backend is given up.",
+    help="Seconds after which a contract fails and its backend is stopped.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
     default=SEED,
     show_default=True,
-    help="Of whatever the golden vectors do not fix.",
+    help="Seed for checks without golden vectors.",
 )
-@click.option("--traceback", "tracebacks", is_flag=True, help="Print where what failed was raised.")
-@click.option("--list", "listing", is_flag=True, help="List the contracts and backends, run none.")
+@click.option("--list", "listing", is_flag=True, help="List contracts and backends, and run none.")
 def conformance(
     backends: tuple[str, ...],
     contracts: tuple[str, ...],
     jobs: int | None,
     timeout: float,
+    table: bool,
+    reasons: bool,
     tracebacks: bool,
     listing: bool,
     seed: int,
     **files: Path | None,
 ) -> None:
-    """Run the conformance matrix over every installed backend, each in a process of its own.
+    """Run the conformance matrix over the installed backends.
 
-    Exits with 1 if a contract does not hold, a backend is broken or nothing was run, and with 2 on
-    bad arguments.
+    Each backend runs in its own process. Exits with 1 if a contract fails, a backend is broken or
+    nothing was run, and with 2 on bad arguments.
     """
-    # What TensorFlow logs of its build would stand in the middle of the table.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # A log has no width of its own; the table needs about this much.
+    # Only a terminal has a width.
     console = Console(width=None if sys.stdout.isatty() else 200)
     for name, path in files.items():
         if path is not None and not path.parent.is_dir():
-            raise click.BadParameter(f"{path.parent} is no folder", param_hint=f"--{name}")
+            raise click.BadParameter(f"{path.parent} is not a folder", param_hint=f"--{name}")
     _check_names("--contract", contracts, list(CONTRACTS))
     _check_names("--backend", backends, backend_names())
     if listing:
@@ -97,7 +97,7 @@ def conformance(
         return
     options = {"jobs": jobs or cpu_count(), "timeout": timeout, "seed": seed}
     report = Report(_run(console, backends, contracts, options))
-    print_report(report, console, tracebacks=tracebacks)
+    print_report(report, console, table=table, reasons=reasons, tracebacks=tracebacks)
     for name, path in files.items():
         if path is not None:
             try:
@@ -105,7 +105,7 @@ def conformance(
             except OSError as error:
                 raise click.ClickException(f"--{name} could not be written: {error}") from None
             click.echo(f"wrote {path}")
-    # A backend that was asked for is not just passed over.
+    # A backend that the user names must not be skipped.
     if not report.is_good or (backends and report.unavailable):
         sys.exit(1)
 
@@ -113,7 +113,9 @@ def conformance(
 def _check_names(option: str, names: tuple[str, ...], known: list[str]) -> None:
     for name in names:
         if name not in known:
-            raise click.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint=option)
+            raise click.BadParameter(
+                f"must be one of {', '.join(known)}, got {name!r}", param_hint=option
+            )
 
 
 def _run(
@@ -122,20 +124,20 @@ def _run(
     contracts: tuple[str, ...],
     options: Mapping[str, Any],
 ) -> Iterator[Outcome]:
-    """Yield outcomes, with a bar for all backends that have begun."""
+    """Yield outcomes, with a progress bar for each backend that has begun."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def begun(backend: str, count: int) -> None:
-            tasks[backend] = bar.add_task(backend, total=count)
+            tasks[backend] = bars.add_task(backend, total=count)
 
-        progress = Progress(begun, lambda backend: bar.advance(tasks[backend]))
+        progress = Progress(begun, lambda backend: bars.advance(tasks[backend]))
         yield from run_matrix(backends, contracts, progress=progress, **options)
 
 

@@ -1,4 +1,4 @@
-"""``unidrop vectors``: the golden vectors, for whoever checks without Python."""
+"""``unidrop vectors`` writes the golden vectors for implementations in other languages."""
 
 from pathlib import Path
 
@@ -14,12 +14,13 @@ __all__ = ["vectors"]
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="The folder, which is made if there is none.",
+    help="Folder to write to; created if missing.",
 )
 def vectors(out: Path) -> None:
-    """Write the golden vectors as JSON, with a schema and a README that explains the fields.
+    """Write the golden vectors as JSON.
 
-    They are enough to check an implementation in C++, Rust, Julia or a CUDA kernel.
+    The folder also gets a schema and a README that explains the fields. The vectors suffice to
+    check an implementation in C++, Rust, Julia or a CUDA kernel.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,10 @@ from unidrop.conformance.core_backend import (
     missing_eager_modes,
     use_mode_path,
 )
-from unidrop.conformance.matrix import Outcome, Progress, run_matrix
-from unidrop.conformance.remote import RemoteBackend
-from unidrop.conformance.runner import NotApplicable, Result, cells, check, run_cell
+from unidrop.conformance.isolation import Outcome, Progress
+from unidrop.conformance.matrix import check, run_matrix
+from unidrop.conformance.runner import NotApplicable, Result, cells, run_cell
+from unidrop.conformance.subprocess_backend import SubprocessBackend
 
 __all__ = [
     "CAPABILITIES",
@@ -47,8 +48,8 @@ __all__ = [
     "NotApplicable",
     "Outcome",
     "Progress",
-    "RemoteBackend",
     "Result",
+    "SubprocessBackend",
     "backend_names",
     "cells",
     "check",

@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from numpy.typing import NDArray
 
-from unidrop.conformance.process import error_text, writable
+from unidrop.conformance.error_text import error_text, writable
 
 __all__ = [
     "CAPABILITIES",
@@ -252,9 +252,12 @@ class BackendNotRun:
         """
         details = writable("".join(traceback.format_exception(error)))
         if isinstance(error, BackendUnavailableError):
-            return cls(name, writable(f"untested: {error}"), details, is_missing=True)
-        is_missing = isinstance(error, ModuleNotFoundError) and (error.name or "") != own
-        return cls(name, error_text(error), details, is_missing)
+            return cls(name, writable(str(error)), details, is_missing=True)
+        if isinstance(error, ModuleNotFoundError) and (error.name or "") != own:
+            library = error.name or str(error)
+            reason = "not installed" if library == name else f"{library} is not installed"
+            return cls(name, writable(reason), details, is_missing=True)
+        return cls(name, error_text(error), details)
 
 
 def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | BackendNotRun]:

@@ -1,4 +1,4 @@
-"""Which cells the matrix has, and how one is run."""
+"""The cells of the matrix: which ones a backend has, and the result of running one."""
 
 import re
 import shlex
@@ -18,16 +18,16 @@ from unidrop.conformance.backend import (
 )
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
-from unidrop.conformance.process import error_text, writable
+from unidrop.conformance.error_text import error_text, writable
 
 _PLAIN = re.compile(r"[\w '(),.:;=+/-]*", re.ASCII)
 
-__all__ = ["NotApplicable", "Result", "cells", "check", "check_names", "run_cell"]
+__all__ = ["NotApplicable", "Request", "Result", "cells", "check_names", "items", "run_cell"]
 
 
 @dataclass(frozen=True, slots=True)
 class NotApplicable:
-    """Why a contract does not apply to a backend in a mode: what it lacks there."""
+    """A contract that does not apply to a backend in a mode, and the reason."""
 
     contract: str
     backend: str
@@ -37,10 +37,24 @@ class NotApplicable:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a cell gave: status is "passed" or "failed"; what was expected, what actual, and why.
+    """The result of a cell.
 
-    ``cause`` is the mistake that explains it, ``diff`` the command that says more, where there are
-    such; ``details`` is where it was raised.
+    Attributes
+    ----------
+    contract, backend, device, dtype, mode : str
+        The names of the cell.
+    status : str
+        "passed" or "failed".
+    seconds : float
+    expected, actual : str
+        Empty if it passed.
+    cause : str
+        The mistake that explains the failure, if one is known.
+    diff : str
+        The command that analyzes the mask, if that is wrong.
+    details : str
+        The traceback of an error.
+    seed : int
     """
 
     contract: str
@@ -67,22 +81,61 @@ class Result:
 
     @property
     def reproduce(self) -> str:
-        """The one line that runs this cell again and raises what it raised."""
+        """The command that reruns this cell and raises its error."""
         seed = "" if self.seed == SEED else f", seed={self.seed}"
         call = (
             f"check({self.contract!r}, {self.backend!r}, device={self.device!r}, "
             f"dtype={self.dtype!r}, mode={self.mode!r}{seed})"
         )
         code = f"from unidrop.conformance import check; {call}"
-        # Double quotes serve every shell, as long as there is nothing in them that one expands.
+        # Every shell accepts double quotes, as long as it expands nothing inside of them.
         quoted = f'"{code}"' if _PLAIN.fullmatch(code) else shlex.quote(code)
         return f"python -c {quoted}"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Which cells of one backend to run.
+
+    Attributes
+    ----------
+    backend : str
+    contracts : sequence of str
+        Names of contracts; all if empty.
+    seed : int
+    device, dtype, mode : str, optional
+        Only these; all if None.
+    """
+
+    backend: str
+    contracts: Sequence[str] = ()
+    seed: int = SEED
+    device: str | None = None
+    dtype: str | None = None
+    mode: str | None = None
+
+
+def items(request: Request) -> Iterator[Cell | NotApplicable | BackendNotRun]:
+    """Load the backend of a request, and yield its cells and the contracts that do not apply."""
+    (backend,) = load_backends([request.backend])
+    if isinstance(backend, BackendNotRun):
+        yield backend
+        return
+    for item in cells(backend, request.contracts, seed=request.seed):
+        is_requested = request.mode in (None, item.mode)
+        if isinstance(item, Cell):
+            is_requested &= request.device in (None, item.device)
+            is_requested &= request.dtype in (None, item.dtype)
+        if is_requested:
+            yield item
 
 
 def cells(
     backend: Backend, contracts: Sequence[str] = (), *, seed: int = SEED
 ) -> Iterator[Cell | NotApplicable]:
-    """Yield the cells of a backend, and what is missing for the others.
+    """Yield the cells of a backend, mode by mode, and the contracts that do not apply.
+
+    The cells of a mode are neighbors, so that they share compiled programs and layers.
 
     Parameters
     ----------
@@ -90,21 +143,21 @@ def cells(
     contracts : sequence of str, default ()
         Names of contracts; all if empty.
     seed : int, default 42
-        Of whatever the golden vectors do not fix.
+        Seed for checks without golden vectors.
 
     Raises
     ------
     ValueError
-        If a contract's name is unknown; says which are known.
+        If a contract's name is unknown. The message lists the known ones.
     """
     check_names(contracts)
     chosen = [CONTRACTS[name] for name in contracts] or list(CONTRACTS.values())
     _check_exclusions(backend)
-    for contract in chosen:
-        for mode in backend.modes:
-            lacking = _why_not(contract, backend, mode)
-            if lacking is not None:
-                yield NotApplicable(contract.name, backend.name, mode, lacking)
+    for mode in backend.modes:
+        for contract in chosen:
+            reason = _why_not(contract, backend, mode)
+            if reason is not None:
+                yield NotApplicable(contract.name, backend.name, mode, reason)
                 continue
             if contract.compiled_only and mode not in backend.compiled_modes:
                 continue
@@ -117,7 +170,7 @@ def cells(
 
 
 def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
-    """Return why a contract does not apply to a backend in a mode, or None if it does."""
+    """Return the reason why a contract does not apply to a backend in a mode, or None."""
     for need in contract.needs:
         reason = missing_capability(backend, need, mode)
         if reason is not None:
@@ -127,7 +180,7 @@ def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
     if reason is not None or base is None or contract.in_derived_modes:
         return reason
     compared = _why_not(contract, backend, base) is None
-    return f"a variant of {base}, where this is compared" if compared else None
+    return f"it is derived from {base}, whose column has this contract" if compared else None
 
 
 def _check_exclusions(backend: Backend) -> None:
@@ -136,13 +189,13 @@ def _check_exclusions(backend: Backend) -> None:
         unknown = [name for name in limits if name not in CAPABILITIES and name not in CONTRACTS]
         if unknown:
             raise ValueError(
-                f"mode_exclusions of {backend.name} in mode {mode} has to name capabilities or "
-                f"contracts, but got {unknown}"
+                f"mode_exclusions of {backend.name} in mode {mode} must name capabilities or "
+                f"contracts, got {unknown}"
             )
 
 
 def run_cell(cell: Cell) -> Result:
-    """Run a cell and return its result; nothing that a backend raises escapes."""
+    """Run a cell and return its result; an error of the backend is a failure."""
     begin = perf_counter()
     status, what = _ran(cell)
     return Result.from_cell(cell, status, perf_counter() - begin, **what)
@@ -157,68 +210,17 @@ def _ran(cell: Cell) -> tuple[str, dict[str, str]]:
         }
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a backend may raise anything, or exit: that is a failure
+    except BaseException as error:  # including an exit
         details = writable(traceback.format_exc())
         return "failed", {"expected": "no error", "actual": error_text(error), "details": details}
     return "passed", {}
 
 
-def check(
-    contract: str,
-    backend: str,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    mode: str | None = None,
-    seed: int = SEED,
-) -> None:
-    """Run one contract of one backend and raise what it raises.
-
-    Parameters
-    ----------
-    contract, backend : str
-        Their names in the matrix.
-    device, dtype, mode : str, optional
-        Only these; all if None.
-    seed : int, default 42
-        Of whatever the golden vectors do not fix.
-
-    Raises
-    ------
-    ContractError
-        If the contract does not hold.
-    ValueError
-        If no cell is named so; says what the backend lacks for the contract.
-    ImportError
-        If the backend cannot be loaded.
-
-    Examples
-    --------
-    >>> check("mask", "numpy")
-    """
-    (loaded,) = load_backends([backend])
-    if isinstance(loaded, BackendNotRun):
-        raise ImportError(f"backend {backend} could not be loaded: {loaded.error}")
-    planned = [item for item in cells(loaded, [contract], seed=seed) if mode in (None, item.mode)]
-    chosen = [
-        item
-        for item in planned
-        if isinstance(item, Cell) and device in (None, item.device) and dtype in (None, item.dtype)
-    ]
-    if not chosen:
-        which = f"device={device}, dtype={dtype}, mode={mode}"
-        reasons = {f"{i.mode}: {i.reason}" for i in planned if isinstance(i, NotApplicable)}
-        why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
-        raise ValueError(f"no cell of contract {contract} and backend {backend} has {which}{why}")
-    for cell in chosen:
-        cell.check()
-
-
 def check_names(contracts: Sequence[str]) -> None:
-    """Raise ValueError for a name that no contract has; says which there are."""
+    """Raise ValueError for an unknown name of a contract."""
     for name in contracts:
         if name not in CONTRACTS:
-            raise ValueError(f"contract has to be one of {', '.join(CONTRACTS)}, but got {name!r}")
+            raise ValueError(f"contract must be one of {', '.join(CONTRACTS)}, got {name!r}")
 
 
 def _dtypes(contract: Contract, backend: Backend, mode: str) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""How a run of the matrix is shown: in the terminal, as a page, and as files for programs."""
+"""The reports of a run: in the terminal, as a page, and as files for other programs."""
 
 from unidrop.conformance.reports.files import to_json, to_junit, to_markdown
 from unidrop.conformance.reports.page import to_html

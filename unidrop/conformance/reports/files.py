@@ -1,4 +1,4 @@
-"""The matrix as files for other programs: JSON, JUnit's XML, and Markdown."""
+"""The matrix as files for other programs: JSON, JUnit XML and Markdown."""
 
 import json
 import platform
@@ -15,18 +15,18 @@ from unidrop.mask import STREAM_VERSION
 
 __all__ = ["to_json", "to_junit", "to_markdown"]
 
-# What there is to say of what failed alone.
-_OF_FAILURES = ("expected", "actual", "cause", "diff", "details")
+# The attributes of a result that only a failed one has.
+_FAILURE_ATTRIBUTES = ("expected", "actual", "cause", "diff", "details")
 
-# What XML can't hold: control characters, of which an error's message may have some.
-_NO_XML = dict.fromkeys(
+# XML cannot hold control characters, which an error's message may contain.
+_XML_SUBSTITUTES = dict.fromkeys(
     set(range(32)) - {9, 10, 13} | {*range(0xD800, 0xE000), 0xFFFE, 0xFFFF},
     "\N{REPLACEMENT CHARACTER}",
 )
 
 
 def to_json(report: Report) -> str:
-    """Return everything as JSON: one object a cell, and what is missing."""
+    """Return everything as JSON: an object for each cell, exclusion and unavailable backend."""
     return json.dumps(
         {
             "stream": STREAM_VERSION,
@@ -47,18 +47,18 @@ def _as_dict(result: Result) -> dict[str, Any]:
     described = asdict(result) | {"seconds": round(result.seconds, 4)}
     if result.status == "failed":
         return described | {"reproduce": result.reproduce}
-    return {name: value for name, value in described.items() if name not in _OF_FAILURES}
+    return {name: value for name, value in described.items() if name not in _FAILURE_ATTRIBUTES}
 
 
 def _commands(result: Result) -> str:
-    """Return what can be typed to see more of a failure, a line each."""
+    """Return the commands that analyze and rerun a failure, one on each line."""
     return "\n".join(filter(None, (result.diff, result.reproduce)))
 
 
 def to_junit(report: Report) -> str:
     """Return the XML that CI systems read: a suite for each column, a case for each cell.
 
-    What does not apply is skipped, and a backend that is broken is an error.
+    A contract that does not apply is skipped, and a broken backend is an error.
     """
     root = ElementTree.Element("testsuites", name="unidrop conformance")
     suites: dict[tuple[str, str], ElementTree.Element] = {}
@@ -77,7 +77,7 @@ def to_junit(report: Report) -> str:
         item = case(result.backend, result.mode, name, result.seconds)
         if result.status == "failed":
             because = f": {result.cause}" if result.cause else ""
-            message = f"expected {result.expected}, actual {result.actual}{because}"
+            message = f"expected {result.expected}, got {result.actual}{because}"
             failure = ElementTree.SubElement(item, "failure", message=_xml(message))
             failure.text = _xml(f"{_commands(result)}\n{result.details}")
     for missing in report.missing:
@@ -96,38 +96,35 @@ def to_junit(report: Report) -> str:
 
 
 def _xml(text: str) -> str:
-    return text.translate(_NO_XML)
+    return text.translate(_XML_SUBSTITUTES)
 
 
 def to_markdown(report: Report) -> str:
     """Return a badge, a row for each column, and the failures, for a README or a CI summary."""
-    colour = "brightgreen" if report.is_good else "red"
+    color = "brightgreen" if report.is_good else "red"
     label, message = (
         quote(text.replace("-", "--"))
         for text in (f"unidrop stream {STREAM_VERSION}", report.summary)
     )
     lines = [
-        f"![unidrop conformance](https://img.shields.io/badge/{label}-{message}-{colour})",
+        f"![unidrop conformance](https://img.shields.io/badge/{label}-{message}-{color})",
         "",
         f"unidrop conformance, stream {STREAM_VERSION}: **{report.summary}**.",
         "",
-        "| backend | mode | passed | failed | does not apply |",
+        "| backend | mode | passed | failed | not applicable |",
         "|---|---|---:|---:|---:|",
     ]
     for column in report.columns:
-        squares = [report.square(name, column) for name in CONTRACTS]
-        cells = sum(len(square.results) for square in squares)
-        failed = sum(square.failed for square in squares)
-        missing = sum(square.status == "missing" for square in squares)
-        counts = f"{cells - failed} | {failed or ''} | {missing or ''}"
+        row = report.row([column])
+        counts = f"{row.passed} | {row.failed or ''} | {row.missing or ''}"
         lines.append(f"| {_line(column[0])} | {_line(column[1])} | {counts} |")
     lines += [f"| {_line(b.name)} | {_line(b.error)} | | | |" for b in report.unavailable]
-    lines += ["", *(f"- {_line(str(beginning))}" for beginning in report.beginnings())]
+    lines += ["", *(f"- {_line(str(first))}" for first in report.root_failures())]
     for result in report.failures:
         lines += [
             "",
             f"**{_line(str(result))}**: {CONTRACTS[result.contract].promise}",
-            f"Expected {_line(result.expected)}, actual {_line(result.actual)}.",
+            f"Expected {_line(result.expected)}, got {_line(result.actual)}.",
             *([f"Cause: {_line(result.cause)}."] if result.cause else []),
             "",
             *_fenced(_commands(result)),
@@ -136,14 +133,14 @@ def to_markdown(report: Report) -> str:
 
 
 def _fenced(commands: str) -> list[str]:
-    """Return lines of code in a fence that is longer than any in them."""
+    """Return lines of code in a fence that is longer than any fence among them."""
     longest = max(map(len, re.findall("`+", commands)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}sh", commands, fence]
 
 
 def _line(text: str) -> str:
-    """Return text that stays in its cell and its line, and is no markup."""
+    """Return text on one line, without markup."""
     for special in "\\`*_[]<>|$~&":
         text = text.replace(special, f"\\{special}")
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""The matrix as one self-contained HTML page, each cell of which opens its evidence."""
+"""The matrix as one self-contained HTML page, whose cells open their evidence."""
 
 import platform
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from unidrop import __version__
 from unidrop.conformance.contracts import CONTRACTS
-from unidrop.conformance.reports.report import Column, Report, evidence
+from unidrop.conformance.reports.report import Column, Report, get_evidence
 from unidrop.conformance.runner import Result
 from unidrop.mask import STREAM_VERSION
 
@@ -24,7 +24,7 @@ _TEMPLATES = Environment(
 
 
 def to_html(report: Report) -> str:
-    """Return the page. It needs no network, and without JavaScript it still shows the table."""
+    """Return the page, which needs no network, and shows the table even without JavaScript."""
     columns = report.columns
     backends = {backend: sum(b == backend for b, _ in columns) for backend, _ in columns}
     return _TEMPLATES.get_template("matrix.html").render(
@@ -45,16 +45,14 @@ def to_html(report: Report) -> str:
 
 
 def _evidence(report: Report, contract: str, column: Column) -> dict[str, Any]:
-    """Return what the page's script shows of a square when it is opened."""
-    square = report.square(contract, column)
-    return {"results": [_shown(result) for result in square.results], "reasons": square.reasons}
+    """Return what the page shows when a cell is opened."""
+    cell = report.cell(contract, column)
+    return {"results": [_as_dict(result) for result in cell.results], "reasons": cell.reasons}
 
 
-def _shown(result: Result) -> dict[str, Any]:
+def _as_dict(result: Result) -> dict[str, Any]:
     where = f"{result.device}, {result.dtype}"
-    shown = {"where": where, "status": result.status, "seconds": round(result.seconds, 3)}
+    fields = {"where": where, "status": result.status, "seconds": round(result.seconds, 3)}
     if result.status == "failed":
-        shown |= {"evidence": list(evidence(result)), "details": result.details}
-    else:
-        shown |= {"evidence": [("again", result.reproduce)]}
-    return shown
+        return fields | {"evidence": list(get_evidence(result)), "details": result.details}
+    return fields | {"evidence": [("rerun", result.reproduce)]}

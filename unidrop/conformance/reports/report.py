@@ -1,4 +1,4 @@
-"""What a run of the matrix gave, arranged by contract and column for whoever shows it."""
+"""The outcomes of a run, arranged by contract and column for all formats."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -7,26 +7,26 @@ from dataclasses import dataclass, field
 from unidrop.conformance.backend import BackendNotRun
 from unidrop.conformance.contracts import CONTRACTS
 from unidrop.conformance.contracts.dependence import roots
-from unidrop.conformance.matrix import Outcome, get_backend_name
+from unidrop.conformance.isolation import Outcome
 from unidrop.conformance.runner import NotApplicable, Result
 
-__all__ = ["Beginning", "Column", "Lack", "MatrixCell", "Report", "evidence"]
+__all__ = ["Column", "Exclusion", "MatrixCell", "Report", "RootFailures", "Row", "get_evidence"]
 
-# What is said of a result that failed: which of its attributes, and its label.
+# The attributes of a failed result that reports show, and their labels.
 _EVIDENCE = {
     "expected": "expected",
     "actual": "actual",
     "cause": "cause",
-    "diff": "look",
-    "reproduce": "again",
+    "diff": "analyze",
+    "reproduce": "rerun",
 }
 
 #: A backend and one of its modes, by their names.
 Column = tuple[str, str]
 
 
-def evidence(result: Result) -> Iterator[tuple[str, str]]:
-    """Yield what there is to say of a result that failed, each with its label."""
+def get_evidence(result: Result) -> Iterator[tuple[str, str]]:
+    """Yield what explains a failed result, as pairs of a label and a text."""
     for attribute, label in _EVIDENCE.items():
         text = getattr(result, attribute)
         if text:
@@ -42,16 +42,16 @@ class MatrixCell:
 
     @property
     def failed(self) -> int:
-        """How many of the results failed."""
+        """Number of results that failed."""
         return sum(result.status == "failed" for result in self.results)
 
     @property
-    def mark(self) -> str:
-        """What stands in a table: how many passed, or failed of how many.
+    def symbol(self) -> str:
+        """The text of the cell in a table: how many passed, or failed of how many.
 
         Examples
         --------
-        >>> MatrixCell(reasons=["it only runs eagerly"]).mark
+        >>> MatrixCell(reasons=["it only runs eagerly"]).symbol
         '-'
         """
         if not self.results:
@@ -62,7 +62,7 @@ class MatrixCell:
 
     @property
     def status(self) -> str:
-        """``passed``, ``failed``, ``missing`` or, where a contract is about other modes, empty."""
+        """``passed``, ``failed``, ``missing``, or empty if the contract is about other modes."""
         if self.failed:
             return "failed"
         if self.results:
@@ -71,25 +71,25 @@ class MatrixCell:
 
 
 class Report:
-    """The outcomes of a run, by the backend's name, and else in the order in which they actual."""
+    """The outcomes of a run, sorted by the backend's name."""
 
     def __init__(self, outcomes: Iterable[Outcome] = ()) -> None:
-        self.outcomes = sorted(outcomes, key=get_backend_name)
-        self._squares: dict[Column, dict[str, MatrixCell]] = defaultdict(
+        self.outcomes = sorted(outcomes, key=_get_backend_name)
+        self._cells: dict[Column, dict[str, MatrixCell]] = defaultdict(
             lambda: defaultdict(MatrixCell)
         )
         for outcome in self.outcomes:
             if isinstance(outcome, Result):
-                self._square(outcome).results.append(outcome)
+                self._cell(outcome).results.append(outcome)
             elif isinstance(outcome, NotApplicable):
-                self._square(outcome).reasons.append(outcome.reason)
+                self._cell(outcome).reasons.append(outcome.reason)
 
-    def _square(self, outcome: Result | NotApplicable) -> MatrixCell:
-        return self._squares[outcome.backend, outcome.mode][outcome.contract]
+    def _cell(self, outcome: Result | NotApplicable) -> MatrixCell:
+        return self._cells[outcome.backend, outcome.mode][outcome.contract]
 
     @property
     def results(self) -> list[Result]:
-        """The cells that were run."""
+        """The results of all cells that were run."""
         return [outcome for outcome in self.outcomes if isinstance(outcome, Result)]
 
     @property
@@ -98,45 +98,43 @@ class Report:
         return [outcome for outcome in self.outcomes if isinstance(outcome, NotApplicable)]
 
     @property
+    def unavailable(self) -> list[BackendNotRun]:
+        """The backends that were skipped or are broken."""
+        return [outcome for outcome in self.outcomes if isinstance(outcome, BackendNotRun)]
+
+    @property
     def failures(self) -> list[Result]:
-        """The cells that failed, of each backend first those that rest on no other."""
+        """The failed results, of each backend first those that depend on no other."""
         failed = [result for result in self.results if result.status == "failed"]
         return sorted(
             failed, key=lambda r: (r.backend, r.contract not in self._roots(r.backend, r.mode))
         )
 
     def _roots(self, *column: str) -> list[str]:
-        """Return the contracts that failed in a column, and rest on none that did."""
+        """Return the failed contracts of a column that depend on no other failed one."""
         backend, mode = column
-        squares = self._squares[backend, mode]
-        return roots([name for name in self.contracts if name in squares and squares[name].failed])
+        cells = self._cells[backend, mode]
+        return roots([name for name in self.contracts if name in cells and cells[name].failed])
 
-    def beginnings(self) -> list["Beginning"]:
-        """Return where to begin where many contracts fail; modes that begin alike are together."""
+    def root_failures(self) -> list["RootFailures"]:
+        """Return which failures to look at first; modes with the same ones are together."""
         modes: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
         for backend, mode in self.columns:
             first = self._roots(backend, mode)
-            failed = [
-                name for name, square in self._squares[backend, mode].items() if square.failed
-            ]
+            failed = [name for name, cell in self._cells[backend, mode].items() if cell.failed]
             if len(first) < len(failed):
                 modes[backend, tuple(first)].append(mode)
-        return [Beginning(b, tuple(where), first) for (b, first), where in modes.items()]
-
-    @property
-    def unavailable(self) -> list[BackendNotRun]:
-        """The backends that could not be loaded, or have broken down."""
-        return [outcome for outcome in self.outcomes if isinstance(outcome, BackendNotRun)]
+        return [RootFailures(b, tuple(where), first) for (b, first), where in modes.items()]
 
     @property
     def is_good(self) -> bool:
-        """Whether contracts were run, all of them hold, and no backend is broken."""
+        """Whether any contract was run, all of them hold, and no backend is broken."""
         broken = any(not backend.is_missing for backend in self.unavailable)
         return bool(self.results) and not self.failures and not broken
 
     @property
     def summary(self) -> str:
-        """How many cells passed and failed.
+        """The number of cells that passed and failed.
 
         Examples
         --------
@@ -149,20 +147,27 @@ class Report:
     @property
     def columns(self) -> list[Column]:
         """The backends and their modes, in order."""
-        return list(self._squares)
+        return list(self._cells)
 
     @property
     def contracts(self) -> list[str]:
-        """The contracts of which there is anything to show, in order."""
-        shown = {name for squares in self._squares.values() for name in squares}
-        return [name for name in CONTRACTS if name in shown]
+        """The contracts that have a cell, in order."""
+        names = {name for cells in self._cells.values() for name in cells}
+        return [name for name in CONTRACTS if name in names]
 
-    def square(self, contract: str, column: Column) -> MatrixCell:
-        """Return what there is of a contract in a column."""
-        return self._squares[column].get(contract, MatrixCell())
+    def cell(self, contract: str, column: Column) -> MatrixCell:
+        """Return the cell of a contract in a column."""
+        return self._cells[column].get(contract, MatrixCell())
 
-    def lacks(self) -> list["Lack"]:
-        """Return what backends lack, modes that lack the same for the same reason together."""
+    def row(self, columns: Iterable[Column]) -> "Row":
+        """Return the counts of some columns together."""
+        cells = [self.cell(name, column) for column in columns for name in self.contracts]
+        failed = sum(cell.failed for cell in cells)
+        passed = sum(len(cell.results) for cell in cells) - failed
+        return Row(passed, failed, sum(cell.status == "missing" for cell in cells))
+
+    def exclusions(self) -> list["Exclusion"]:
+        """Return which contracts do not apply and why; modes with the same ones are together."""
         contracts: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for missing in self.missing:
             where = missing.backend, missing.mode, missing.reason
@@ -170,12 +175,25 @@ class Report:
         modes: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
         for (backend, mode, reason), names in contracts.items():
             modes[backend, reason, tuple(names)].append(mode)
-        return [Lack(b, tuple(where), r, names) for (b, r, names), where in modes.items()]
+        return [Exclusion(b, tuple(where), r, names) for (b, r, names), where in modes.items()]
+
+
+def _get_backend_name(outcome: Outcome) -> str:
+    return outcome.name if isinstance(outcome, BackendNotRun) else outcome.backend
 
 
 @dataclass(frozen=True, slots=True)
-class Beginning:
-    """The contracts of a backend, in some of its modes, on which all others that failed rest."""
+class Row:
+    """The number of results that passed and failed, and of contracts that do not apply."""
+
+    passed: int
+    failed: int
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class RootFailures:
+    """The failed contracts of a backend, in some modes, that explain all its other failures."""
 
     backend: str
     modes: tuple[str, ...]
@@ -184,14 +202,14 @@ class Beginning:
     def __str__(self) -> str:
         it = "it" if len(self.contracts) == 1 else "them"
         return (
-            f"begin with {', '.join(self.contracts)} in {self.backend} ({', '.join(self.modes)}): "
-            f"the others that do not hold there rest on {it}"
+            f"start with {', '.join(self.contracts)} in {self.backend} ({', '.join(self.modes)}): "
+            f"the other failures there depend on {it}"
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Lack:
-    """Which contracts do not apply to a backend in some of its modes, and why."""
+class Exclusion:
+    """The contracts that do not apply to a backend in some of its modes, for one reason."""
 
     backend: str
     modes: tuple[str, ...]
