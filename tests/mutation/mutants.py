@@ -21,7 +21,7 @@ COMPARISONS |= {"Is": "IsNot", "IsNot": "Is", "In": "NotIn", "NotIn": "In"}
 ARITHMETIC = {"Add": "Sub", "Sub": "Add", "Mult": "FloorDiv", "FloorDiv": "Mult", "Div": "Mult"}
 ARITHMETIC |= {"Mod": "FloorDiv", "LShift": "RShift", "RShift": "LShift", "Pow": "Mult"}
 ARITHMETIC |= {"BitAnd": "BitOr", "BitOr": "BitAnd", "BitXor": "BitOr"}
-# What can be mistaken for another: words of a key, numbers of calls, places and sizes in memory.
+# Names that a programmer can confuse: words of a key, call numbers, places and sizes in memory.
 ORDERED = re.compile(
     r"(lo|hi|low|high|key|words?|site|step|seed|calls?|first|last|count|start|stop|begin|end|rows?"
     r"|columns?|address|source|target|strides?|offsets?|index|shape|tile|counter|c\d|k\d|x\d)\d?$"
@@ -154,7 +154,7 @@ def _are_alike(first: ast.expr, second: ast.expr) -> bool:
 
 
 def _children(node: ast.AST) -> Iterator[tuple[ast.AST, bool]]:
-    """Yield what may be mutated below a node, and whether it undoes what failed."""
+    """Yield the children of a node that may change, and whether they undo a failure."""
     skipped = {"annotation", "returns", "decorator_list", "bases", "type_params"}
     if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
         return  # messages, and hints for type checkers

@@ -1,7 +1,7 @@
 """Test the tests: change one place of the product at a time, and see whether anything fails.
 
     python tests/mutation/run.py --list                      # the mutants, and run none
-    python tests/mutation/run.py                             # run what has no result yet
+    python tests/mutation/run.py                             # run the mutants without a result
     python tests/mutation/run.py --only unidrop/rate.py --limit 6
     python tests/mutation/run.py --summary                   # the results so far
 
@@ -69,7 +69,7 @@ class Copy:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.folder / name)
         venv.create(self.bin.parent, symlinks=True)
-        # All that is installed here, but for the package itself.
+        # Everything installed here except the package itself.
         [packages] = self.bin.parent.glob("lib/*/site-packages")
         outer = [path for path in sys.path if path.endswith("site-packages")]
         (packages / "outer.pth").write_text("\n".join(outer))
@@ -103,14 +103,14 @@ class Copy:
                 status = None
             finally:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+                    os.killpg(process.pid, signal.SIGKILL)  # its children, too
                 process.wait()
             output.seek(0)
             return status, output.read()
 
 
 class Baselines:
-    """What each command does without a mutant: its seconds, exit status and failures."""
+    """The seconds, exit status and failures of each command without a mutant."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,7 +133,7 @@ class Baselines:
 
 
 def commands(file: str) -> list[list[str]]:
-    """Return what runs against a mutant of a file, in order."""
+    """Return the commands to run against a mutant of a file, in order."""
     mirrors, backend = next(MIRRORS[start] for start in MIRRORS if file.startswith(start))
     tests = {path.parent.relative_to(ROOT / "tests") for path in ROOT.glob("tests/**/test_*.py")}
     # The folders without a framework first: their tests are the quickest.
