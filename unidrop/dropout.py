@@ -70,7 +70,7 @@ def dropout(
     ----------
     x : array
         Any shape; float16, bfloat16, float32, float64, complex64 or complex128. An array of any
-        library that follows the array API standard, or a TensorFlow tensor.
+        library that follows the array API standard or has an adapter.
     p : int or float
         The probability of dropping an element, in [0, 1].
     key : Key

@@ -15,7 +15,7 @@ __all__ = ["Key", "check_key", "string_data"]
 _TAG_INTEGER = 1
 _TAG_STRING = 2
 
-_NUMPY = (numpy.ndarray, numpy.generic)  # a union of types cannot be traced by Dynamo
+_NUMPY = (numpy.ndarray, numpy.generic)  # compilers cannot trace a union of types
 
 
 class Key:
@@ -236,8 +236,8 @@ def _is_index(value: object) -> bool:
     Arrays of other libraries stay unread even if they have a value: reading one would stop a trace
     or wait for a device.
     """
-    # A subclass of int may have a dtype: it stands for a constant of a trace. Dynamo can answer
-    # these questions in this order.
+    # A subclass of int may have a dtype: it stands for a constant of a trace. Compilers can trace
+    # these questions, in this order.
     if isinstance(value, int):
         return True
     if hasattr(value, "dtype"):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["get_library", "get_namespace_library"]
 
 _NOT_AN_ARRAY = (
-    "{name} must be an array of NumPy, PyTorch, TensorFlow, JAX or another library that follows "
-    "the array API standard, got {kind}"
+    "{name} must be an array of a library that follows the array API standard or has an adapter, "
+    "got {kind}"
 )
 _STANDARD = ArrayLibrary()
 
@@ -59,7 +59,7 @@ def get_namespace_library(xp: Any) -> tuple[ArrayLibrary, Any]:
     'array_api_compat.numpy'
     """
     if not hasattr(xp, "zeros"):
-        raise TypeError(f"xp must be an array namespace such as numpy or torch, got {xp!r}")
+        raise TypeError(f"xp must be an array namespace such as numpy, got {xp!r}")
     probe = xp.zeros((0,))
     library = get_library(probe, "xp.zeros((0,))")
     return library, library.arrays.namespace(probe)

@@ -61,7 +61,7 @@ def keep_mask(
     key : Key
         The name of the mask. Use each key once.
     xp : namespace, default numpy
-        The library of the mask, as its users name it: numpy, torch, jax.numpy, tensorflow.
+        The library of the mask: the module that its users import, such as ``numpy``.
     device : device, optional
         The device of the mask; None is the library's default device.
     training : bool, default True

@@ -88,7 +88,7 @@ def keep_flags(xp: Any, words: WordArithmetic, four: PhiloxBlock, threshold: int
         0 < threshold < 2^32.
     """
     least = words.constant(threshold)
-    # Stack before comparing: XLA takes half a minute to compile eight comparisons.
+    # Stack before comparing: a compiler may take half a minute for eight comparisons.
     even = xp.stack(four, axis=-1)
     odd = words.mullo(even, ODD_MULTIPLIER)
     return xp.reshape(xp.stack([even >= least, odd >= least], axis=-1), (-1,))
@@ -114,7 +114,7 @@ def _round_keys(key: tuple[Any, Any], words: WordArithmetic, rounds: int) -> lis
             )
             for i in range(rounds)
         ]
-    # The words of a traced key may have another dtype: JAX switches x64 on and off.
+    # The words of a traced key may have another dtype, if 64-bit integers were switched on since.
     keys = [(words.split(k0, 32)[1], words.split(k1, 32)[1])]
     if words.sums_wrap:
         first, second = (words.constant(increment) for increment in KEY_INCREMENTS)

@@ -21,7 +21,7 @@ def checked_probability(p: Any, name: str = "p") -> float:
             f"(0.1 in float32 is another number, with another mask), "
             f"got {p!r} of type {type(p).__name__}{_ARRAY_HINT if hasattr(p, 'shape') else ''}"
         )
-    if not 0 <= p <= 1:  # the message of PyTorch
+    if not 0 <= p <= 1:
         raise ValueError(f"dropout probability {name} has to be between 0 and 1, but got {p}")
     return float(p)
 

@@ -1,11 +1,11 @@
 """Arithmetic on 32-bit words, held in the integers that an array library has.
 
-Requirements this design meets, each because of a library:
+Requirements this design meets, each because of a library that has an adapter:
 
 * No operation overflows: the array API standard leaves overflow to the implementation, and a
   compiler may treat it as undefined.
-* No unsigned 64-bit arithmetic: PyTorch has none. ``int64`` is complete wherever it exists.
-* No 64-bit integers if the library lacks them, as JAX does without x64.
+* No unsigned 64-bit arithmetic: some libraries lack it. ``int64`` is complete wherever it exists.
+* No 64-bit integers at all if a library lacks them.
 
 A `SplitInteger` is a 64-bit number as ``(hi, lo)``, two 32-bit words.
 """
@@ -168,7 +168,7 @@ def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
             isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None
         ):
             raise TypeError
-        # Dynamo stops treating an integer as variable after operator.index.
+        # A compiler stops treating an integer as variable after operator.index.
         number = operator.index(value)
     except TypeError:
         raise TypeError(

@@ -1,0 +1,87 @@
+"""The structure of the core: it names no framework, imports nothing above it, keeps no class."""
+
+import ast
+import gc
+import re
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import unidrop
+
+ROOT = Path(unidrop.__file__).parent
+CORE = sorted(path for path in ROOT.glob("*.py") if path.name != "testing.py")
+FUSED = sorted((ROOT / "fused").glob("*.py"))
+FRAMEWORKS = r"torch|tensorflow|keras|jax|flax|dask|cupy|mlx|dynamo|inductor|xla|symint"
+
+# What each module may import of the package, as each imports only what is listed before it.
+LAYERS = [
+    "dtypes",
+    "rate",
+    "threads",
+    "words",
+    "philox",
+    "protocols",
+    "library",
+    "window",
+    "key",
+    "dispatch",
+    "mask",
+    "output",
+    "plan",
+    "dropout",
+]
+
+
+def get_imports(path):
+    """Return the modules of the package that a module imports, except for annotations."""
+    tree = ast.parse(path.read_text())
+    annotations = [
+        n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)
+    ]
+    skipped = {id(node) for block in annotations for node in ast.walk(block)}
+    nodes = [node for node in ast.walk(tree) if id(node) not in skipped]
+    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name for name in names if name.startswith("unidrop")}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_core_names_no_framework(path):
+    assert re.findall(FRAMEWORKS, path.read_text(), re.IGNORECASE) == []
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_core_imports_only_lower_layers(name):
+    lower = {f"unidrop.{layer}" for layer in LAYERS[: LAYERS.index(name)]}
+    assert get_imports(ROOT / f"{name}.py") <= lower
+
+
+def test_every_core_module_has_a_layer():
+    assert {path.stem for path in CORE} - {"__init__"} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FUSED, ids=lambda path: path.stem)
+def test_fused_knows_no_library(path):
+    assert {"unidrop.library", "unidrop.dispatch", "unidrop.plan"}.isdisjoint(get_imports(path))
+
+
+@pytest.mark.parametrize("path", [*CORE, *FUSED], ids=lambda path: path.stem)
+def test_first_line_is_one_sentence(path):
+    first = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+    assert first.endswith(".")
+    assert first.count(".") == 1
+
+
+def test_classes_made_at_run_time_are_freed():
+    references = []
+    for _ in range(300):
+        local = type("Local", (np.ndarray,), {})
+        unidrop.dropout(np.ones(3).view(local), 0.5, unidrop.Key(0))
+        references.append(weakref.ref(local))
+    del local
+    gc.collect()
+    # array-api-compat keeps the last 100.
+    assert sum(reference() is not None for reference in references) <= 100
