@@ -153,7 +153,7 @@ def fused_dropout(
     kernel = None
     if not isinstance(target, str):
         kernel = package.prepare(x.dtype, tuple(x.shape), target.strides, window.strides)
-    if kernel is None:  # kernels cannot write to out: it has gaps, or is not in memory
+    if isinstance(target, str) or kernel is None:  # out has gaps, or is not in memory
         buffers.copy_into(out, fused_dropout(library, x, key, window, rate))
         return out
     may_overlap = out is not None or source.strides != target.strides
