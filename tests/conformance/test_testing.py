@@ -57,7 +57,9 @@ def suite(install, pytester, monkeypatch):
                 {textwrap.indent(body, " " * 16).strip()}
             """
         )
-        return pytester.runpytest_subprocess("-v", "-ra", "-p", "no:cacheprovider", *arguments)
+        # In this process, and without Hypothesis, which each run would import again.
+        plugins = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+        return pytester.runpytest_inprocess("-v", "-ra", *plugins, *arguments)
 
     return run
 
