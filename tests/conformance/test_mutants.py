@@ -382,7 +382,7 @@ def test_gives_the_reason_for_a_missing_fused_mode():
         backends = Numpy(), Torch()
     for backend in backends:
         assert "fused" not in backend.modes
-        assert backend.missing_modes["fused"] == "unidrop.force_path says so"
+        assert backend.missing_modes["fused"] == "unidrop.force_path forces it"
     assert "fused" not in Numpy().missing_modes
 
 

@@ -31,7 +31,7 @@ def missing_eager_modes(array: Any) -> dict[str, str]:
     >>> import numpy as np
     >>> with unidrop.force_path("portable"):
     ...     missing_eager_modes(np.ones(1))
-    {'fused': 'unidrop.force_path says so'}
+    {'fused': 'unidrop.force_path forces it'}
     """
     path = unidrop.explain_path(array)
     return {} if path.name == FUSED else {FUSED: path.reason}
