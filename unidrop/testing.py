@@ -159,7 +159,7 @@ def _items(
 
 
 def _default_dtype(backend: "Backend", mode: str) -> str:
-    """Return the dtype of contracts that run for one; a missing mode has those of the first."""
+    """Return the dtype of contracts that run for one; a missing mode has the first mode's."""
     dtypes = backend.dtypes(mode if mode in backend.modes else backend.modes[0])
     return "float32" if "float32" in dtypes else dtypes[0]
 

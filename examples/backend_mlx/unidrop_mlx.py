@@ -23,7 +23,7 @@ def _ignore_device(function):
 
 
 class _Namespace(SimpleNamespace):
-    """MLX functions by the standard's names; the attributes override those of MLX."""
+    """MLX functions by the standard's names; the attributes override MLX functions."""
 
     def __getattr__(self, name):
         return getattr(mx, name)

@@ -1,4 +1,4 @@
-"""Test the example backend for MLX, a package of its own."""
+"""Test the package with the example backend for MLX."""
 
 import json
 import os

@@ -57,7 +57,7 @@ def suite(install, pytester, monkeypatch):
                 {textwrap.indent(body, " " * 16).strip()}
             """
         )
-        # In this process, and without Hypothesis, which each run would import again.
+        # In this process, since starting one takes longer. Each run would also reimport Hypothesis.
         plugins = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
         return pytester.runpytest_inprocess("-v", "-ra", *plugins, *arguments)
 

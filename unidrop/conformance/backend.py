@@ -96,8 +96,8 @@ class Backend(Protocol):
     missing_modes : mapping of str to str
         Maps each mode that the framework has and the backend does not support to the reason.
     capabilities : mapping of str to str or None
-        Maps each of `CAPABILITIES` that the backend has to None, and each that it lacks to the
-        reason. The backend lacks every capability that it does not declare.
+        Maps a supported member of `CAPABILITIES` to None, and a missing one to the reason. A
+        capability that is not declared is missing too.
     mode_exclusions : mapping of str to mapping of str to str
         Maps a mode to the capabilities and contracts that do not apply in it, each with the reason.
     step_limit : int
@@ -134,8 +134,8 @@ class Backend(Protocol):
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Apply dropout to x with the key ``Key(seed).fold_in(step)``.
 
-        ``options`` are those of `unidrop.dropout`: ``training=`` and, if the capabilities allow
-        them, ``broadcast_axes=``, ``global_shape=`` with ``start=``, and ``return_mask=``. In
+        ``options`` follow `unidrop.dropout`: ``training=`` and, if the capabilities allow them,
+        ``broadcast_axes=``, ``global_shape=`` with ``start=``, and ``return_mask=``. In
         compiled modes, the step must be an argument of the compiled function, not a constant.
         """
 

@@ -1,4 +1,4 @@
-"""Share the code of backends that call the core, such as those of array API libraries."""
+"""Share the code of backends that call the core, such as array API libraries."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

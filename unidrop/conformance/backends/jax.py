@@ -32,7 +32,7 @@ def _vjp(f: Function) -> Function:
 
 
 def _vmap(f: Function) -> Function:
-    """Return f over a batch of two examples, of which the second is the requested one."""
+    """Return f over a batch of two examples, and select the second."""
 
     def mapped(x: Any, key: Any, step: Any) -> Any:
         batch = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
@@ -43,7 +43,7 @@ def _vmap(f: Function) -> Function:
 
 
 def _scan(f: Function) -> Function:
-    """Return f in a loop of two iterations, of which the second is the requested one."""
+    """Return f in a loop of two iterations, and select the second."""
 
     def scanned(x: Any, key: Any, step: Any) -> Any:
         keys_and_steps = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
@@ -157,7 +157,7 @@ class Jax(CoreBackend):
         return self._compiled[static]
 
     def traces(self, mode: str) -> int:
-        """Return the number of traces; the adapter counts those of eager mode."""
+        """Return the number of traces; the adapter counts them in eager mode."""
         return self._traces if mode in _TRANSFORMED else programs()
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:

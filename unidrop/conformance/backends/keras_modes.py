@@ -92,7 +92,7 @@ EXCLUSIONS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 
 
 def compiled_modes() -> tuple[str, ...]:
-    """Return the modes in which this process's Keras backend traces a function or a model."""
+    """Return the modes that trace a function or a model on this process's Keras backend."""
     backend = keras.backend.backend()
     fits = () if backend == "torch" else FIT_MODES[backend]
     # In eager mode, JAX compiles each operation for each shape too.
@@ -210,8 +210,8 @@ class _TorchCompileRunner(_TorchRunner):
         def run(x: Any, training: bool) -> Any:
             return layer(x, training=training)
 
-        # A code object and a name of its own, so that Dynamo neither searches the graphs of other
-        # layers nor takes differences between layers for dynamic values.
+        # Each layer has its own code object and name. Otherwise Dynamo would search the graphs of
+        # other layers, and take differences between layers for dynamic values.
         code = run.__code__.replace(co_name=f"run_{next(_numbers)}")
         function = FunctionType(code, run.__globals__, closure=run.__closure__)
         self._run = torch.compile(function, fullgraph=True)
@@ -316,7 +316,7 @@ class _Batch(keras.utils.PyDataset):
 
 
 def _make_dataset(batch: Any) -> Any:
-    """Return a dataset for `fit`; on TensorFlow a `tf.data` one, to which Keras would convert."""
+    """Return a dataset for `fit`; on TensorFlow a `tf.data` one, which saves a conversion."""
     inputs_and_targets = batch, batch  # the targets do not matter
     if keras.backend.backend() != "tensorflow":
         return _Batch(*inputs_and_targets)

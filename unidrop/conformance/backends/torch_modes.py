@@ -136,7 +136,7 @@ def _transform(module: nn.Module, mode: str) -> Callable[..., Tensor]:
 
 
 def _compile(module: nn.Module, mode: str) -> Callable[..., Tensor]:
-    """Compile a module from a code object of its own, so that it shares no graphs.
+    """Compile a module from its own copy of a code object, so that it shares no graphs.
 
     Modules of one class share graphs otherwise. The matrix has a hundred modules, and Dynamo takes
     longer to search their graphs than to trace a new one.

@@ -173,13 +173,13 @@ class Cell:
             self._record_trace()
 
 
-# The devices and modes in which contracts have called dropout, for the latest backend.
+# For the latest backend, each device and mode that has run a contract with dropout.
 _traced: list[tuple[Backend, tuple[str, str]]] = []
 
 # Contracts that require one of these capabilities do not call dropout.
 _WITHOUT_DROPOUT = frozenset(("words", "key", "traced_key"))
 
-#: All contracts by name, in the order in which the matrix shows them.
+#: All contracts by name, in the order of the matrix.
 CONTRACTS: dict[str, Contract] = {}
 
 

@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 __all__ = ["DEPENDENCIES", "roots"]
 
-#: Maps a contract to the contracts it depends on. If one of them fails, the contract may fail too,
-#: without a defect of its own.
+#: Maps a contract to the contracts it depends on. If one of them fails, the contract may fail for
+#: that reason only.
 DEPENDENCIES: Mapping[str, tuple[str, ...]] = {
     "keys": ("generator",),
     "traced-key": ("keys",),

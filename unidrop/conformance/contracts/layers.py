@@ -118,8 +118,8 @@ def _layer_gradient(cell: Cell) -> None:
 def _reset_layer(cell: Cell) -> Iterator[Any]:
     """Yield a layer with ``calls = 0``.
 
-    A compiled mode may compile each layer anew, so it reuses the layer of the previous contract
-    unless that contract failed.
+    A compiled mode may compile each layer, so it reuses the layer of the previous contract unless
+    that contract failed.
     """
     parameters = cell.device, cell.dtype, cell.mode, cell.seed
     found = (layer for b, p, layer in _cache if b is cell.backend and p == parameters)

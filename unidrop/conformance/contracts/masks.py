@@ -24,8 +24,8 @@ from unidrop.conformance.diagnosis.search import find_common_causes, find_mask_c
 from unidrop.conformance.diagnosis.stream_model import StreamModel
 from unidrop.conformance.golden import GoldenMask, golden_masks, read_golden
 
-# The golden masks of compiled modes, which compile each shape and rate anew. The mask of the
-# threshold has the shape of most contracts, with another rate.
+# The golden masks of compiled modes, which compile each shape and rate. The mask of the threshold
+# has the shape of most contracts, with another rate.
 _COMPILED_MASKS = (
     "shape-0d",
     "shape-2x3x5x7",

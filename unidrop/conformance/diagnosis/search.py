@@ -51,7 +51,7 @@ _MIN_BITS = 23
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first element, in C order, in which a mask differs from the specification.
+    """The first element, in C order, that differs between a mask and the specification.
 
     Attributes
     ----------
@@ -160,7 +160,7 @@ def _is_informative(x: NDArray[Any], y: NDArray[Any], p: float) -> NDArray[np.bo
     """Return the flags of elements whose output shows whether they were kept.
 
     An output of 0 shows nothing if x is 0, or so small that a zero conforms. A NaN shows nothing if
-    x is NaN or so large that x / (1 - p) overflows, since multiplying by the mask gives NaN too.
+    x is NaN or so large that x / (1 - p) overflows: multiplying by the mask results in NaN too.
     """
     compute = np.finfo(numpy_dtype(compute_dtype(x.dtype)))
     width = 2 if x.dtype.kind == "c" else 1
@@ -326,7 +326,7 @@ def _is_small(model: StreamModel, keep: Keep) -> bool:
     decided = keep[tuple(slice(1) if axis in shared else slice(None) for axis in range(keep.ndim))]
     kept_count = int(np.count_nonzero(decided))
     dropped_count = decided.size - kept_count
-    # Mutations make masks of the rate p or 1 - p. Assume the rate that gives less information.
+    # Mutations make masks of the rate p or 1 - p. Assume the rate with less information.
     least = 2.0**-32
     bits = [-math.log2(min(max(q, least), 1 - least)) for q in (1 - model.p, model.p)]
     information = min(
@@ -342,7 +342,7 @@ def _chunks(size: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _first_wrong(model: StreamModel, flat: Keep) -> NDArray[np.int64]:
-    """Return the first positions in which a mask differs from the model."""
+    """Return the first positions of elements that differ between a mask and the model."""
     found: list[NDArray[np.int64]] = []
     for positions in _chunks(flat.size):
         found.append(positions[model.keep(positions) != flat[positions]])

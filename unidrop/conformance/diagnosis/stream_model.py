@@ -1,7 +1,7 @@
 """Model the stream with every choice as a parameter, to find the choice that differs.
 
 The model serves the diagnosis only: it is slow, and computes in 64-bit integers of NumPy. Call
-`unidrop.keep_mask` for masks. The section numbers are those of the specification, docs/spec.md.
+`unidrop.keep_mask` for masks. The section numbers refer to the specification, docs/spec.md.
 """
 
 import math
@@ -29,7 +29,7 @@ _ODD_MULTIPLIER = np.uint64(0x6C078965)
 
 @dataclass(frozen=True, slots=True)
 class StreamModel:
-    """A mask, with every choice that determines it; the defaults are those of the specification.
+    """A mask, with every choice that determines it; the defaults follow the specification.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class StreamModel:
     odd, even : callable
         Map a word to the u of an odd and of an even element.
     row_multiple : int
-        Number to whose multiple the last axis is padded before elements are numbered.
+        The last axis is padded to a multiple of this number before elements are numbered.
     index_bits : int
         Number of bits of an element's index.
     order : tuple of int, or None
