@@ -737,4 +737,4 @@ def test_accepts_the_mask_of_overflowing_products(dtype):
     with np.errstate(all="ignore"):
         y = ((x * of.type(1 / 0.7)).astype(of) * keep).astype(of)
         diagnosis = diagnose(model, y, x)
-    assert "the mask is right, the output is wrong" in diagnosis.what
+    assert "the mask is right, the output is wrong" in diagnosis.description

@@ -98,8 +98,8 @@ class Diagnosis:
 
     Attributes
     ----------
-    what : str
-        Description of the difference.
+    description : str
+        The difference in words.
     causes : tuple of str
         Each mutation, or pair of mutations, that reproduces the array.
     is_mask_wrong : bool
@@ -109,7 +109,7 @@ class Diagnosis:
         were not tried then.
     """
 
-    what: str
+    description: str
     causes: tuple[str, ...]
     is_mask_wrong: bool
     is_small: bool = False
