@@ -84,7 +84,7 @@ def _mask(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: not g.options and not _is_threshold_case(g))
 
 
-@contract("step-keys", "Step n uses the key with n folded in, for n up to 2^64 - 1.")
+@contract("step-keys", "Step n uses the key with n folded in, for every n below step_limit.")
 def _step_keys(cell: Cell) -> None:
     steps = (1, 2, 255, 65537, 2**24 + 1, 2**31 - 1, 2**53 + 1)
     pairs = [(cell.seed, step) for step in steps] + [(2**64 - 1, 2**31 - 1)]
