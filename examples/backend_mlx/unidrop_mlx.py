@@ -1,6 +1,6 @@
-"""MLX in unidrop: what the core must know of its arrays, and how the matrix reaches them.
+"""Add MLX to unidrop and to its matrix: an array library and a backend.
 
-A worked example of docs/extending.md, in a package of its own.
+This package is a worked example of docs/extending.md.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from unidrop.protocols import ArrayLibrary, Arrays, Operator
 __all__ = ["LIBRARY", "MlxBackend"]
 
 
-def _anywhere(make):
-    """Give a function the standard's ``device=``: MLX's arrays lie in memory that all share."""
-    return lambda *args, device=None, **kwargs: make(*args, **kwargs)
+def _ignore_device(function):
+    """Accept and ignore the standard's ``device=``, since devices share the memory of arrays."""
+    return lambda *args, device=None, **kwargs: function(*args, **kwargs)
 
 
 class _Namespace(SimpleNamespace):
-    """MLX's functions by the standard's names, those that differ given here."""
+    """MLX functions by the standard's names; the attributes override MLX functions."""
 
     def __getattr__(self, name):
         return getattr(mx, name)
@@ -35,11 +35,11 @@ _NAMESPACE = _Namespace(
         dtypes=lambda **_: {"int64": mx.int64, "uint32": mx.uint32}
     ),
     bool=mx.bool_,
-    arange=_anywhere(lambda stop, *, dtype: mx.arange(stop, dtype=dtype)),
-    asarray=_anywhere(mx.array),
-    zeros=_anywhere(mx.zeros),
-    ones=_anywhere(mx.ones),
-    empty=_anywhere(mx.zeros),
+    arange=_ignore_device(lambda stop, *, dtype: mx.arange(stop, dtype=dtype)),
+    asarray=_ignore_device(mx.array),
+    zeros=_ignore_device(mx.zeros),
+    ones=_ignore_device(mx.ones),
+    empty=_ignore_device(mx.zeros),
     astype=lambda x, dtype, *, copy=True: x.astype(dtype),
     bitwise_left_shift=mx.left_shift,
     bitwise_right_shift=mx.right_shift,
@@ -84,7 +84,7 @@ LIBRARY = ArrayLibrary(arrays=MlxArrays(), operator=MlxOperator())
 
 
 class MlxBackend(CoreBackend):
-    """MLX, run at once and compiled."""
+    """MLX in eager and in compiled mode."""
 
     name = "mlx"
     xp = mx
@@ -93,51 +93,51 @@ class MlxBackend(CoreBackend):
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "layouts", "traces")),
-        "layer": "this example has no module for mlx.nn",
-        "layer_gradient": "this example has no module for mlx.nn",
+        "layer": "this example has no layer for mlx.nn",
+        "layer_gradient": "this example has no layer for mlx.nn",
     }
-    mode_exclusions: Mapping[str, Mapping[str, str]] = {"eager": {"traces": "nothing is traced"}}
+    mode_exclusions: Mapping[str, Mapping[str, str]] = {"eager": {"traces": "no tracing"}}
 
     def __init__(self):
         self._compiled = {}
         self._traces = 0
 
     def dtypes(self, mode):
-        """Return MLX's floating-point dtypes; it has no 128-bit complex numbers."""
+        """Return MLX's floating-point dtypes; it lacks complex128."""
         return ("float16", "bfloat16", "float32", "float64", "complex64")
 
     def from_numpy(self, x, device, mode):
-        """Return an array of the same bits."""
+        """Convert bit for bit; bfloat16 through integers, since MLX cannot read ml_dtypes."""
         if x.dtype == ml_dtypes.bfloat16:
             return mx.array(x.view(np.uint16)).view(mx.bfloat16)
         return mx.array(x, dtype=getattr(mx, "bool_" if x.dtype == bool else x.dtype.name))
 
     def to_numpy(self, y):
-        """Return a NumPy array of the same bits."""
+        """Convert to NumPy bit for bit."""
         if y.dtype == mx.bfloat16:
             return np.array(y.view(mx.uint16)).view(ml_dtypes.bfloat16)
         return np.array(y)
 
     def get_device(self, y):
-        """Return what operations run on."""
+        """Return the default device, since arrays have none."""
         return mx.default_device().type.name
 
     def dropout(self, x, p, seed, step, *, mode, **options):
-        """Call the core, in a compiled function whose step is an argument."""
+        """Call the core; compiled code has the step as an argument."""
         if mode == "eager":
             return super().dropout(x, p, seed, step, mode=mode, **options)
-        return self._run("dropout", p, options, x, *_step(seed, step))
+        return self._run("dropout", p, options, x, *_key_and_step(seed, step))
 
     def gradient(self, x, upstream, p, seed, step, *, mode):
         """Pull the upstream gradient back."""
         if mode == "eager":
             key = Key(seed).fold_in(step)
             return mx.vjp(lambda x: dropout(x, p, key), [x], [upstream])[1][0]
-        return self._run("gradient", p, {}, x, upstream, *_step(seed, step))
+        return self._run("gradient", p, {}, x, upstream, *_key_and_step(seed, step))
 
-    def _run(self, what, p, options, *arrays):
-        form = (what, p, type(p), tuple(options.items()))
-        if form not in self._compiled:
+    def _run(self, name, p, options, *arrays):
+        static = (name, p, type(p), tuple(options.items()))
+        if static not in self._compiled:
 
             def traced(x, *rest):
                 self._traces += 1
@@ -149,11 +149,11 @@ class MlxBackend(CoreBackend):
 
                 return mx.vjp(drop, [x], upstream)[1][0] if upstream else drop(x)
 
-            self._compiled[form] = mx.compile(traced)
-        return self._compiled[form](*arrays)
+            self._compiled[static] = mx.compile(traced)
+        return self._compiled[static](*arrays)
 
     def layouts(self, x):
-        """Return views of which the elements lie in another order, or apart."""
+        """Return a transposed and a strided view."""
         axes = tuple(reversed(range(x.ndim)))
         doubled = mx.concatenate([x, x], axis=-1)
         return {
@@ -162,11 +162,11 @@ class MlxBackend(CoreBackend):
         }
 
     def traces(self, mode):
-        """Return how often a compiled function was traced."""
+        """Return the number of traces."""
         return self._traces
 
 
-def _step(seed, step):
-    """Return a key's words and a step as arrays, which may change without compiling again."""
+def _key_and_step(seed, step):
+    """Return the words of a key, and a step, as arrays: changing them does not recompile."""
     lo, hi = Key(seed).words
     return mx.array(lo, mx.uint32), mx.array(hi, mx.uint32), mx.array(step, mx.uint64)

@@ -1,4 +1,4 @@
-/* The unidrop stream in C, checked with the golden vectors: what docs/spec.md says, and no more.
+/* The unidrop stream in C, written from docs/spec.md and checked with the golden vectors.
  *
  *     unidrop vectors --out vectors
  *     cc -O2 -o check examples/c/check.c -lm && ./check vectors/vectors.json
@@ -27,15 +27,15 @@ static uint64_t fold_in(uint64_t key, uint64_t integer) {
     return (uint64_t)x[1] << 32 | x[0];
 }
 
-static uint32_t number_of(uint64_t key, uint64_t i) {
+static uint32_t compute_u(uint64_t key, uint64_t i) {
     uint32_t x[4] = {(uint32_t)(i / 8), (uint32_t)(i / 8 >> 32), 0, 0};
     philox(x, (uint32_t)key, (uint32_t)(key >> 32));
     return i % 2 ? x[i / 2 % 4] * 0x6C078965u : x[i / 2 % 4];
 }
 
-static int keeps(uint64_t key, uint64_t i, double p) { return number_of(key, i) >= (uint64_t)rint(p * 0x1p32); }
+static int keeps(uint64_t key, uint64_t i, double p) { return compute_u(key, i) >= (uint64_t)rint(p * 0x1p32); }
 
-/* The number, in the whole mask, of element j of a block of the mask that has these lengths. */
+/* Return the index in the global mask of element j of a window with these lengths. */
 static uint64_t index_of(uint64_t j, int axes, const uint64_t *lengths, const uint64_t *whole,
                          const uint64_t *start) {
     uint64_t i = 0, stride = 1;
@@ -46,7 +46,7 @@ static uint64_t index_of(uint64_t j, int axes, const uint64_t *lengths, const ui
     return i;
 }
 
-/* --- The vectors: JSON with one vector a line -------------------------------------------------- */
+/* --- The vectors: JSON with one vector per line ------------------------------------------------ */
 
 static const char *field(const char *line, const char *name) {
     char quoted[32];
@@ -57,7 +57,7 @@ static const char *field(const char *line, const char *name) {
 
 static uint64_t hex(const char *line, const char *name) { return strtoull(field(line, name) + 1, NULL, 16); }
 
-/* Read an array of numbers in a base, quoted or not; null is an empty one. */
+/* Read an array of numbers in a base, quoted or not. A null is an empty array. */
 static int array(const char *line, const char *name, int base, uint64_t *into) {
     const char *at = field(line, name), *end = strpbrk(at, "]n");
     int count = 0;
@@ -66,11 +66,11 @@ static int array(const char *line, const char *name, int base, uint64_t *into) {
     return count;
 }
 
-static int checked, failed, passed_over;
+static int checked, failed, skipped;
 
 static void expect(int holds, const char *line) {
     checked++;
-    if (!holds && failed++ < 5) fprintf(stderr, "does not hold: %.120s\n", line);
+    if (!holds && failed++ < 5) fprintf(stderr, "vector failed: %.120s\n", line);
 }
 
 static void check_generator(const char *line) {
@@ -83,7 +83,7 @@ static void check_generator(const char *line) {
 }
 
 static void check_key(const char *line) {
-    if (strstr(line, "{\"str\"")) { passed_over++; return; } /* they take BLAKE2b, of RFC 7693 */
+    if (strstr(line, "{\"str\"")) { skipped++; return; } /* strings need BLAKE2b, RFC 7693 */
     uint64_t key = hex(line, "seed");
     for (const char *at = line; (at = field(at, "int"));) key = fold_in(key, strtoull(at + 1, NULL, 16));
     expect(key == hex(strrchr(line, ']'), "key"), line);
@@ -106,7 +106,7 @@ static void check_mask(const char *line) {
     for (uint64_t j = 0; keep[j] != '"'; j++) {
         uint64_t i = index_of(j, axes, lengths, whole, start);
         holds &= keeps(key, i, p) == (keep[j] == '1');
-        if (j < (uint64_t)shown) holds &= number_of(key, i) == u[j];
+        if (j < (uint64_t)shown) holds &= compute_u(key, i) == u[j];
     }
     expect(holds, line);
 }
@@ -115,7 +115,7 @@ static void check_output(const char *line) {
     static uint64_t x[4096], y[4096];
     int wide = !!strstr(line, "\"float64\"") + !!strstr(line, "\"complex128\"");
     int parts = strstr(line, "\"complex") ? 2 : 1;
-    if (strstr(line, "float16\"")) { passed_over++; return; } /* C has no such type everywhere */
+    if (strstr(line, "float16\"")) { skipped++; return; } /* not every C compiler has 16-bit types */
     double p = strtod(field(line, "p"), NULL), s = 1 / (1 - p), d = 0;
     float f = 0;
     int count = array(line, "x", 16, x), holds = array(line, "y", 16, y) == count;
@@ -123,10 +123,10 @@ static void check_output(const char *line) {
         uint32_t low = (uint32_t)x[i];
         if (wide) memcpy(&d, &x[i], 8), d = keeps(hex(line, "key"), i / parts, p) ? d * s : 0;
         else memcpy(&f, &low, 4), f = keeps(hex(line, "key"), i / parts, p) ? f * (float)s : 0, d = f;
-        uint64_t came = 0;
-        memcpy(&came, wide ? (void *)&d : (void *)&f, wide ? 8 : 4);
+        uint64_t actual = 0;
+        memcpy(&actual, wide ? (void *)&d : (void *)&f, wide ? 8 : 4);
         int is_nan = y[i] << (wide ? 1 : 33) > (wide ? 0x7FFull << 53 : 0xFFull << 56);
-        holds &= came == y[i] || (isnan(d) && is_nan);
+        holds &= actual == y[i] || (isnan(d) && is_nan);
     }
     expect(holds, line);
 }
@@ -137,13 +137,13 @@ int main(int argc, char **argv) {
     if (!file) return fprintf(stderr, "usage: check vectors.json\n"), 2;
     while (fgets(line, sizeof line, file)) {
         if (sscanf(line, "\"stream\": %31[^,]", section) == 1 && strcmp(section, "1"))
-            return fprintf(stderr, "stream has to be 1, but got %s\n", section), 2;
+            return fprintf(stderr, "stream must be 1, got %s\n", section), 2;
         if (sscanf(line, "\"%31[a-z]\": [", section) == 1 || line[0] != '{' || !line[1]) continue;
         if (!strcmp(section, "generator")) check_generator(line);
         if (!strcmp(section, "keys")) check_key(line);
         if (!strcmp(section, "masks")) check_mask(line);
         if (!strcmp(section, "outputs")) check_output(line);
     }
-    printf("%d vectors checked, %d failed, %d passed over\n", checked, failed, passed_over);
+    printf("%d vectors checked, %d failed, %d skipped\n", checked, failed, skipped);
     return failed || !checked;
 }

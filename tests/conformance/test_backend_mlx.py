@@ -1,4 +1,4 @@
-"""The worked example of a backend: a package of its own, which unidrop knows nothing of."""
+"""Test the package with the example backend for MLX."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(find_spec("mlx") is None, reason="MLX has no whe
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Install the example into a folder of its own, and return the environment that has it."""
+    """Install the example into a temporary folder, and return an environment that contains it."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     for name in ("pyproject.toml", "unidrop_mlx.py"):
         (source / name).write_bytes((PACKAGE / name).read_bytes())
@@ -26,7 +26,7 @@ def installed(tmp_path_factory):
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def test_the_whole_matrix_is_green(installed, tmp_path):
+def test_passes_the_whole_matrix(installed, tmp_path):
     report = tmp_path / "matrix.json"
     command = ["-m", "unidrop.cli", "conformance", "--backend", "mlx", "--json", report]
     run = subprocess.run([sys.executable, *command], env=installed, capture_output=True, text=True)
@@ -40,7 +40,7 @@ def test_the_whole_matrix_is_green(installed, tmp_path):
     }
 
 
-def test_users_call_the_core_with_its_arrays(installed):
+def test_core_accepts_mlx_arrays(installed):
     code = """
     import mlx.core as mx, numpy as np, unidrop
     key = unidrop.Key(42).fold_in("encoder/0").fold_in(7)

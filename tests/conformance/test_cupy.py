@@ -1,8 +1,7 @@
-"""CuPy's column of the matrix, run on a stand-in of NumPy where there is no GPU.
+"""Run the CuPy backend on a fake CuPy that computes with NumPy, without a GPU.
 
-That shows that the column and the core ask of CuPy what it has: no array is converted to NumPy's
-unasked, and none is used on another device than its own. What CuPy computes on a GPU, the matrix
-tells where there is one.
+The fake raises if the core calls a function that CuPy lacks, converts an array to NumPy implicitly,
+or mixes devices. On a machine with a GPU, the matrix tests the real CuPy.
 """
 
 import sys
@@ -22,7 +21,7 @@ KEY = Key(42).fold_in("encoder/0").fold_in(7)
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """Put the stand-in where CuPy would be, and what has imported CuPy out of the way."""
+    """Replace CuPy by the fake, and forget modules that imported CuPy."""
     for name in list(sys.modules):
         if name.startswith(("cupy.", "array_api_compat.cupy", "unidrop.conformance.backends.cupy")):
             monkeypatch.delitem(sys.modules, name)
@@ -42,7 +41,7 @@ def backend(cupy):
     return backend
 
 
-def test_every_contract_holds_on_each_device(backend):
+def test_passes_every_contract_on_each_device(backend):
     assert backend.devices == ("cuda:0", "cuda:1")
     results = [run_cell(cell) for cell in cells(backend) if isinstance(cell, Cell)]
     assert {result.device for result in results} == set(backend.devices)
@@ -50,7 +49,7 @@ def test_every_contract_holds_on_each_device(backend):
     assert [(str(result), result.actual) for result in results if result.status != "passed"] == []
 
 
-def test_arrays_and_masks_of_the_current_device_need_nothing_else(cupy):
+def test_drops_arrays_of_the_current_device(cupy):
     x = np.linspace(-2, 2, 601)[1::2]
     expected = np.array(reference.keep_mask((300,), 0.3, int(KEY)), dtype=bool)
     with cupy.cuda.Device(1):
@@ -63,7 +62,7 @@ def test_arrays_and_masks_of_the_current_device_need_nothing_else(cupy):
     assert {array.device.id for array in (y, mask, drawn)} == {1}
 
 
-def test_a_mask_of_many_pieces_is_that_of_numpy(cupy):
+def test_large_mask_equals_numpy(cupy):
     shape = (3, 100_001)
     mask = unidrop.keep_mask(shape, 0.3, KEY, xp=cupy)
     assert np.array_equal(cupy.asnumpy(mask), unidrop.keep_mask(shape, 0.3, KEY))
@@ -72,7 +71,7 @@ def test_a_mask_of_many_pieces_is_that_of_numpy(cupy):
     assert np.array_equal(cupy.asnumpy(y), unidrop.dropout(x, 0.3, KEY))
 
 
-def test_a_step_on_a_gpu_is_folded_in_there(cupy):
+def test_folds_in_a_step_on_its_device(cupy):
     key = Key(42).fold_in("encoder/0").fold_in(cupy.asarray(7))
     assert all(type(word) is cupy.ndarray for word in key.words)
     assert [int(word) for word in key.words] == list(KEY.words)
@@ -81,7 +80,7 @@ def test_a_step_on_a_gpu_is_folded_in_there(cupy):
 
 
 @pytest.mark.parametrize("devices", ["none", "no driver"])
-def test_without_a_gpu_the_column_is_untested_and_no_failure(cupy, monkeypatch, devices):
+def test_skips_the_backend_without_a_gpu(cupy, monkeypatch, devices):
     def count():
         if devices == "none":
             return 0

@@ -1,4 +1,4 @@
-"""What is said of dumps that somebody else made: where they are wrong, and by which mistake."""
+"""Test that `unidrop diff` finds the differences of a dump and the mutation that explains them."""
 
 import hashlib
 import sys
@@ -25,12 +25,12 @@ SIZE = 300
 P = 0.3
 KEY = reference.fold_in(reference.fold_in(42, "encoder/0"), 7)
 OPTIONS = ("--seed", "42", "--site", "encoder/0", "--step", "7", "--p", "0.3")
-RECIPE = StreamModel(42, ("encoder/0", 7), P, SHAPE)
+MODEL = StreamModel(42, ("encoder/0", 7), P, SHAPE)
 T = reference.threshold(P)
 
 
 def philox(counter, key, rounds=10):
-    """Return another number of rounds of the generator."""
+    """Run another number of rounds of the generator."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -44,15 +44,15 @@ def philox(counter, key, rounds=10):
 def fold(
     key, data, tag=None, *, digest=8, order="little", counter=lambda *c: c, words=lambda w: w[:2]
 ):
-    """Return a key with data folded in, with one thing of it otherwise."""
+    """Fold data into a key, with one choice changed."""
     number = data
     if isinstance(data, str):
         hashed = hashlib.blake2b(data.encode(), digest_size=digest).digest()[:8]
         number = int.from_bytes(hashed, order)
     if tag is None:
         tag = 2 if isinstance(data, str) else 1
-    given = counter(number % 2**32, number >> 32, 0, tag)
-    lo, hi = words(philox(given, (key % 2**32, key >> 32)))
+    changed = counter(number % 2**32, number >> 32, 0, tag)
+    lo, hi = words(philox(changed, (key % 2**32, key >> 32)))
     return lo + 2**32 * hi
 
 
@@ -60,37 +60,39 @@ def word(i, key=KEY):
     return reference.u(key, i - i % 2)
 
 
-def where(keeps, numbers=range(SIZE)):
+def keep_where(keeps, numbers=range(SIZE)):
     return np.array([keeps(i) for i in numbers], dtype=bool).reshape(SHAPE)
 
 
-def of_key(*folded, seed=42):
+def mask_of_key(*folded, seed=42):
     key = seed
     for data in folded:
         key = reference.fold_in(key, data)
-    return where(lambda i: reference.u(key, i) >= T)
+    return keep_where(lambda i: reference.u(key, i) >= T)
 
 
-def of_folds(*, site=fold, step=fold):
-    """Return the mask where the site, or the step, is folded in otherwise."""
+def mask_of_folds(*, site=fold, step=fold):
+    """Return the mask with another way to fold in the site or the step."""
     key = step(site(42, "encoder/0"), 7)
-    return where(lambda i: reference.u(key, i) >= T)
+    return keep_where(lambda i: reference.u(key, i) >= T)
 
 
-def otherwise(*args, **options):
+def changed_fold(*args, **options):
     return lambda key, data: fold(key, data, *args, **options)
 
 
-def both_otherwise(*args, **options):
-    return of_folds(site=otherwise(*args, **options), step=otherwise(*args, **options))
+def mask_of_changed_folds(*args, **options):
+    return mask_of_folds(site=changed_fold(*args, **options), step=changed_fold(*args, **options))
 
 
-def of_words(words):
-    return where(lambda i: words(i // 8)[i // 2 % 4] * (0x6C078965 if i % 2 else 1) % 2**32 >= T)
+def mask_of_words(words):
+    return keep_where(
+        lambda i: words(i // 8)[i // 2 % 4] * (0x6C078965 if i % 2 else 1) % 2**32 >= T
+    )
 
 
-def source(name, backend, more=""):
-    """Return the module of a backend that stands in mutant_backends.py, under another name."""
+def backend_source(name, backend, more=""):
+    """Return a module with a backend of mutant_backends.py under another name."""
     made = f"class make({backend}):\n    name = {name!r}\n{more}"
     return f"{Path(mutant_backends.__file__).read_text()}\n\n{made}"
 
@@ -99,93 +101,103 @@ LO, HI = KEY % 2**32, KEY >> 32
 SITE = reference.fold_in(42, "encoder/0")
 SITE_WORDS = SITE % 2**32, SITE >> 32
 
-MISTAKES = {
-    "the generator makes 7 rounds instead of 10": of_words(
+MUTATIONS = {
+    "the generator runs 7 rounds instead of 10": mask_of_words(
         lambda block: philox((block, 0, 0, 0), (LO, HI), rounds=7)
     ),
-    "the key's words are swapped": of_words(lambda block: philox((block, 0, 0, 0), (HI, LO))),
-    "the block number's words are swapped": of_words(
+    "the key's words are swapped": mask_of_words(lambda block: philox((block, 0, 0, 0), (HI, LO))),
+    "the block number's words are swapped": mask_of_words(
         lambda block: philox((0, block, 0, 0), (LO, HI))
     ),
-    "the block number is in the counter's upper half": of_words(
+    "the block number is in the counter's upper half": mask_of_words(
         lambda block: philox((0, 0, block, 0), (LO, HI))
     ),
-    "the counter is ahead by one block": of_words(
+    "the block number is one too high": mask_of_words(
         lambda block: philox((block + 1, 0, 0, 0), (LO, HI))
     ),
-    "the words of a block are in reverse order": of_words(
+    "the words of a block are in reverse order": mask_of_words(
         lambda block: philox((block, 0, 0, 0), (LO, HI))[::-1]
     ),
-    "the words of a block are in the order (1, 0, 3, 2)": of_words(
+    "the words of a block are in the order (1, 0, 3, 2)": mask_of_words(
         lambda block: [philox((block, 0, 0, 0), (LO, HI))[j] for j in (1, 0, 3, 2)]
     ),
-    "odd elements take the word itself, and not its product with 0x6C078965": where(
+    "odd elements use the word itself instead of its product with 0x6C078965": keep_where(
         lambda i: word(i) >= T
     ),
-    "the even element takes the product, and the odd one the word": where(
+    "even elements use the product and odd ones the word": keep_where(
         lambda i: reference.u(KEY, i ^ 1) >= T
     ),
-    "each word decides one element, and not two": where(lambda i: word(2 * i) >= T),
-    "the mask is inverted: 1 where an element is dropped": where(lambda i: reference.u(KEY, i) < T),
-    "what is kept is u < 2^32 - T, the small numbers": where(
+    "each word decides one element instead of two": keep_where(lambda i: word(2 * i) >= T),
+    "the mask is inverted: 1 means dropped": keep_where(lambda i: reference.u(KEY, i) < T),
+    "the comparison is u < 2^32 - T instead of u >= T": keep_where(
         lambda i: reference.u(KEY, i) < 2**32 - T
     ),
-    "u and T are compared as signed integers": where(
+    "u and T are compared as signed integers": keep_where(
         lambda i: (reference.u(KEY, i) ^ 2**31) >= (T ^ 2**31)
     ),
-    "p is taken for the probability of keeping": where(
+    "p is used as the probability of keeping": keep_where(
         lambda i: reference.u(KEY, i) >= reference.threshold(1 - P)
     ),
-    "the step 7 is not folded in": of_key("encoder/0"),
-    "the site 'encoder/0' is not folded in": of_key(7),
-    "the step is 6, and not 7": of_key("encoder/0", 6),
-    "the step 7 is folded in as a string": of_key("encoder/0", "7"),
-    "the site and the step are folded in the other way round": of_key(7, "encoder/0"),
-    "the step is 0, and not 7": of_key("encoder/0", 0),
-    "0 is folded in too, before the step 7": of_key("encoder/0", 0, 7),
-    "1 is folded in too, before the step 7": of_key("encoder/0", 1, 7),
-    "0 is folded in too, before the site 'encoder/0'": of_key(0, "encoder/0", 7),
-    "'' is folded in too, at the end": of_key("encoder/0", 7, ""),
-    "the step 7 is added to the block number, and not folded in": of_words(
+    "the step 7 is not folded in": mask_of_key("encoder/0"),
+    "the site 'encoder/0' is not folded in": mask_of_key(7),
+    "the step is 6 instead of 7": mask_of_key("encoder/0", 6),
+    "the step 7 is folded in as a string": mask_of_key("encoder/0", "7"),
+    "the site and the step are swapped": mask_of_key(7, "encoder/0"),
+    "the step is 0 instead of 7": mask_of_key("encoder/0", 0),
+    "0 is also folded in, before the step 7": mask_of_key("encoder/0", 0, 7),
+    "1 is also folded in, before the step 7": mask_of_key("encoder/0", 1, 7),
+    "0 is also folded in, before the site 'encoder/0'": mask_of_key(0, "encoder/0", 7),
+    "'' is also folded in, at the end": mask_of_key("encoder/0", 7, ""),
+    "the step 7 is added to the block number instead of being folded in": mask_of_words(
         lambda block: philox((block + 7, 0, 0, 0), SITE_WORDS)
     ),
-    "the step 7 is the counter's third word, and not folded in": of_words(
+    "the step 7 is the counter's third word instead of being folded in": mask_of_words(
         lambda block: philox((block, 0, 7, 0), SITE_WORDS)
     ),
-    "the step 7 is the counter's last word, and not folded in": of_words(
+    "the step 7 is the counter's last word instead of being folded in": mask_of_words(
         lambda block: philox((block, 0, 0, 7), SITE_WORDS)
     ),
-    "the counter of a mask ends in tag 1, as one that folds": of_words(
+    "the counter of a mask has tag 1, the tag of integers": mask_of_words(
         lambda block: philox((block, 0, 0, 1), (LO, HI))
     ),
-    "the counter that folds has no tag": both_otherwise(0),
-    "the counter that folds has its tag in the third word": both_otherwise(
+    "the counter of fold_in has no tag": mask_of_changed_folds(0),
+    "the counter of fold_in has its tag in the third word": mask_of_changed_folds(
         counter=lambda lo, hi, zero, tag: (lo, hi, tag, zero)
     ),
-    "the words of what is folded in are swapped": both_otherwise(
+    "the words of the folded data are swapped": mask_of_changed_folds(
         counter=lambda lo, hi, zero, tag: (hi, lo, zero, tag)
     ),
-    "what is folded in loses its upper 32 bits": both_otherwise(
+    "the folded data loses its upper 32 bits": mask_of_changed_folds(
         counter=lambda lo, hi, zero, tag: (lo, zero, zero, tag)
     ),
-    "the words of a folded key are swapped": both_otherwise(words=lambda words: words[1::-1]),
-    "a folded key is of the generator's words 2 and 3": both_otherwise(
+    "the words of a folded key are swapped": mask_of_changed_folds(
+        words=lambda words: words[1::-1]
+    ),
+    "a folded key has the generator's words 2 and 3": mask_of_changed_folds(
         words=lambda words: words[2:]
     ),
-    "a folded key loses its upper 32 bits": both_otherwise(words=lambda words: (words[0], 0)),
-    "strings are folded with tag 1, as integers are": of_folds(site=otherwise(1)),
-    "integers are folded with tag 2, as strings are": of_folds(step=otherwise(2)),
-    "the digest of a string is read big-endian": of_folds(site=otherwise(order="big")),
-    "the digest of a string is one of 64 bytes, cut to 8": of_folds(site=otherwise(digest=64)),
-    "integers are added to the key, and not folded in": of_folds(step=lambda key, n: key + n),
-    "integers are xored with the key, and not folded in": of_folds(step=lambda key, n: key ^ n),
-    "integers are added to the upper word of the key, and not folded in": of_folds(
+    "a folded key loses its upper 32 bits": mask_of_changed_folds(
+        words=lambda words: (words[0], 0)
+    ),
+    "strings are folded in with tag 1, the tag of integers": mask_of_folds(site=changed_fold(1)),
+    "integers are folded in with tag 2, the tag of strings": mask_of_folds(step=changed_fold(2)),
+    "the digest of a string is read big-endian": mask_of_folds(site=changed_fold(order="big")),
+    "the digest of a string has 64 bytes and is truncated to 8": mask_of_folds(
+        site=changed_fold(digest=64)
+    ),
+    "integers are added to the key instead of being folded in": mask_of_folds(
+        step=lambda key, n: key + n
+    ),
+    "integers are xored with the key instead of being folded in": mask_of_folds(
+        step=lambda key, n: key ^ n
+    ),
+    "integers are added to the upper word of the key instead of being folded in": mask_of_folds(
         step=lambda key, n: (key + (n << 32)) % 2**64
     ),
-    "elements are numbered in Fortran order": where(
+    "elements are numbered in Fortran order": keep_where(
         lambda i: reference.u(KEY, i) >= T, np.arange(SIZE).reshape(SHAPE, order="F").reshape(-1)
     ),
-    "rows are rounded up to a multiple of 8 elements": where(
+    "rows are padded to a multiple of 8 elements": keep_where(
         lambda i: reference.u(KEY, i // 50 * 56 + i % 50) >= T
     ),
 }
@@ -205,16 +217,16 @@ def dump(tmp_path):
 
 
 @pytest.mark.parametrize("golden", golden_masks(), ids=lambda golden: golden.name)
-def test_the_recipe_without_changes_is_the_specification(golden):
+def test_default_model_equals_the_specification(golden):
     axes = tuple(axis % len(golden.shape) for axis in golden.broadcast_axes)
     window = golden.global_shape, golden.start
-    recipe = StreamModel(golden.seed, (golden.step,), golden.p, golden.shape, axes, *window)
-    assert diagnose(recipe, np.broadcast_to(golden.keep, golden.shape)) is None
+    model = StreamModel(golden.seed, (golden.step,), golden.p, golden.shape, axes, *window)
+    assert diagnose(model, np.broadcast_to(golden.keep, golden.shape)) is None
 
 
-@pytest.mark.parametrize(("what", "mask"), MISTAKES.items(), ids=MISTAKES)
-def test_each_mistake_is_found_and_no_other_is_blamed(what, mask):
-    diagnosis = diagnose(RECIPE, mask)
+@pytest.mark.parametrize(("what", "mask"), MUTATIONS.items(), ids=MUTATIONS)
+def test_finds_each_mutation_of_a_mask_and_no_other(what, mask):
+    diagnosis = diagnose(MODEL, mask)
     assert diagnosis is not None
     assert diagnosis.causes == (what,)
 
@@ -222,17 +234,17 @@ def test_each_mistake_is_found_and_no_other_is_blamed(what, mask):
 @pytest.mark.parametrize(
     ("relation", "what"),
     [
-        (lambda u, t: u > t, "the comparison is u > T, and not u >= T"),
-        (lambda u, t: np.float32(u) >= np.float32(t), "u is narrowed to float32"),
-        (lambda u, t: u >> 8 >= round(t / 256), "the threshold has 24 bits, and not 32"),
+        (lambda u, t: u > t, "the comparison is u > T instead of u >= T"),
+        (lambda u, t: np.float32(u) >= np.float32(t), "u is rounded to float32"),
+        (lambda u, t: u >> 8 >= round(t / 256), "the threshold has 24 bits instead of 32"),
     ],
 )
-def test_a_comparison_that_is_off_by_little_is_found_where_an_element_shows_it(relation, what):
-    # A rate whose T one element meets, and another nearly does.
+def test_finds_a_subtly_wrong_comparison_if_an_element_shows_it(relation, what):
+    # Rates whose T equals the u of an element, or nearly does.
     us = [reference.u(KEY, i) for i in range(SIZE)]
     found = set()
     for t in (us[5], us[5] + 1, us[5] + 100):
-        mask = where(lambda i, t=t: relation(us[i], t))
+        mask = keep_where(lambda i, t=t: relation(us[i], t))
         diagnosis = diagnose(StreamModel(42, ("encoder/0", 7), t / 2**32, SHAPE), mask)
         found.update(diagnosis.causes if diagnosis else ())
     assert any(cause.startswith(what) for cause in found)
@@ -251,7 +263,7 @@ def test_a_comparison_that_is_off_by_little_is_found_where_an_element_shows_it(r
             {"global_shape": (20, 30), "start": (3, 5)},
             "the window is ignored",
         ),
-        (reference.keep_mask((6, 8), P, KEY), {"broadcast_axes": (1,)}, "each element has a"),
+        (reference.keep_mask((6, 8), P, KEY), {"broadcast_axes": (1,)}, "the broadcast axes are"),
         (
             reference.keep_mask((6, 8), P, KEY, global_shape=(20, 30), start=(0, 0)),
             {"global_shape": (2**32 + 20, 2**32), "start": (2**32, 0)},
@@ -260,42 +272,42 @@ def test_a_comparison_that_is_off_by_little_is_found_where_an_element_shows_it(r
     ],
     ids=["start", "window", "broadcast", "none"],
 )
-def test_mistakes_in_windows_and_broadcast_axes_are_found(mask, options, what):
-    recipe = StreamModel(42, ("encoder/0", 7), P, (6, 8), **options)
-    diagnosis = diagnose(recipe, np.array(mask, dtype=bool).reshape(6, 8))
+def test_finds_mutations_of_windows_and_broadcast_axes(mask, options, what):
+    model = StreamModel(42, ("encoder/0", 7), P, (6, 8), **options)
+    diagnosis = diagnose(model, np.array(mask, dtype=bool).reshape(6, 8))
     assert [cause[: len(what)] for cause in diagnosis.causes] == [what] * bool(what)
 
 
-def test_a_generator_that_also_folds_keys_with_other_rounds_is_found(monkeypatch):
+def test_finds_a_wrong_number_of_rounds_for_keys_too(monkeypatch):
     monkeypatch.setattr(reference, "philox", lambda counter, key: philox(counter, key, rounds=7))
     key = reference.fold_in(reference.fold_in(42, "encoder/0"), 7)
     mask = np.array(reference.keep_mask(SHAPE, P, key), dtype=bool).reshape(SHAPE)
-    assert diagnose(RECIPE, mask).causes == (
-        "the generator makes 7 rounds instead of 10, for keys too",
+    assert diagnose(MODEL, mask).causes == (
+        "the generator runs 7 rounds instead of 10, for keys too",
     )
 
 
-def test_a_step_that_is_added_to_the_seed_before_the_site_is_folded_in_is_two_mistakes():
-    (cause,) = diagnose(RECIPE, of_key("encoder/0", seed=42 + 7)).causes
-    assert "integers are added to the key, and not folded in" in cause
-    assert "the site and the step are folded in the other way round" in cause
+def test_finds_a_step_added_to_the_seed_as_a_pair_of_mutations():
+    (cause,) = diagnose(MODEL, mask_of_key("encoder/0", seed=42 + 7)).causes
+    assert "integers are added to the key instead of being folded in" in cause
+    assert "the site and the step are swapped" in cause
 
 
-def test_a_first_call_that_is_folded_in_unasked_is_found():
-    recipe = StreamModel(42, (), P, SHAPE)
-    assert diagnose(recipe, of_key(0)).causes == ("0 is folded in too, at the end",)
+def test_finds_a_call_number_that_is_also_folded_in():
+    model = StreamModel(42, (), P, SHAPE)
+    assert diagnose(model, mask_of_key(0)).causes == ("0 is also folded in, at the end",)
 
 
-def test_mistakes_that_make_one_mask_are_all_said():
-    added = where(lambda i: reference.u(42 + 1, i) >= T)
+def test_names_all_mutations_that_give_the_same_mask():
+    added = keep_where(lambda i: reference.u(42 + 1, i) >= T)
     assert diagnose(StreamModel(42, (1,), P, SHAPE), added).causes == (
-        "integers are added to the key, and not folded in",
-        "integers are xored with the key, and not folded in",
+        "integers are added to the key instead of being folded in",
+        "integers are xored with the key instead of being folded in",
     )
 
 
 @pytest.mark.parametrize("size", [16, 22, 23, 40])
-def test_two_mistakes_are_not_tried_on_a_dump_that_chance_may_explain(dump, size):
+def test_tries_no_pairs_on_a_dump_that_may_fit_by_chance(dump, size):
     mask = np.random.default_rng(2).random(size) >= 0.5
     output = run(dump(mask), *OPTIONS[:-1], "0.5").output
     assert "no known mistake" in output
@@ -303,22 +315,22 @@ def test_two_mistakes_are_not_tried_on_a_dump_that_chance_may_explain(dump, size
     assert ("alone or with another" in output) == (size >= 23)
 
 
-def test_two_mistakes_together_are_found():
-    mask = of_words(lambda block: philox((block, 0, 0, 0), (LO, HI), rounds=7)[::-1])
-    (cause,) = diagnose(RECIPE, mask).causes
-    assert "the generator makes 7 rounds instead of 10" in cause
+def test_finds_a_pair_of_mutations():
+    mask = mask_of_words(lambda block: philox((block, 0, 0, 0), (LO, HI), rounds=7)[::-1])
+    (cause,) = diagnose(MODEL, mask).causes
+    assert "the generator runs 7 rounds instead of 10" in cause
     assert "the words of a block are in reverse order" in cause
 
 
-def test_a_mask_of_something_else_is_blamed_on_no_mistake(dump):
+def test_names_no_mutation_for_an_unrelated_mask(dump):
     other = np.random.default_rng(0).random(SHAPE) >= P
     result = run(dump(other), *OPTIONS)
     assert result.exit_code == 1
     assert "no known mistake" in result.output
-    assert "of two masks that have nothing to do with each other 58.00%" in result.output
+    assert "independent masks agree in 58.00%" in result.output
 
 
-def test_the_first_difference_is_said_to_the_word(dump):
+def test_locates_the_first_difference_to_the_word(dump):
     mask = np.array(reference.keep_mask(SHAPE, P, KEY), dtype=bool)
     mask[[77, 90]] ^= True
     result = run(dump(mask.reshape(SHAPE)), *OPTIONS)
@@ -329,7 +341,7 @@ def test_the_first_difference_is_said_to_the_word(dump):
     assert f"u = {u:08x}, T = {T:08x}" in result.output
 
 
-def test_a_dump_of_the_specification_is_said_to_be_one(dump):
+def test_accepts_a_conforming_mask(dump):
     mask = np.array(reference.keep_mask(SHAPE, P, KEY), dtype=np.uint8).reshape(SHAPE)
     result = run(dump(mask), *OPTIONS)
     assert result.exit_code == 0, result.output
@@ -337,7 +349,7 @@ def test_a_dump_of_the_specification_is_said_to_be_one(dump):
 
 
 @pytest.mark.parametrize("golden", golden_outputs(), ids=lambda golden: golden.name)
-def test_golden_outputs_are_as_the_specification_says(golden, dump):
+def test_accepts_golden_outputs(golden, dump):
     x, y = dump(golden.x, "x.npy"), dump(golden.y)
     key = ("--seed", golden.seed, "--step", golden.step, "--p", golden.p)
     result = run(y, "--input", x, *key)
@@ -354,7 +366,7 @@ def scaled(x, dtype, s):
 
 S, S32 = 1 / (1 - P), np.float32(1 / (1 - P))
 
-# What makes the output, of which dtype, and what it has to be blamed on.
+# Maps a defect to the dtype, the function that makes the output, and the expected causes.
 WRONG_OUTPUTS = {
     "unscaled": ("float32", lambda x: np.where(KEPT, x, 0), "kept elements are not scaled"),
     "1-p": (
@@ -371,33 +383,33 @@ WRONG_OUTPUTS = {
         "float32",
         lambda x: scaled(x, np.float64, S),
         "the product is computed in float64 and rounded once",
-        "x is divided by 1 - p, in float64",
+        "x is divided by 1 - p in float64",
     ),
     "divided in float64": (
         "float32",
         lambda x: np.where(KEPT, x.astype(np.float64) / (1 - P), 0),
         "the product is computed in float64 and rounded once",
-        "x is divided by 1 - p, in float64",
+        "x is divided by 1 - p in float64",
     ),
     "float64 divided": (
         "float64",
         lambda x: np.where(KEPT, x / (1 - P), 0),
-        "x is divided by 1 - p, in float64",
+        "x is divided by 1 - p in float64",
     ),
     "divided": (
         "float32",
         lambda x: np.where(KEPT, x / np.float32(1 - P), 0),
-        "x is divided by 1 - p, in float32",
+        "x is divided by 1 - p in float32",
     ),
     "float16 divided": (
         "float16",
         lambda x: np.where(KEPT, x / np.float16(1 - P), 0),
-        "x is divided by 1 - p, in float16",
+        "x is divided by 1 - p in float16",
     ),
     "multiplied": (
         "float32",
         lambda x: x * S32 * KEPT,
-        "the products are multiplied by the mask, and not selected: -0 and NaN remain",
+        "products are multiplied by the mask instead of selected: -0 and NaN remain",
     ),
     "float16": (
         "float16",
@@ -423,7 +435,7 @@ WRONG_OUTPUTS = {
     "p of float32": (
         "float64",
         lambda x: scaled(x, np.float64, 1 / (1 - float(np.float32(P)))),
-        "p is narrowed to float32 for the scale",
+        "p is rounded to float32 before the scale is computed",
     ),
 }
 
@@ -431,17 +443,17 @@ WRONG_OUTPUTS = {
 @pytest.mark.parametrize(
     ("dtype", "wrong", "what"), [(*w[:2], w[2:]) for w in WRONG_OUTPUTS.values()], ids=WRONG_OUTPUTS
 )
-def test_mistakes_in_the_output_are_found_and_no_other_is_blamed(dump, dtype, wrong, what):
+def test_finds_each_mutation_of_an_output_and_no_other(dump, dtype, wrong, what):
     x = ORDINARY.astype(dtype)
     y = wrong(x).astype(dtype)
     result = run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS)
     assert result.exit_code == 1
-    assert "the mask is right, but the output is not" in result.output
+    assert "the mask is right, the output is wrong" in result.output
     explained = [line.partition(" of it: ") for line in result.output.splitlines()]
     assert [cause for _, is_one, cause in explained if is_one] == list(what)
 
 
-def test_a_scale_that_is_computed_in_float32_is_found_where_that_is_another():
+def test_finds_a_scale_computed_in_float32():
     p, x = 0.15, ORDINARY.astype(np.float32)
     mask = np.array(reference.keep_mask(SHAPE, p, KEY), dtype=bool).reshape(SHAPE)
     s = np.float32(1) / (np.float32(1) - np.float32(p))
@@ -449,36 +461,36 @@ def test_a_scale_that_is_computed_in_float32_is_found_where_that_is_another():
     assert diagnosis.causes == ("the scale is computed in float32",)
 
 
-def test_at_rate_0_the_output_is_the_input(dump):
+def test_compares_the_output_with_the_input_at_rate_0(dump):
     x = ORDINARY.astype(np.float32)
     at_0 = (*OPTIONS[:-1], "0")
     assert run(dump(3 * x), "--input", dump(x, "x.npy"), *at_0).exit_code == 1
     assert run(dump(x), "--input", dump(x, "x.npy"), *at_0).exit_code == 0
 
 
-def test_a_zero_for_a_subnormal_number_conforms(dump):
+def test_accepts_zeros_for_subnormal_numbers(dump):
     x = np.full(SHAPE, 1e-40, dtype=np.float32)
     assert run(dump(x * 0), "--input", dump(x, "x.npy"), *OPTIONS).exit_code == 0
 
 
-def test_a_mask_that_is_multiplied_is_found_by_what_is_no_number(dump):
+def test_finds_multiplication_by_the_mask_from_nans(dump):
     x = np.abs(ORDINARY).astype(np.float32)
     x[:, ::7] = np.nan
     with np.errstate(invalid="ignore"):
         y = x * np.float32(1 / (1 - P)) * KEPT
     result = run(dump(y), "--input", dump(x, "x.npy"), *OPTIONS)
-    assert "the products are multiplied by the mask" in result.output
+    assert "products are multiplied by the mask" in result.output
 
 
-def test_an_inverted_mask_with_another_mistake_is_found():
+def test_finds_an_inverted_mask_with_another_mutation():
     (cause,) = diagnose(
-        RECIPE, ~where(lambda i: (reference.u(KEY, i) ^ 2**31) >= (T ^ 2**31))
+        MODEL, ~keep_where(lambda i: (reference.u(KEY, i) ^ 2**31) >= (T ^ 2**31))
     ).causes
     assert "inverted" in cause
     assert "signed" in cause
 
 
-def test_where_the_input_is_0_nothing_is_said_of_the_mask(dump):
+def test_ignores_the_mask_of_zeros_in_the_input(dump):
     x = ORDINARY.astype(np.float32)
     x[2] = 0
     y = unidrop.dropout(x, P, Key(42).fold_in("encoder/0").fold_in(7))
@@ -487,30 +499,30 @@ def test_where_the_input_is_0_nothing_is_said_of_the_mask(dump):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
-def test_a_mistake_in_the_mask_is_found_where_some_of_the_input_tells_nothing(dtype):
+def test_finds_a_mutation_with_zeros_and_nans_in_the_input(dtype):
     x = ORDINARY.astype(dtype)
     x[:, ::5], x[:, 1::5] = 0, np.nan
-    mask = MISTAKES["the words of a block are in reverse order"]
-    diagnosis = diagnose(RECIPE, np.where(mask, x, 0).astype(dtype), x)
+    mask = MUTATIONS["the words of a block are in reverse order"]
+    diagnosis = diagnose(MODEL, np.where(mask, x, 0).astype(dtype), x)
     assert diagnosis.causes == ("the words of a block are in reverse order",)
-    assert diagnosis.is_of_mask
+    assert diagnosis.is_mask_wrong
 
 
-def test_an_output_without_its_input_is_compared_by_what_is_0_and_that_is_said(dump):
+def test_compares_only_zeros_without_an_input_and_says_so(dump):
     result = run(dump(KEPT * 0.37), *OPTIONS)
     assert result.exit_code == 0
     assert "zeros conform, all 300 elements; pass --input to compare the values" in result.output
     x = ORDINARY.astype(np.float32) * (ORDINARY > 0)
     y = unidrop.dropout(x, P, Key(42).fold_in("encoder/0").fold_in(7))
-    assert "give the input too, with --input" in run(dump(y), *OPTIONS).output
+    assert "pass the input too, with --input" in run(dump(y), *OPTIONS).output
 
 
-def test_seeds_may_be_hexadecimal_as_the_matrix_writes_them(dump):
+def test_accepts_hexadecimal_seeds(dump):
     hexadecimal = ("--seed", "0x2a", *OPTIONS[2:])
     assert run(dump(KEPT), *hexadecimal).exit_code == 0
 
 
-def test_two_dumps_are_compared_with_each_other(dump):
+def test_compares_two_dumps(dump):
     one, other = KEPT.copy(), KEPT.copy()
     other[3, 4] ^= True
     paths = dump(one, "one.npy"), dump(other, "other.npy")
@@ -527,16 +539,16 @@ BACKEND = ("--seed", "42", "--step", "7", "--p", "0.3")
 
 @pytest.fixture
 def theirs(install, monkeypatch):
-    """Install a backend that stands in mutant_backends.py as ``theirs``."""
+    """Install a backend of mutant_backends.py as ``theirs``."""
 
     def install_theirs(backend, more=""):
         monkeypatch.delitem(sys.modules, "theirs", raising=False)
-        install("theirs", source("theirs", backend, more))
+        install("theirs", backend_source("theirs", backend, more))
 
     return install_theirs
 
 
-def test_a_backend_is_run_and_compared_in_place_of_a_dump(theirs):
+def test_compares_a_backend_instead_of_a_dump(theirs):
     theirs("WordsReversed")
     result = run("--backend", "theirs", *BACKEND, "--shape", "4x50")
     assert result.exit_code == 1
@@ -545,7 +557,7 @@ def test_a_backend_is_run_and_compared_in_place_of_a_dump(theirs):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_the_output_of_a_backend_is_compared_too_with_the_input_that_is_given(dump, dtype):
+def test_compares_the_output_of_a_backend_for_an_input(dump, dtype):
     result = run("--backend", "numpy", *BACKEND, "--input", dump(ORDINARY.astype(dtype)))
     assert result.exit_code == 0, result.output
     where = f"numpy, cpu, {np.dtype(dtype)}, eager"
@@ -565,10 +577,8 @@ def test_the_output_of_a_backend_is_compared_too_with_the_input_that_is_given(du
     ],
     ids=["exit", "no exception", "lines", "None", "list", "shape", "dtype"],
 )
-def test_a_backend_that_fails_or_gives_something_else_is_one_line_and_exit_code_1(
-    theirs, method, said
-):
-    theirs("Sound", f"    def {method}\n")
+def test_reports_a_failing_backend_in_one_line(theirs, method, said):
+    theirs("Correct", f"    def {method}\n")
     result = run("--backend", "theirs", *BACKEND, "--shape", "4x50")
     assert result.exit_code == 1
     assert said in result.output
@@ -585,7 +595,7 @@ def test_a_backend_that_fails_or_gives_something_else_is_one_line_and_exit_code_
     ],
     ids=["negative", "memory", "elements", "axis"],
 )
-def test_a_shape_of_which_there_can_be_no_array_is_named(shape, mention):
+def test_rejects_an_impossible_shape(shape, mention):
     result = run("--backend", "numpy", *BACKEND, f"--shape={shape}")
     assert result.exit_code == 2
     assert mention in result.output
@@ -598,7 +608,7 @@ def test_a_shape_of_which_there_can_be_no_array_is_named(shape, mention):
         ("int32", [], "complex128, got 'int32'"),
     ],
 )
-def test_a_dtype_that_is_not_that_of_the_input_is_refused(dump, of_input, arguments, mention):
+def test_rejects_a_dtype_that_differs_from_the_input(dump, of_input, arguments, mention):
     x = dump(np.ones(SHAPE, dtype=of_input))
     result = run("--backend", "numpy", *BACKEND, "--input", x, *arguments)
     assert result.exit_code == 2
@@ -613,14 +623,12 @@ def test_a_dtype_that_is_not_that_of_the_input_is_refused(dump, of_input, argume
     ],
     ids=["axes", "window"],
 )
-def test_what_a_backend_lacks_is_refused_with_the_reason_that_it_declares(
-    theirs, arguments, mention
-):
+def test_rejects_undeclared_capabilities_with_the_reason(theirs, arguments, mention):
     lacking = (
         "    capabilities = {'broadcast_axes': 'masks are elementwise there', 'windows': None}\n"
         "    mode_exclusions = {'eager': {'windows': 'no windows'}}\n"
     )
-    theirs("Sound", lacking)
+    theirs("Correct", lacking)
     result = run("--backend", "theirs", *BACKEND, "--shape", "4x5", *arguments)
     assert result.exit_code == 2
     assert mention in result.output
@@ -629,7 +637,7 @@ def test_what_a_backend_lacks_is_refused_with_the_reason_that_it_declares(
 @pytest.mark.parametrize(
     ("arguments", "code", "mention"),
     [
-        (["--backend", "numpi"], 2, "but got 'numpi'"),
+        (["--backend", "numpi"], 2, "got 'numpi'"),
         (["--backend", "numpy", "--mode", "graph"], 2, "must be one of eager, fused, got 'graph'"),
         (["--backend", "numpy", "--device", "gpu"], 2, "must be one of cpu, got 'gpu'"),
         (["--backend", "numpy", "--dtype", "int8"], 2, "complex128, got 'int8'"),
@@ -642,9 +650,9 @@ def test_what_a_backend_lacks_is_refused_with_the_reason_that_it_declares(
     ],
     ids=["name", "mode", "device", "dtype", "site", "both", "dump", "none", "raises", "absent"],
 )
-def test_bad_arguments_of_a_backend_are_named(install, dump, arguments, code, mention):
+def test_names_invalid_arguments_with_a_backend(install, dump, arguments, code, mention):
     raising = "    def dropout(self, *arguments, **options):\n        1 / 0\n"
-    install("raising", source("raising", "Sound", raising))
+    install("raising", backend_source("raising", "Correct", raising))
     install("absent", "import no_such_library")
     chosen = (argument.format(dump=dump(KEPT)) for argument in arguments)
     result = run(*chosen, *BACKEND, "--shape", "4x50")
@@ -661,7 +669,10 @@ def test_bad_arguments_of_a_backend_are_named(install, dump, arguments, code, me
         (["{empty}", *OPTIONS], "must be a .npy file"),
         (["{words}", *OPTIONS], "must be a .npy file of numbers"),
         (["{dump}", "{dump}", "--seed", "42"], "each other, got only --seed"),
-        (["{dump}", "--seed", "42", "--step", "-1", "--p", "0.3"], "must be in [0, 2^64), got '-1'"),
+        (
+            ["{dump}", "--seed", "42", "--step", "-1", "--p", "0.3"],
+            "must be in [0, 2^64), got '-1'",
+        ),
         (["{dump}", *OPTIONS[:-1], "1.5"], "1.5"),
         (["{dump}", "--input", "{half}", *OPTIONS], "(3, 50)"),
         (["{dump}", *OPTIONS, "--start", "0x0"], "global_shape and start go together"),
@@ -672,7 +683,7 @@ def test_bad_arguments_of_a_backend_are_named(install, dump, arguments, code, me
         *("window", "axes"),
     ],
 )
-def test_bad_arguments_exit_with_2_and_are_named(dump, tmp_path, arguments, mention):
+def test_names_invalid_arguments_and_exits_with_2(dump, tmp_path, arguments, mention):
     (tmp_path / "text.npy").write_text("text")
     (tmp_path / "empty.npy").touch()
     paths = {name: tmp_path / f"{name}.npy" for name in ("text", "empty")}
@@ -683,7 +694,7 @@ def test_bad_arguments_exit_with_2_and_are_named(dump, tmp_path, arguments, ment
     assert mention in result.output
 
 
-def test_a_mask_is_drawn_with_a_square_an_element(tmp_path):
+def test_draws_a_mask_with_one_square_per_element(tmp_path):
     path = tmp_path / "mask.png"
     arguments = ["mask", *OPTIONS[:-1], "0.5", "--shape", "3x8", "--png", str(path)]
     result = CliRunner().invoke(main, arguments)
@@ -697,7 +708,7 @@ def test_a_mask_is_drawn_with_a_square_an_element(tmp_path):
     assert rows == ["10011001", "10001011", "01101100"]
 
 
-def test_a_mask_without_elements_is_not_drawn(tmp_path):
+def test_rejects_drawing_an_empty_mask(tmp_path):
     arguments = ["mask", *OPTIONS, "--shape", "0x8", "--png", str(tmp_path / "mask.png")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
@@ -707,20 +718,23 @@ def test_a_mask_without_elements_is_not_drawn(tmp_path):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize(
     ("value", "cause"),
-    [(1, "nothing is dropped, as in evaluation or at p = 0"), (0, "all is dropped, as at p = 1")],
+    [
+        (1, "nothing is dropped, as in evaluation or at p = 0"),
+        (0, "everything is dropped, as at p = 1"),
+    ],
 )
-def test_a_mask_that_is_the_same_everywhere_is_called_that_at_any_rate(p, value, cause):
+def test_names_a_constant_mask_at_any_rate(p, value, cause):
     kept = np.full((20, 30), value, dtype=bool)
     assert diagnose(StreamModel(42, (7,), p, kept.shape), kept).causes == (cause,)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
-def test_a_product_with_the_mask_that_overflows_is_not_taken_for_a_wrong_mask(dtype):
+def test_accepts_the_mask_of_overflowing_products(dtype):
     of = numpy_dtype(dtype)
     x = np.full((20, 30), ml_dtypes.finfo(of).max, dtype=of)
-    recipe = StreamModel(42, (7,), 0.3, x.shape)
-    keep = recipe.keep(np.arange(x.size)).reshape(x.shape)
+    model = StreamModel(42, (7,), 0.3, x.shape)
+    keep = model.keep(np.arange(x.size)).reshape(x.shape)
     with np.errstate(all="ignore"):
         y = ((x * of.type(1 / 0.7)).astype(of) * keep).astype(of)
-        diagnosis = diagnose(recipe, y, x)
-    assert "the mask is right, but the output is not" in diagnosis.what
+        diagnosis = diagnose(model, y, x)
+    assert "the mask is right, the output is wrong" in diagnosis.description

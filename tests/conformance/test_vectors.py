@@ -1,4 +1,4 @@
-"""The vectors for whoever checks without Python: what is written, and a C program that uses it."""
+"""Test the golden vectors that `unidrop vectors` writes, and the C program that reads them."""
 
 import json
 import re
@@ -18,7 +18,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made") / "with its parents"
+    folder = tmp_path_factory.mktemp("new") / "nested folder"
     result = CliRunner().invoke(main, ["vectors", "--out", str(folder)])
     assert result.exit_code == 0, result.output
     assert [Path(line).name for line in result.output.splitlines()] == [
@@ -31,7 +31,7 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_vectors_are_valid_by_their_schema(written):
+def test_schema_accepts_the_vectors(written):
     schema = read(written / "schema.json")
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(read(written / "vectors.json"), schema)
@@ -41,17 +41,21 @@ def test_vectors_are_valid_by_their_schema(written):
     ("section", "field", "value"),
     [("masks", "keep", "102"), ("outputs", "dtype", "int8"), ("keys", "key", "2a"), (None, "", 2)],
 )
-def test_the_schema_refuses_what_is_no_vector(written, section, field, value):
+def test_schema_rejects_an_invalid_vector(written, section, field, value):
+    # One vector of each section, since validating the whole file takes seconds.
     vectors = read(written / "vectors.json")
+    few = {name: vectors if name == "stream" else vectors[:1] for name, vectors in vectors.items()}
+    schema = read(written / "schema.json")
+    jsonschema.validate(few, schema)
     if section is None:
-        vectors["stream"] = value
+        few["stream"] = value
     else:
-        vectors[section][0][field] = value
+        few[section][0][field] = value
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(vectors, read(written / "schema.json"))
+        jsonschema.validate(few, schema)
 
 
-def test_the_readme_explains_every_field(written):
+def test_readme_explains_every_field(written):
     vectors = read(written / "vectors.json")
     readme = (written / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`\"?(\w+)\"?`", readme))
@@ -59,14 +63,14 @@ def test_the_readme_explains_every_field(written):
     assert {*vectors, *fields} <= named | {"stream"}
 
 
-def test_each_vector_stands_on_a_line_of_its_own(written):
+def test_writes_each_vector_on_its_own_line(written):
     lines = (written / "vectors.json").read_text(encoding="utf-8").splitlines()
     vectors = [json.loads(line.rstrip(",")) for line in lines if re.match(r"{.+", line)]
     whole = read(written / "vectors.json")
     assert vectors == [vector for section in whole.values() if section != 1 for vector in section]
 
 
-def test_a_folder_that_can_not_be_made_is_named(tmp_path):
+def test_names_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     result = CliRunner().invoke(main, ["vectors", "--out", str(tmp_path / "file" / "folder")])
     assert result.exit_code == 2
@@ -80,20 +84,20 @@ def compiled(source, folder):
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler is installed")
-def test_the_program_in_c_is_short_and_agrees_with_all_that_it_checks(written, tmp_path):
+def test_c_program_is_short_and_accepts_the_vectors(written, tmp_path):
     assert len(CHECK.read_text(encoding="utf-8").splitlines()) < 150
     program = compiled(CHECK, tmp_path)
     run = subprocess.run([program, written / "vectors.json"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     vectors = read(written / "vectors.json")
-    checked, failed, passed_over = map(int, re.findall(r"\d+", run.stdout))
+    checked, failed, skipped = map(int, re.findall(r"\d+", run.stdout))
     assert failed == 0
-    assert checked + passed_over == sum(
+    assert checked + skipped == sum(
         len(vectors[section]) for section in ("generator", "keys", "masks", "outputs")
     )
     strings = sum(any("str" in data for data in key["fold_in"]) for key in vectors["keys"])
     halves = sum(output["dtype"].endswith("float16") for output in vectors["outputs"])
-    assert passed_over == strings + halves
+    assert skipped == strings + halves
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler is installed")
@@ -109,7 +113,7 @@ def test_the_program_in_c_is_short_and_agrees_with_all_that_it_checks(written, t
         ("f * (float)s", "f * s"),
     ],
 )
-def test_the_program_in_c_finds_what_is_wrong_with_another(written, tmp_path, right, wrong):
+def test_c_program_fails_if_it_is_mutated(written, tmp_path, right, wrong):
     source = CHECK.read_text(encoding="utf-8")
     assert source.count(right) == 1
     changed = tmp_path / "changed.c"
@@ -117,13 +121,13 @@ def test_the_program_in_c_finds_what_is_wrong_with_another(written, tmp_path, ri
     program = compiled(changed, tmp_path)
     run = subprocess.run([program, written / "vectors.json"], capture_output=True, text=True)
     assert run.returncode == 1
-    assert "does not hold" in run.stderr
+    assert "vector failed" in run.stderr
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler is installed")
-def test_the_program_in_c_refuses_another_version_of_the_stream(written, tmp_path):
+def test_c_program_rejects_another_stream_version(written, tmp_path):
     other = tmp_path / "vectors.json"
     other.write_text((written / "vectors.json").read_text().replace('"stream": 1', '"stream": 2'))
     run = subprocess.run([compiled(CHECK, tmp_path), other], capture_output=True, text=True)
     assert run.returncode == 2
-    assert "stream has to be 1, but got 2" in run.stderr
+    assert "stream must be 1, got 2" in run.stderr

@@ -1,7 +1,7 @@
-"""A backend in plain NumPy, written from the specification, and others that differ in a defect.
+"""A correct backend in plain NumPy, and mutants of it with one defect each.
 
-It shares no code with the core. Each defect is one that somebody makes, in a few lines of its own;
-which contract must name it stands in test_planted_defects.py.
+The correct backend follows the specification and shares no code with the core. test_mutants.py
+names the contract that must catch each mutant.
 """
 
 import json
@@ -17,10 +17,10 @@ from unidrop.conformance import CAPABILITIES, BaseBackend
 MASK32 = np.uint64(0xFFFFFFFF)
 
 
-class Sound(BaseBackend):
-    """Right, with every capability; its compiled mode runs eagerly, and counts what it would trace."""
+class Correct(BaseBackend):
+    """Every capability; the compiled mode runs eagerly and counts the traces it would need."""
 
-    name = "sound"
+    name = "correct"
     modes = ("eager", "compiled")
     compiled_modes = ("compiled",)
     capabilities = MappingProxyType(dict.fromkeys(CAPABILITIES))
@@ -41,7 +41,7 @@ class Sound(BaseBackend):
     def to_numpy(self, y):
         return y
 
-    # The generator, and what is folded into a key.
+    # The generator and keys.
 
     def philox(self, counter, key):
         x0, x1, x2, x3 = (np.asarray(word, dtype=np.uint64) for word in counter)
@@ -56,7 +56,7 @@ class Sound(BaseBackend):
     def words(self, counter, key, *, mode):
         return [int(word) for word in self.philox(counter, key)]
 
-    def fold(self, key, data):
+    def fold_in(self, key, data):
         tag = 1
         if isinstance(data, str):
             tag, data = 2, int.from_bytes(blake2b(data.encode(), digest_size=8).digest(), "little")
@@ -65,25 +65,27 @@ class Sound(BaseBackend):
         return hi << 32 | lo
 
     def key(self, seed, *data):
-        return reduce(self.fold, data, seed)
+        return reduce(self.fold_in, data, seed)
 
     def traced_key(self, seed, step, *, mode):
         return self.key(seed, int(np.asarray(step)))
 
     # The mask.
 
-    def key_of_call(self, seed, step):
+    def call_key(self, seed, step):
         return self.key(seed, step)
 
-    def indices(self, x, axes, whole, start):
+    def indices(self, x, axes, global_shape, start):
         index = np.zeros((), dtype=np.uint64)
-        for axis, (part, length, first) in enumerate(zip(x.shape, whole, start, strict=True)):
+        for axis, (part, length, first) in enumerate(
+            zip(x.shape, global_shape, start, strict=True)
+        ):
             part, length, first = (1, 1, 0) if axis in axes else (part, length, first)
             along = np.arange(part, dtype=np.uint64) + np.uint64(first)
             index = index[..., None] * np.uint64(length) + along
         return index
 
-    def numbers(self, index, key):
+    def u(self, index, key):
         block, place = index >> np.uint64(3), (index % np.uint64(8)).astype(int)
         counter = (block & MASK32, block >> np.uint64(32), 0 * block, 0 * block)
         words = self.philox(counter, (key % 2**32, key >> 32))
@@ -95,32 +97,32 @@ class Sound(BaseBackend):
 
     # The output.
 
-    def refuse(self, x, p):
+    def validate(self, x, p):
         if x.dtype.kind != "f":
-            raise TypeError(f"x must be of floating-point numbers, got {x.dtype}")
+            raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
         if isinstance(p, bool) or not isinstance(p, int | float):
             raise TypeError(f"p must be a number, got {p!r}")
         if not 0 <= p <= 1:
-            raise ValueError(f"p must be between 0 and 1, got {p}")
+            raise ValueError(f"p must be in [0, 1], got {p}")
 
-    def scaled(self, x, p):
+    def scale(self, x, p):
         compute = np.promote_types(x.dtype, np.float32).type
         return (x.astype(compute) * compute(1 / (1 - p))).astype(x.dtype)
 
     def select(self, keep, products):
         return np.where(keep, products, np.zeros_like(products))
 
-    def program(self, x, p, step, options):
+    def static_arguments(self, x, p, step, options):
         return x.shape, x.dtype, p, *map(repr, options.items())
 
     def dropout(self, x, p, seed, step, *, mode, return_mask=False, **options):
-        self.refuse(x, p)
+        self.validate(x, p)
         if mode == "compiled":
-            self.programs.add(self.program(x, p, step, {"mask": return_mask, **options}))
-        y, keep = self.dropped(x, p, seed, step, **options)
+            self.programs.add(self.static_arguments(x, p, step, {"mask": return_mask, **options}))
+        y, keep = self.drop(x, p, seed, step, **options)
         return (y, keep.astype(self.mask_dtype)) if return_mask else y
 
-    def dropped(
+    def drop(
         self,
         x,
         p,
@@ -132,12 +134,12 @@ class Sound(BaseBackend):
         global_shape=None,
         start=None,
     ):
-        whole, start = global_shape or x.shape, start or (0,) * x.ndim
-        index = self.indices(x, broadcast_axes, whole, start)
+        global_shape, start = global_shape or x.shape, start or (0,) * x.ndim
+        index = self.indices(x, broadcast_axes, global_shape, start)
         if not training or p == 0:
             return x, np.ones(index.shape, dtype=bool)
-        keep = self.keep_flags(self.numbers(index, self.key_of_call(seed, step)), p)
-        products = self.scaled(x, p) if p < 1 else np.zeros_like(x)
+        keep = self.keep_flags(self.u(index, self.call_key(seed, step)), p)
+        products = self.scale(x, p) if p < 1 else np.zeros_like(x)
         return self.select(keep, products), keep
 
     def gradient(self, x, upstream, p, seed, step, *, mode):
@@ -155,7 +157,7 @@ class Sound(BaseBackend):
 
 
 class Layer:
-    """A layer of a backend, which counts its calls."""
+    """A layer that counts its training calls."""
 
     def __init__(self, backend, p, seed, mode):
         self.backend, self.p, self.seed, self.mode = backend, p, seed, mode
@@ -181,75 +183,75 @@ class Layer:
         return y, lambda upstream: self.backend.gradient(x, upstream, p, seed, call, mode=mode)
 
 
-class SevenRounds(Sound):
+class SevenRounds(Correct):
     rounds = 7
 
 
-class OddElementsNotMultiplied(Sound):
+class OddElementsNotMultiplied(Correct):
     odd_multiplier = 1
 
 
-class WordsReversed(Sound):
+class WordsReversed(Correct):
     word_order = (3, 2, 1, 0)
 
 
-class GreaterForGreaterOrEqual(Sound):
+class GreaterInsteadOfGreaterOrEqual(Correct):
     def keep_flags(self, u, p):
         return u > np.uint64(round(p * 2**32))
 
 
-class ThresholdOn24Bits(Sound):
+class ThresholdWith24Bits(Correct):
     def keep_flags(self, u, p):
         return u >> np.uint64(8) >= np.uint64(round(p * 2**24))
 
 
-class ScaleRoundedToFloat16(Sound):
-    def scaled(self, x, p):
+class ScaleRoundedToFloat16(Correct):
+    def scale(self, x, p):
         compute = np.promote_types(x.dtype, np.float32)
         return (x.astype(compute) * x.dtype.type(1 / (1 - p)).astype(compute)).astype(x.dtype)
 
 
-class MultiplyForSelect(Sound):
+class MultiplyInsteadOfSelect(Correct):
     def select(self, keep, products):
         return products * keep
 
 
-class StepNotFolded(Sound):
-    def key_of_call(self, seed, step):
+class StepNotFoldedIn(Correct):
+    def call_key(self, seed, step):
         return seed
 
 
-class StepNarrowedToFloat32(Sound):
+class StepRoundedToFloat32(Correct):
     step_limit = 1 << 31
 
-    def key_of_call(self, seed, step):
-        return super().key_of_call(seed, int(np.float32(step)))
+    def call_key(self, seed, step):
+        return super().call_key(seed, int(np.float32(step)))
 
 
-class MaskByMemoryOrder(Sound):
-    def indices(self, x, axes, whole, start):
+class MaskInMemoryOrder(Correct):
+    def indices(self, x, axes, global_shape, start):
         if x.flags.c_contiguous or not x.flags.f_contiguous:
-            return super().indices(x, axes, whole, start)
+            return super().indices(x, axes, global_shape, start)
         return np.arange(math.prod(x.shape), dtype=np.uint64).reshape(x.shape, order="F")
 
 
-class MaskOfFloats(Sound):
+class FloatMask(Correct):
     mask_dtype = np.float32
 
 
-class StateLostOnLoad(Sound):
+class StateLostOnLoad(Correct):
     def layer(self, p, seed, *, dtype, device, mode):
         layer = super().layer(p, seed, dtype=dtype, device=device, mode=mode)
         layer.load = lambda state: None
         return layer
 
 
-class GradientWithFreshMask(Sound):
+class GradientWithFreshMask(Correct):
     def gradient(self, x, upstream, p, seed, step, *, mode):
         return super().gradient(x, upstream, p, seed, step + 1, mode=mode)
 
 
-class LayerActiveInEvaluation(Sound):
+class LayerActiveInEvaluation(Correct):
     def layer(self, p, seed, *, dtype, device, mode):
         class Active(Layer):
             def __call__(self, x, *, training):
@@ -258,7 +260,7 @@ class LayerActiveInEvaluation(Sound):
         return Active(self, p, seed, mode)
 
 
-class LayerOfItsFirstCallsTraining(Sound):
+class LayerFreezesTraining(Correct):
     def layer(self, p, seed, *, dtype, device, mode):
         class Traced(Layer):
             training = None
@@ -270,31 +272,31 @@ class LayerOfItsFirstCallsTraining(Sound):
         return Traced(self, p, seed, mode)
 
 
-class CompiledGradientOfFloat16Scale(Sound):
+class CompiledGradientWithFloat16Scale(Correct):
     def gradient(self, x, upstream, p, seed, step, *, mode):
         if mode == "eager":
             return super().gradient(x, upstream, p, seed, step, mode=mode)
         return ScaleRoundedToFloat16().gradient(x, upstream, p, seed, step, mode=mode)
 
 
-class CompiledOnceForAllRates(Sound):
+class CompiledOnceForAllRates(Correct):
     def __init__(self):
         super().__init__()
         self.rates = {}
 
-    def dropped(self, x, p, seed, step, **options):
+    def drop(self, x, p, seed, step, **options):
         if self.mode == "compiled" and 0 < p < 1:
             p = self.rates.setdefault((x.shape, x.dtype, *map(repr, options.items())), p)
-        return super().dropped(x, p, seed, step, **options)
+        return super().drop(x, p, seed, step, **options)
 
     def dropout(self, x, p, seed, step, *, mode, **options):
         self.mode = mode
         return super().dropout(x, p, seed, step, mode=mode, **options)
 
 
-class CompiledComparisonOfFloat32(CompiledOnceForAllRates):
-    def dropped(self, x, p, seed, step, **options):
-        return Sound.dropped(self, x, p, seed, step, **options)
+class CompiledFloat32Comparison(CompiledOnceForAllRates):
+    def drop(self, x, p, seed, step, **options):
+        return Correct.drop(self, x, p, seed, step, **options)
 
     def keep_flags(self, u, p):
         if self.mode == "eager":
@@ -302,100 +304,100 @@ class CompiledComparisonOfFloat32(CompiledOnceForAllRates):
         return u.astype(np.float32) >= np.float32(round(p * 2**32))
 
 
-class ProductRoundedOnce(Sound):
-    def scaled(self, x, p):
+class ProductRoundedOnce(Correct):
+    def scale(self, x, p):
         if x.dtype.itemsize > 2:
-            return super().scaled(x, p)
-        # Exact in float64, and rounded once from there.
+            return super().scale(x, p)
+        # The product is exact in float64.
         return (x.astype(np.float64) * np.float64(np.float32(1 / (1 - p)))).astype(x.dtype)
 
 
 class CompiledProductRoundedOnce(CompiledOnceForAllRates, ProductRoundedOnce):
-    def dropped(self, x, p, seed, step, **options):
-        return Sound.dropped(self, x, p, seed, step, **options)
+    def drop(self, x, p, seed, step, **options):
+        return Correct.drop(self, x, p, seed, step, **options)
 
-    def scaled(self, x, p):
-        return super().scaled(x, p) if self.mode == "compiled" else Sound.scaled(self, x, p)
+    def scale(self, x, p):
+        return super().scale(x, p) if self.mode == "compiled" else Correct.scale(self, x, p)
 
 
-class TracesNotCounted(Sound):
+class TracesNotCounted(Correct):
     def traces(self, mode):
         return 1
 
 
-class CompiledRowsOfWindowsRoundedUp(CompiledOnceForAllRates):
-    def dropped(self, x, p, seed, step, **options):
-        return Sound.dropped(self, x, p, seed, step, **options)
+class CompiledWindowRowsPadded(CompiledOnceForAllRates):
+    def drop(self, x, p, seed, step, **options):
+        return Correct.drop(self, x, p, seed, step, **options)
 
-    def indices(self, x, axes, whole, start):
-        if self.mode == "compiled" and x.shape != whole:
-            whole = (*whole[:-1], -(-whole[-1] // 8) * 8)
-        return super().indices(x, axes, whole, start)
-
-
-class FunctionActiveInEvaluation(Sound):
-    def dropped(self, x, p, seed, step, *, training=True, **options):
-        return super().dropped(x, p, seed, step, **options)
+    def indices(self, x, axes, global_shape, start):
+        if self.mode == "compiled" and x.shape != global_shape:
+            global_shape = (*global_shape[:-1], -(-global_shape[-1] // 8) * 8)
+        return super().indices(x, axes, global_shape, start)
 
 
-class OutputOfFloat64(Sound):
+class FunctionActiveInEvaluation(Correct):
+    def drop(self, x, p, seed, step, *, training=True, **options):
+        return super().drop(x, p, seed, step, **options)
+
+
+class Float64Output(Correct):
     def select(self, keep, products):
         return super().select(keep, products).astype(np.float64)
 
 
-class RateNotChecked(Sound):
-    def refuse(self, x, p):
-        super().refuse(x, p if isinstance(p, bool) or not isinstance(p, float) else 0.5)
+class RateNotValidated(Correct):
+    def validate(self, x, p):
+        super().validate(x, p if isinstance(p, bool) or not isinstance(p, float) else 0.5)
 
     def keep_flags(self, u, p):
         return super().keep_flags(u, min(max(p, 0), 1) if p == p else 0)
 
 
-class WindowNumberedByItself(Sound):
-    def indices(self, x, axes, whole, start):
+class WindowIndexedLocally(Correct):
+    def indices(self, x, axes, global_shape, start):
         return super().indices(x, axes, x.shape, (0,) * x.ndim)
 
 
-class BroadcastAxesIgnored(Sound):
-    def indices(self, x, axes, whole, start):
-        return super().indices(x, (), whole, start)
+class BroadcastAxesIgnored(Correct):
+    def indices(self, x, axes, global_shape, start):
+        return super().indices(x, (), global_shape, start)
 
 
-class TracedEveryStep(Sound):
-    def program(self, x, p, step, options):
-        return step, *super().program(x, p, step, options)
+class RetracedEveryStep(Correct):
+    def static_arguments(self, x, p, step, options):
+        return step, *super().static_arguments(x, p, step, options)
 
 
-class StringsFoldedAsIntegers(Sound):
-    def fold(self, key, data):
+class StringsFoldedAsIntegers(Correct):
+    def fold_in(self, key, data):
         if isinstance(data, str):
             digest = blake2b(data.encode(), digest_size=8).digest()
             data = int.from_bytes(digest, "little")
-        return super().fold(key, data)
+        return super().fold_in(key, data)
 
 
-class TracedStepSignExtended(Sound):
+class TracedStepSignExtended(Correct):
     def traced_key(self, seed, step, *, mode):
         return self.key(seed, step | 0xFFFFFFFF << 32 if step >> 30 & 1 else step)
 
 
-class ThresholdKeptBelow2To32(Sound):
+class ThresholdClippedBelow2To32(Correct):
     def keep_flags(self, u, p):
         return (u >= np.uint64(min(round(p * 2**32), 2**32 - 1))) & (p < 1)
 
 
-class ReturnedMaskInverted(Sound):
+class ReturnedMaskInverted(Correct):
     def dropout(self, x, p, seed, step, *, return_mask=False, **options):
         y = super().dropout(x, p, seed, step, return_mask=return_mask, **options)
         return (y[0], ~y[1]) if return_mask else y
 
 
-class IntegersNotRefused(Sound):
-    def refuse(self, x, p):
-        super().refuse(x if x.dtype.kind == "f" else x.astype(np.float32), p)
+class IntegersAccepted(Correct):
+    def validate(self, x, p):
+        super().validate(x if x.dtype.kind == "f" else x.astype(np.float32), p)
 
 
-class CallThatRaisesCounted(Sound):
+class RaisingCallCounted(Correct):
     def layer(self, p, seed, *, dtype, device, mode):
         class Eager(Layer):
             def __call__(self, x, *, training):
@@ -405,7 +407,7 @@ class CallThatRaisesCounted(Sound):
         return Eager(self, p, seed, mode)
 
 
-class GradientOfTheLatestCall(Sound):
+class GradientUsesLatestCall(Correct):
     def layer(self, p, seed, *, dtype, device, mode):
         class Forgetful(Layer):
             def vjp(self, x):

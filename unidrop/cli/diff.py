@@ -265,7 +265,7 @@ def _compare(name: str, array: NDArray[Any], x: NDArray[Any] | None, model: Stre
         else:
             click.echo(f"{name}: conforms, all {array.size} elements")
         return False
-    click.echo(f"{name}: {diagnosis.what}")
+    click.echo(f"{name}: {diagnosis.description}")
     for cause in diagnosis.causes:
         click.echo(f"this explains all of it: {cause}")
     if not diagnosis.causes:

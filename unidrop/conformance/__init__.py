@@ -1,8 +1,7 @@
-"""The conformance matrix: every contract, for every backend, device, dtype and mode.
+"""Check backends against contracts: one cell for each contract, backend, device, dtype and mode.
 
-`check` runs one contract of one backend, `run_matrix` all of all, as the command
-``unidrop conformance`` does; `cells` and `run_cell` are what tests are made of. `Backend` says what
-a backend is.
+`check` runs one contract for one backend. `run_matrix` runs all cells, as the command
+``unidrop conformance`` does. Tests call `cells` and `run_cell`. `Backend` defines the interface.
 """
 
 from unidrop.conformance.backend import (

@@ -1,12 +1,12 @@
-"""What a backend is to the conformance matrix, and where backends are found.
+"""Define the interface of a backend, and load the backends that packages register.
 
-A backend says how to reach an implementation of dropout: how to build its arrays from NumPy's and
-give them back, and how to call it. That much already gets the contracts that need no more. Each
-further capability is a method, and `capabilities` says which of them there are; the matrix shows a
-reason for each that is missing.
+A backend reaches one implementation of dropout: it converts arrays from and to NumPy and calls the
+implementation. Those methods suffice for most contracts. Each further capability is one method. The
+attribute `capabilities` declares the methods that exist, and a reason for each one that is missing.
 
-Backends are found through the entry-point group ``unidrop.backends``; an entry point's object is
-called without arguments and returns a `Backend`, or raises `BackendUnavailableError` where it can't be run.
+Packages register backends in the entry-point group ``unidrop.backends``. The matrix calls the
+registered object without arguments. It must return a `Backend`, or raise `BackendUnavailableError`
+if this machine cannot run it.
 """
 
 import traceback
@@ -35,18 +35,18 @@ __all__ = [
     "missing_capability",
 ]
 
-#: Every capability that a contract may ask for, and what it means.
+#: Every capability that a contract may require, and its meaning.
 CAPABILITIES: Mapping[str, str] = {
-    "broadcast_axes": "dropout takes broadcast_axes",
-    "windows": "dropout takes global_shape and start",
-    "mask": "dropout takes return_mask",
+    "broadcast_axes": "dropout accepts broadcast_axes",
+    "windows": "dropout accepts global_shape and start",
+    "mask": "dropout accepts return_mask",
     "gradient": "gradient(...) differentiates dropout",
-    "layouts": "layouts(x) lays the same values out in memory in other ways",
-    "traces": "traces(...) counts how often a compiled mode has been traced",
-    "words": "words(...) gives the generator's words",
+    "layouts": "layouts(x) returns copies of x with other strides",
+    "traces": "traces(...) counts the traces of a compiled mode",
+    "words": "words(...) returns the generator's words",
     "key": "key(...) folds integers and strings into a key",
     "traced_key": "traced_key(...) folds an array into a key",
-    "layer": "layer(...) makes a layer that counts its calls",
+    "layer": "layer(...) creates a layer that counts its calls",
     "layer_gradient": "the layer's vjp(...) differentiates a training call",
 }
 
@@ -60,49 +60,49 @@ class Layer(Protocol):
         """Apply the layer to one of the backend's arrays."""
 
     def save(self) -> bytes:
-        """Return the layer's state as the framework writes it to a file."""
+        """Return the layer's state in the framework's own file format."""
 
     def load(self, state: bytes) -> None:
-        """Restore what another layer's `save` returned."""
+        """Restore the state that another layer's `save` returned."""
 
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
-        """Apply the layer in training; with the capability "layer_gradient".
+        """Apply the layer in training mode; required by the capability "layer_gradient".
 
         Returns
         -------
         y, pullback
-            The output, and a function of an upstream gradient that runs the backward pass, with
-            whatever that computes again, and returns the gradient with respect to x.
+            The output, and a function that maps an upstream gradient to the gradient with respect
+            to x. The function runs the backward pass, including any recomputation.
         """
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """How to reach one implementation of dropout.
+    """The interface between the matrix and one implementation of dropout.
 
     Attributes
     ----------
     name : str
-        What the matrix calls it.
+        Name in the matrix.
     modes : sequence of str
-        Ways in which it runs, such as "eager" and "compiled".
+        Execution modes, such as "eager" and "compiled".
     devices : sequence of str
-        Where it runs on this machine.
+        Devices of this machine that the backend runs on.
     compiled_modes : sequence of str
-        Those of modes that trace and compile; with the capability "traces".
+        The modes that trace and compile. They require the capability "traces".
     derived_modes : mapping of str to str
-        For a compiled mode that runs what another does in something around it, such as a
-        checkpoint, that other. It has the contracts too, but those that look closer at what decides
-        about an element only if the other has not.
+        Maps a compiled mode to the mode that it wraps, for example in activation checkpointing.
+        Contracts with ``in_derived_modes=False`` run in the wrapped mode only, if they apply there.
     missing_modes : mapping of str to str
-        Ways in which the framework runs and this backend can't, each with the reason.
+        Maps each mode that the framework has and the backend does not support to the reason.
     capabilities : mapping of str to str or None
-        For each of `CAPABILITIES` that it has, None; for one it lacks, why. One that is not
-        mentioned is lacking without a reason.
+        Maps a supported member of `CAPABILITIES` to None, and a missing one to the reason. A
+        capability that is not declared is missing too.
     mode_exclusions : mapping of str to mapping of str to str
-        For a mode, which capabilities or contracts, by name, do not apply in it, each with the reason.
+        Maps a mode to the capabilities and contracts that do not apply in it, each with the reason.
     step_limit : int
-        Steps are below this: 2^64, unless they are an array's or a layer's narrower integers.
+        Upper bound of steps, exclusive: 2^64 unless the step is a narrower integer of an array or a
+        layer.
     """
 
     name: str
@@ -116,35 +116,35 @@ class Backend(Protocol):
     step_limit: int
 
     def dtypes(self, mode: str) -> Sequence[str]:
-        """Return the names of the dtypes that a mode takes: float16, bfloat16, float32, ..."""
+        """Return the names of the dtypes that a mode supports: float16, bfloat16, float32, ..."""
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
-        """Return an array of the backend with the values and dtype of a NumPy one.
+        """Convert a NumPy array to an array of the backend, with the same values and dtype.
 
-        bfloat16 comes as ``ml_dtypes.bfloat16``. Integers and bools come too, to see that dropout
-        refuses them; where there are no such arrays, it is refused here.
+        The NumPy dtype of bfloat16 is ``ml_dtypes.bfloat16``. The contract "bad-dtype" also passes
+        integers and bools. If the backend has no such arrays, raise TypeError or ValueError here.
         """
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
-        """Return the NumPy array of a backend's, bfloat16 as ``ml_dtypes.bfloat16``."""
+        """Convert an array of the backend to NumPy, bfloat16 to ``ml_dtypes.bfloat16``."""
 
     def get_device(self, y: Any) -> str:
-        """Return which of `devices` an array is on."""
+        """Return the member of `devices` that holds an array."""
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Return dropout of x under ``Key(seed).fold_in(step)``.
+        """Apply dropout to x with the key ``Key(seed).fold_in(step)``.
 
-        ``options`` are ``training=`` and, as capabilities allow, ``broadcast_axes=``,
-        ``global_shape=`` with ``start=``, and ``return_mask=``, as `unidrop.dropout` has them. In
-        compiled modes the step has to be an argument of what is compiled, not a constant.
+        ``options`` follow `unidrop.dropout`: ``training=`` and, if the capabilities allow them,
+        ``broadcast_axes=``, ``global_shape=`` with ``start=``, and ``return_mask=``. In
+        compiled modes, the step must be an argument of the compiled function, not a constant.
         """
 
 
 class BaseBackend:
-    """What most backends have in common: they run eagerly, on the CPU, on float32.
+    """Defaults for a backend that runs eagerly, on the CPU, with float32 arrays.
 
-    A subclass has to define ``name``, ``from_numpy``, ``to_numpy`` and ``dropout``, and overrides
-    what it has more of.
+    A subclass must define ``name``, ``from_numpy``, ``to_numpy`` and ``dropout``, and may override
+    every other member.
 
     Examples
     --------
@@ -179,63 +179,63 @@ class BaseBackend:
         return ("float32",)
 
     def get_device(self, y: Any) -> str:
-        """Return the only device."""
+        """Return the first device."""
         return self.devices[0]
 
 
 class CapableBackend(Backend, Protocol):
-    """The methods that capabilities promise, by the capability's name."""
+    """The methods of a backend with every capability, each named after its capability."""
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Return the gradient with respect to x, under ``Key(seed).fold_in(step)``."""
+        """Return the gradient of dropout with respect to x, for ``Key(seed).fold_in(step)``."""
 
     def layouts(self, x: Any) -> Mapping[str, Any]:
-        """Return arrays equal to x that lie otherwise in memory, by the layouts' names."""
+        """Return arrays that equal x and have other strides, by the name of the layout."""
 
     def traces(self, mode: str) -> int:
-        """Return how often what a mode compiles has been traced so far."""
+        """Return the number of traces in a mode so far."""
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
-        """Return Philox4x32-10 of a counter (four words) under a key (two), lowest first."""
+        """Return Philox4x32-10 of a counter of four words and a key of two, lowest word first."""
 
     def key(self, seed: int, *data: int | str) -> int:
-        """Return ``Key(seed)`` with each of data folded in, in order."""
+        """Return ``Key(seed)`` after folding in each of data in order."""
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
-        """Return ``Key(seed).fold_in(step)``, step given as one of the backend's arrays."""
+        """Return ``Key(seed).fold_in(step)``, with the step as an array of the backend."""
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> Layer:
-        """Return a new layer, in training call n of which the key is ``Key(seed).fold_in(n)``."""
+        """Return a new layer whose training call n uses ``Key(seed).fold_in(n)``."""
 
 
 def missing_capability(backend: Backend, capability: str, mode: str) -> str | None:
-    """Return why a backend lacks a capability in a mode, or None if it has it."""
+    """Return the reason why a backend lacks a capability in a mode, or None if it has it."""
     reason = backend.capabilities.get(capability, f"{capability} is not declared")
     return reason or backend.mode_exclusions.get(mode, {}).get(capability)
 
 
 class BackendUnavailableError(Exception):
-    """Raised by a backend as it is made, where its library is installed and can't be run.
+    """A backend's library is installed, but this machine cannot run it.
 
-    Its message says what this machine lacks, such as a GPU. The matrix shows it as untested, which
-    is no failure.
+    The constructor of a backend raises it, with a message that names the missing part, such as a
+    GPU. The matrix then skips the backend and does not count that as a failure.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class BackendNotRun:
-    """Stands in the matrix for a backend that could not be loaded, or has broken down.
+    """The outcome of a backend that did not load, or whose process failed.
 
     Attributes
     ----------
     name : str
     error : str
-        What was raised, in a line; or that it is untested, and why.
+        The reason in one line.
     details : str
         The traceback.
     is_missing : bool
-        Whether its library just is not installed, or can't be run on this machine; anything else
-        is a failure.
+        True if the library is not installed or cannot run on this machine. Every other reason
+        counts as a failure.
     """
 
     name: str
@@ -245,10 +245,10 @@ class BackendNotRun:
 
     @classmethod
     def from_error(cls, name: str, error: BaseException, own: str = "") -> Self:
-        """Return what stands for a backend, the loading of which raised an error.
+        """Return the outcome of a backend whose loading raised an error.
 
-        A module that is not found is a library that is not installed, unless it is the backend's
-        own, of a package that names a wrong one.
+        A missing module means that a library is not installed. The exception is the backend's
+        ``own`` module: then the entry point is wrong.
         """
         details = writable("".join(traceback.format_exception(error)))
         if isinstance(error, BackendUnavailableError):
@@ -261,48 +261,46 @@ class BackendNotRun:
 
 
 def load_backends(names: Sequence[str] = ()) -> Iterator[Backend | BackendNotRun]:
-    """Load the registered backends, or those named, in the order of their names.
+    """Load the named backends in alphabetical order, all registered ones by default.
 
     Yields
     ------
     Backend or BackendNotRun
-        The latter for one whose library is not installed, that can't be run on this machine, or
-        that is broken in any way, so that the others still run.
+        The backend, or the reason why it did not load. An error in one backend does not prevent
+        the others from loading.
 
     Raises
     ------
     ValueError
-        If a name is not registered; says which are.
+        If a name is not registered. The message lists the registered names.
     """
     for name in backend_names(names):
         points = entry_points_named(name)
         try:
-            yield _loaded(points)
+            yield _load(points)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # even one that exits must not take the others with it
+        except BaseException as error:  # a backend that calls sys.exit must not stop the others
             yield BackendNotRun.from_error(name, error, own=points[0].module)
 
 
 def backend_names(names: Sequence[str] = ()) -> list[str]:
-    """Return the names of the registered backends, or those given, in order and each once.
+    """Return the given names without duplicates, sorted; all registered names by default.
 
     Raises
     ------
     ValueError
-        If a name is not registered; says which are.
+        If a name is not registered. The message lists the registered names.
     """
     known = {point.name for point in _entry_points()}
     for name in names:
         if name not in known:
-            raise ValueError(
-                f"backend has to be one of {', '.join(sorted(known))}, but got {name!r}"
-            )
+            raise ValueError(f"backend must be one of {', '.join(sorted(known))}, got {name!r}")
     return sorted(set(names) or known)
 
 
 def entry_points_named(name: str) -> list[EntryPoint]:
-    """Return the entry points of a name: one, unless packages disagree on whose it is."""
+    """Return the entry points of a name: several if packages register different backends for it."""
     return [point for point in _entry_points() if point.name == name]
 
 
@@ -310,65 +308,73 @@ def _entry_points() -> Iterable[EntryPoint]:
     return entry_points(group="unidrop.backends")
 
 
-def _loaded(points: Sequence[EntryPoint]) -> Backend:
-    """Return the backend of an entry point, checked to be one."""
+def _load(points: Sequence[EntryPoint]) -> Backend:
+    """Load and validate the backend of an entry point."""
     if len({point.value for point in points}) > 1:
-        raise ValueError(f"several backends have this name: {[point.value for point in points]}")
+        values = [point.value for point in points]
+        raise ValueError(f"the name must belong to one backend, got {values}")
     backend = points[0].load()()
     if not isinstance(backend, Backend):
         members = (*Backend.__annotations__, *(n for n in vars(Backend) if not n.startswith("_")))
         missing = [member for member in members if not hasattr(backend, member)]
-        raise TypeError(f"it lacks {', '.join(missing)}: see unidrop.conformance.Backend")
+        lacks = ", ".join(missing)
+        raise TypeError(f"{backend!r} lacks {lacks}: see unidrop.conformance.Backend")
     if backend.name != points[0].name:
-        raise ValueError(f"name has to be that of the entry point, but got {backend.name!r}")
+        expected = repr(points[0].name)
+        raise ValueError(f"name must be {expected}, as the entry point, got {backend.name!r}")
     if not callable(backend.dtypes):
-        raise TypeError(f"dtypes has to be a method of a mode, but got {backend.dtypes!r}")
-    empty = [mode for mode in backend.modes if not backend.dtypes(mode)]
-    if empty or not backend.modes or not backend.devices:
-        raise ValueError("a backend has to have a mode, a device, and in each mode a dtype")
+        raise TypeError(f"dtypes must be a method with one argument, got {backend.dtypes!r}")
+    for name in ("modes", "devices"):
+        if not getattr(backend, name):
+            raise ValueError(f"{name} must not be empty, got {getattr(backend, name)!r}")
+    for mode in backend.modes:
+        dtypes = backend.dtypes(mode)
+        if not dtypes:
+            raise ValueError(f"dtypes({mode!r}) must not be empty, got {dtypes!r}")
     for name in ("capabilities", "mode_exclusions", "missing_modes", "derived_modes"):
         if not isinstance(getattr(backend, name), Mapping):
-            raise TypeError(f"{name} has to be a mapping, but got {getattr(backend, name)!r}")
+            raise TypeError(f"{name} must be a mapping, got {getattr(backend, name)!r}")
     _check_modes(backend)
     _check_capabilities(backend)
     return backend
 
 
 def _check_capabilities(backend: Backend) -> None:
-    """Raise ValueError for a capability that there is not, or that lacks its method."""
+    """Raise ValueError for an unknown capability, an empty reason or a missing method."""
     unknown = [name for name in backend.capabilities if name not in CAPABILITIES]
     if unknown:
-        raise ValueError(f"capabilities has to name {', '.join(CAPABILITIES)}, but got {unknown}")
+        raise ValueError(f"capabilities must be among {', '.join(CAPABILITIES)}, got {unknown}")
     for name, reason in backend.capabilities.items():
         if reason == "":
-            raise ValueError(
-                f"capabilities has to say why {name} is lacking, but got an empty reason"
-            )
+            raise ValueError(f"capabilities[{name!r}] must be None or a reason, got {reason!r}")
         method = CAPABILITIES[name].partition("(")[0]
         if reason is None and method == name and not hasattr(backend, name):
-            raise ValueError(f"capabilities declares {name}, but there is no method {name}")
+            raise ValueError(f"capabilities declares {name}, but the backend has no method {name}")
 
 
 def _check_modes(backend: Backend) -> None:
-    """Raise ValueError for what would be passed over without a word, such as a misspelt mode."""
+    """Raise ValueError for a declaration without effect, such as a misspelled mode."""
     if len(set(backend.modes)) != len(backend.modes):
-        raise ValueError(f"modes has to name each mode once, but got {tuple(backend.modes)}")
+        raise ValueError(f"modes must be unique, got {tuple(backend.modes)}")
     for name in ("compiled_modes", "mode_exclusions"):
         unknown = [mode for mode in getattr(backend, name) if mode not in backend.modes]
         if unknown:
-            raise ValueError(f"{name} has to name modes, but got {unknown}")
+            raise ValueError(f"{name} must be among {tuple(backend.modes)}, got {unknown}")
     check_derived_modes(backend)
     both = [mode for mode in backend.missing_modes if mode in backend.modes]
     if both:
-        raise ValueError(f"missing_modes has to name other modes than modes, but got {both}")
+        raise ValueError(f"missing_modes must not be among {tuple(backend.modes)}, got {both}")
 
 
 def check_derived_modes(backend: Backend) -> None:
-    """Raise ValueError where a variant, or what it is one of, is no compiled mode by itself."""
+    """Raise ValueError unless derived modes and the modes they wrap are compiled.
+
+    A derived mode must not wrap another derived mode.
+    """
     compiled = [mode for mode in backend.compiled_modes if mode not in backend.derived_modes]
     for mode, base in backend.derived_modes.items():
         if mode not in backend.compiled_modes or base not in compiled:
             raise ValueError(
-                f"derived_modes has to map a compiled mode to one that is no variant, such as "
-                f"{compiled}, but got {mode!r}: {base!r}"
+                "derived_modes must map a compiled mode to a compiled mode that is not derived, "
+                f"one of {compiled}, got {mode!r}: {base!r}"
             )

@@ -1,7 +1,7 @@
-"""How results are compared: to the bit, but for the two freedoms of the output rule.
+"""Compare results bit for bit, with the two exceptions of the output rule.
 
-NaN's payload is free, and where the input or the product is below the compute type's smallest
-normal number, a zero of the same sign conforms too. Nothing else may differ.
+The payload of a NaN is free. If the input or the product is below the smallest normal number of the
+compute type, a zero of the same sign conforms too.
 """
 
 from collections.abc import Sequence
@@ -23,92 +23,94 @@ __all__ = [
 ]
 
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-_SHOWN = 4
 
-# How many mistakes that what actual does not tell apart are still worth a look.
-_CAUSES = 3
+# An error shows this many elements that differ.
+_MAX_SHOWN = 4
+
+# An error names at most this many causes. More would not help the reader.
+_MAX_CAUSES = 3
 
 
 class ContractError(AssertionError):
-    """A contract that does not hold.
+    """A backend violates a contract.
 
     Attributes
     ----------
     expected, actual : str
     cause : str
-        The mistake that explains what actual, or several that do; empty where none is known.
+        The mutation that explains the actual result, or several; empty if none does.
     diff : str
-        The command that says more of it; empty where there is none.
+        The command that shows more; empty if there is none.
     """
 
     def __init__(self, expected: str, actual: str, *, cause: str = "", diff: str = "") -> None:
         because = f": {cause}" if cause else ""
-        super().__init__(f"expected {expected}, but {actual} actual{because}")
+        super().__init__(f"expected {expected}, got {actual}{because}")
         self.expected = expected
         self.actual = actual
         self.cause = cause
         self.diff = diff
 
-    def explained(self, causes: Sequence[str], diff: str = "") -> Self:
-        """Return the error with the mistakes that explain it; many together explain nothing."""
-        cause = "; or ".join(causes) if len(causes) <= _CAUSES else ""
+    def with_causes(self, causes: Sequence[str], diff: str = "") -> Self:
+        """Return a copy of the error with its possible causes, or with none if there are many."""
+        cause = "; or ".join(causes) if len(causes) <= _MAX_CAUSES else ""
         return type(self)(self.expected, self.actual, cause=cause, diff=diff)
 
 
-def check_equal(actual: object, expected: object, what: str) -> None:
+def check_equal(actual: object, expected: object, name: str) -> None:
     """Raise ContractError unless two plain values are equal."""
     if actual != expected:
-        raise ContractError(f"{what} {expected}", f"{actual}")
+        raise ContractError(f"{name} {expected}", f"{actual}")
 
 
-def check_mask(actual: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+def check_mask(actual: NDArray[Any], expected: NDArray[Any], name: str) -> None:
     """Raise ContractError unless two masks are equal in shape and every element."""
-    check_equal(actual.shape, expected.shape, f"{what}: shape")
-    differing = np.flatnonzero(actual != expected)
-    if differing.size:
-        shown = differing[:_SHOWN]
+    check_equal(actual.shape, expected.shape, f"{name}: shape")
+    wrong = np.flatnonzero(actual != expected)
+    if wrong.size:
+        shown = wrong[:_MAX_SHOWN]
         raise ContractError(
-            f"{what}: keep={expected.ravel()[shown].astype(int).tolist()} "
+            f"{name}: keep={expected.ravel()[shown].astype(int).tolist()} "
             f"at flat index {shown.tolist()}",
             f"{actual.ravel()[shown].astype(int).tolist()} "
-            f"({differing.size} of {expected.size} differ)",
+            f"({wrong.size} of {expected.size} differ)",
         )
 
 
-def check_output(actual: NDArray[Any], expected: NDArray[Any], x: NDArray[Any], what: str) -> None:
-    """Raise ContractError unless an output is, under the output rule, the one expected for x."""
-    check_equal(actual.shape, expected.shape, f"{what}: shape")
-    check_equal(actual.dtype, expected.dtype, f"{what}: dtype")
-    _check_none(differing(actual, expected, x), actual, expected, x, what)
+def check_output(actual: NDArray[Any], expected: NDArray[Any], x: NDArray[Any], name: str) -> None:
+    """Raise ContractError unless an output for x equals the expected one under the output rule."""
+    check_equal(actual.shape, expected.shape, f"{name}: shape")
+    check_equal(actual.dtype, expected.dtype, f"{name}: dtype")
+    _check_none_wrong(differing(actual, expected, x), actual, expected, x, name)
 
 
-def check_unchanged(actual: NDArray[Any], x: NDArray[Any], what: str) -> None:
-    """Raise ContractError unless an array is x to the bit, NaN's payload too."""
-    check_equal(actual.shape, x.shape, f"{what}: shape")
-    check_equal(actual.dtype, x.dtype, f"{what}: dtype")
+def check_unchanged(actual: NDArray[Any], x: NDArray[Any], name: str) -> None:
+    """Raise ContractError unless an array equals x bit for bit, including NaN payloads."""
+    check_equal(actual.shape, x.shape, f"{name}: shape")
+    check_equal(actual.dtype, x.dtype, f"{name}: dtype")
     wrong = np.flatnonzero(_bits(components(actual)) != _bits(components(x)))
-    _check_none(wrong, actual, x, x, what)
+    _check_none_wrong(wrong, actual, x, x, name)
 
 
-def _check_none(
+def _check_none_wrong(
     wrong: NDArray[np.int64],
     actual: NDArray[Any],
     expected: NDArray[Any],
     x: NDArray[Any],
-    what: str,
+    name: str,
 ) -> None:
-    """Raise ContractError where a component is wrong."""
+    """Raise ContractError if the indices of wrong components are not empty."""
     if wrong.size:
-        shown = wrong[:_SHOWN]
+        shown = wrong[:_MAX_SHOWN]
         raise ContractError(
-            f"{what}: {_shown(components(expected)[shown])} "
-            f"for x = {_shown(components(x)[shown])} at flat component {shown.tolist()}",
-            f"{_shown(components(actual)[shown])} ({wrong.size} of {expected.size} differ)",
+            f"{name}: {_format(components(expected)[shown])} "
+            f"for x = {_format(components(x)[shown])} at flat component {shown.tolist()}",
+            f"{_format(components(actual)[shown])} ({wrong.size} of {expected.size} differ)",
         )
 
 
 def differing(actual: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> NDArray[np.int64]:
-    """Return which components of an output are not, under the output rule, those expected."""
+    """Return the indices of the components that differ under the output rule."""
     return np.flatnonzero(~_conforms(components(actual), components(expected), components(x)))
 
 
@@ -117,7 +119,7 @@ def _conforms(actual: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> 
     both_nan = np.isnan(actual) & np.isnan(expected)
     compute = np.float64 if x.dtype == np.float64 else np.float32
     tiny = np.finfo(compute).tiny
-    with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN all the same
+    with np.errstate(invalid="ignore"):  # NumPy warns when it casts a signaling NaN
         magnitude = np.abs(x.astype(np.float64))
     flushed = (magnitude < tiny) & (actual == 0) & (np.signbit(actual) == np.signbit(x))
     conforms: NDArray[np.bool] = same | both_nan | (flushed & (expected != 0))
@@ -125,7 +127,7 @@ def _conforms(actual: NDArray[Any], expected: NDArray[Any], x: NDArray[Any]) -> 
 
 
 def components(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the elements of an array, in C order, complex ones as two."""
+    """Return an array flattened in C order, with real and imaginary parts as two elements."""
     flat = np.ascontiguousarray(values).reshape(-1)
     if flat.dtype.kind == "c":
         return flat.view(np.float32 if flat.dtype == np.complex64 else np.float64)
@@ -136,12 +138,13 @@ def _bits(values: NDArray[Any]) -> NDArray[Any]:
     return values.view(_UNSIGNED[values.dtype.itemsize])
 
 
-def _shown(values: NDArray[Any]) -> str:
+def _format(values: NDArray[Any]) -> str:
+    """Return decimal values with their bit patterns."""
     digits = 2 * values.dtype.itemsize
     pairs = zip(values, _bits(values), strict=True)
     return "[" + ", ".join(f"{float(v)!r} (0x{int(b):0{digits}x})" for v, b in pairs) + "]"
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return the NumPy dtype of a name, ml_dtypes' for bfloat16."""
+    """Return the NumPy dtype with a name; bfloat16 is the dtype of ml_dtypes."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

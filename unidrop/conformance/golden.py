@@ -1,4 +1,4 @@
-"""The golden vectors: what the specification says, computed without any of unidrop's own code."""
+"""Read the golden vectors, which separate integer code computed from the specification."""
 
 import json
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ _COMPONENTS = {
 
 @dataclass(frozen=True, slots=True)
 class GoldenMask:
-    """A mask of the specification; ``keep`` has the mask's own shape."""
+    """A mask computed from the specification; ``keep`` has length 1 along broadcast axes."""
 
     name: str
     seed: int
@@ -51,7 +51,7 @@ class GoldenMask:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of dropout that this mask needs, only those."""
+        """The options of dropout that this mask requires."""
         options: dict[str, Any] = {}
         if self.broadcast_axes:
             options["broadcast_axes"] = self.broadcast_axes
@@ -61,8 +61,8 @@ class GoldenMask:
         return options
 
     @property
-    def recipe(self) -> StreamModel:
-        """How the mask is made."""
+    def model(self) -> StreamModel:
+        """The model that computes the mask."""
         window = self.global_shape, self.start
         return StreamModel(
             self.seed, (self.step,), self.p, self.shape, self.broadcast_axes, *window
@@ -71,12 +71,12 @@ class GoldenMask:
     @property
     def command(self) -> str:
         """The command that prints the mask."""
-        return f"unidrop mask {self.recipe.arguments}"
+        return f"unidrop mask {self.model.cli_arguments}"
 
 
 @dataclass(frozen=True, slots=True)
 class GoldenOutput:
-    """An input, and the output of the specification for it."""
+    """An input and its output, computed from the specification."""
 
     name: str
     seed: int
@@ -87,40 +87,40 @@ class GoldenOutput:
     y: NDArray[Any]
 
     def reshaped(self, shape: tuple[int, ...]) -> "GoldenOutput":
-        """Return the same elements in another shape, in which their indices are the same."""
+        """Return the same elements in another shape; each keeps its flat index."""
         return replace(self, x=self.x.reshape(shape), y=self.y.reshape(shape))
 
     @property
-    def recipe(self) -> StreamModel:
-        """How the mask is made."""
+    def model(self) -> StreamModel:
+        """The model that computes the mask."""
         return StreamModel(self.seed, (self.step,), self.p, self.x.shape)
 
 
 @cache
 def read_golden() -> dict[str, Any]:
-    """Return the vectors as they stand in the file.
+    """Return the parsed file of vectors.
 
     Raises
     ------
     ValueError
-        If the file names another version of the stream.
+        If the file contains vectors of another stream version.
     """
     text = _FILES.joinpath("vectors.json").read_text(encoding="utf-8")
     vectors: dict[str, Any] = json.loads(text)
     if vectors.get("stream", 1) != STREAM_VERSION:
-        raise ValueError(f"stream has to be {STREAM_VERSION}, but got {vectors['stream']}")
+        raise ValueError(f"stream must be {STREAM_VERSION}, got {vectors['stream']!r}")
     return vectors
 
 
 def write_vectors(folder: Path) -> list[Path]:
-    """Write the vectors into a folder, with their schema and a README, and return the files.
+    """Write the vectors, their schema and a README to a folder, and return the paths.
 
-    They are enough to check an implementation in any language.
+    The files suffice to check an implementation in any language.
 
     Raises
     ------
     OSError
-        If a file can't be written.
+        If a file cannot be written.
     """
     written = []
     for name in ("README.md", "schema.json", "vectors.json"):
@@ -159,13 +159,14 @@ def golden_outputs() -> tuple[GoldenOutput, ...]:
             step=v["step"],
             p=v["p"],
             dtype=v["dtype"],
-            x=_from_bits(v["x"], v["dtype"]).reshape(v["shape"]),
-            y=_from_bits(v["y"], v["dtype"]).reshape(v["shape"]),
+            x=_decode(v["x"], v["dtype"]).reshape(v["shape"]),
+            y=_decode(v["y"], v["dtype"]).reshape(v["shape"]),
         )
         for v in read_golden()["outputs"]
     )
 
 
-def _from_bits(patterns: list[str], dtype: str) -> NDArray[Any]:
+def _decode(patterns: list[str], dtype: str) -> NDArray[Any]:
+    """Return the array with hexadecimal bit patterns."""
     unsigned, floating = _COMPONENTS[dtype]
     return np.array([int(pattern, 16) for pattern in patterns], dtype=unsigned).view(floating)

@@ -1,4 +1,4 @@
-"""array-api-strict in the matrix: the standard and not a function more, on two of its devices."""
+"""Run array-api-strict, which has no function beyond the standard, on two of its devices."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ["ArrayApiStrict"]
 
 
 class ArrayApiStrict(CoreBackend):
-    """array-api-strict with every optional part of the standard switched off."""
+    """array-api-strict with every optional part of the standard disabled."""
 
     name = "array-api-strict"
     xp = array_api_strict
@@ -26,23 +26,23 @@ class ArrayApiStrict(CoreBackend):
     }
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return all floating-point dtypes of the standard."""
+        """Return the floating-point dtypes of the standard."""
         return ("float32", "float64", "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
-        """Return an array on a device."""
+        """Convert to an array on a device."""
         return array_api_strict.asarray(x, device=array_api_strict.Device(device))
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
-        """Return a NumPy array by way of the CPU, the only device that has one."""
+        """Convert through the CPU, the only device that NumPy can read."""
         return np.asarray(y.to_device(array_api_strict.Device("CPU_DEVICE")))
 
     def get_device(self, y: Any) -> str:
-        """Return the device's name, which its repr holds."""
+        """Return the device's name, which only its repr contains."""
         return next(name for name in self.devices if f"'{name}'" in repr(y.device))
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call the core under the strictest flags."""
+        """Call the core with the strictest flags."""
         with array_api_strict.ArrayAPIStrictFlags(
             boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
         ):

@@ -1,4 +1,4 @@
-"""CuPy in the matrix, through the core, on each GPU; where there is none it is untested."""
+"""Run CuPy arrays on each GPU; a machine without one skips the backend."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["CuPy"]
 
 
 class CuPy(CoreBackend):
-    """CuPy, which computes on its current device: here always on that of its input."""
+    """CuPy, which computes on the current device; each method sets the device of its input."""
 
     name = "cupy"
     xp = cupy
@@ -31,17 +31,17 @@ class CuPy(CoreBackend):
         return ("float16", "float32", "float64", "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
-        """Return a copy on a GPU."""
+        """Copy to a GPU."""
         with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
             return cupy.asarray(x)
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
-        """Return a copy in this process's memory, which CuPy makes only where it is told to."""
+        """Copy to the host explicitly, since CuPy refuses an implicit copy."""
         copied: NDArray[Any] = cupy.asnumpy(y)
         return copied
 
     def get_device(self, y: Any) -> str:
-        """Return CUDA's name of the device."""
+        """Return the device's name in CUDA."""
         return f"cuda:{y.device.id}"
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
@@ -50,7 +50,7 @@ class CuPy(CoreBackend):
             return super().dropout(x, p, seed, step, mode=mode, **options)
 
     def layouts(self, x: Any) -> Mapping[str, Any]:
-        """Return the layouts that CuPy's users meet."""
+        """Return the layouts that CuPy users meet."""
         every_second = (slice(None, None, 2),) * x.ndim
         with x.device:
             padded = cupy.zeros([2 * length for length in x.shape], dtype=x.dtype)
@@ -63,7 +63,7 @@ class CuPy(CoreBackend):
 
 
 def _device_count() -> int:
-    """Return the number of GPUs, at least one, or raise `BackendUnavailableError`."""
+    """Return the number of GPUs; raise `BackendUnavailableError` if there is none."""
     try:
         count = int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError as error:

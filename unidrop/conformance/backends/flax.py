@@ -1,4 +1,4 @@
-"""Flax in the matrix: the module of `flax.nnx`, whose call number is the step."""
+"""Run the `flax.nnx` module, with the call number as the step."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,7 +19,7 @@ _MODES = ("nnx.jit", "nnx.remat")
 
 
 class Flax:
-    """The module, eagerly, in `nnx.jit`, and in that with `nnx.remat`."""
+    """The module in eager mode, in `nnx.jit`, and in `nnx.jit` with `nnx.remat`."""
 
     name = "flax"
     compiled_modes = _MODES
@@ -29,11 +29,11 @@ class Flax:
     mode_exclusions: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     capabilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
-        "windows": "a module of Flax has no windows",
-        "mask": "a module of Flax returns its output alone",
-        "words": "the module's words are JAX'",
-        "key": "the module takes a key that the core has folded",
-        "traced_key": "the module's call number is the only step it takes",
+        "windows": "a Flax module has no windows",
+        "mask": "a Flax module returns only its output",
+        "words": "the jax backend tests the words",
+        "key": "the core folds the module's key",
+        "traced_key": "the module has no step but its call number",
         "layouts": "JAX arrays have no strides",
     }
 
@@ -42,30 +42,30 @@ class Flax:
         self.modes = (*(fused or ["eager"]), *_MODES)
         self.missing_modes = missing_eager_modes(jnp.ones(1))
         self._traces = 0
-        self._called = {
-            "nnx.jit": nnx.jit(self._counted(_call)),
-            "nnx.remat": nnx.jit(self._counted(nnx.remat(_call))),
+        self._functions = {
+            "nnx.jit": nnx.jit(self._count_traces(_call)),
+            "nnx.remat": nnx.jit(self._count_traces(nnx.remat(_call))),
         }
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return the dtypes that JAX has without 64-bit numbers."""
+        """Return the floating-point dtypes of JAX without x64."""
         return ("float16", "bfloat16", "float32", "complex64")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
-        """Return an array."""
-        # Cast by NumPy: JAX would compile it for each shape.
+        """Convert to a JAX array."""
+        # JAX would compile a cast for each shape, so NumPy casts.
         return jax.device_put(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)))
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
-        """Return a NumPy array."""
+        """Convert to a NumPy array."""
         return np.asarray(y)
 
     def get_device(self, y: Any) -> str:
-        """Return the platform's name."""
+        """Return the name of the platform."""
         return str(next(iter(y.devices())).platform)
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call a new module, whose call number has been set."""
+        """Call a new module with its call number set to the step."""
         module = Dropout(
             p,
             broadcast_dims=options.get("broadcast_axes", ()),
@@ -78,15 +78,15 @@ class Flax:
     def run(self, module: Dropout, x: Any, mode: str) -> Any:
         """Call a module in a mode."""
         with use_mode_path(mode):
-            return self._called.get(mode, _call)(module, x)
+            return self._functions.get(mode, _call)(module, x)
 
     def vjp(self, module: Dropout, x: Any, mode: str) -> tuple[Any, Callable[[Any], Any]]:
-        """Call a module in a mode, and return the output and its pullback."""
+        """Call a module in a mode; return the output and the pullback."""
         graph, before = nnx.split(module)
 
         def pure(v: Any) -> tuple[Any, Any]:
             merged = nnx.merge(graph, before, copy=True)
-            return self._called.get(mode, _call)(merged, v), nnx.state(merged)
+            return self._functions.get(mode, _call)(merged, v), nnx.state(merged)
 
         with use_mode_path(mode):
             y, pullback, after = jax.vjp(pure, x, has_aux=True)
@@ -94,26 +94,26 @@ class Flax:
         return y, lambda upstream: pullback(upstream)[0]
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Pull the upstream gradient back through a new module."""
+        """Pull the upstream gradient back through a new module with its call number set."""
         module = Dropout(p, seed=seed)
         module.calls = step
         _, pullback = self.vjp(module, x, mode)
         return pullback(upstream)
 
     def traces(self, mode: str) -> int:
-        """Return how often a function was traced."""
+        """Return the number of traces in all modes."""
         return self._traces
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Layer":
-        """Return the module."""
+        """Return a module and the mode that runs it."""
         return _Layer(self, Dropout(p, seed=seed), mode)
 
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
+    def _count_traces(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def traced(*args: Any) -> Any:
             self._traces += 1
             return function(*args)
 
-        return counted
+        return traced
 
 
 class _Layer:

@@ -1,4 +1,4 @@
-"""JAX in the matrix: the functional form, eagerly, compiled and transformed, on one device."""
+"""Run the JAX function in eager mode, compiled, and under transformations, on one device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,18 +21,18 @@ from unidrop.conformance import (
     use_mode_path,
 )
 
-__all__ = ["Jax", "call", "folded", "make_step"]
+__all__ = ["Jax", "call", "fold_in", "make_step"]
 
 Function = Callable[..., Any]
 
 
 def _vjp(f: Function) -> Function:
-    """Return f as `jax.vjp` computes it."""
+    """Return f evaluated by `jax.vjp`."""
     return lambda x, key, step: jax.vjp(lambda v: f(v, key, step), x)[0]
 
 
 def _vmap(f: Function) -> Function:
-    """Return f over a batch of arrays and of steps, the second of which is the one asked for."""
+    """Return f over a batch of two examples, and select the second."""
 
     def mapped(x: Any, key: Any, step: Any) -> Any:
         batch = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
@@ -43,19 +43,20 @@ def _vmap(f: Function) -> Function:
 
 
 def _scan(f: Function) -> Function:
-    """Return f in a loop over keys and steps, the second of which is the one asked for."""
+    """Return f in a loop of two iterations, and select the second."""
 
     def scanned(x: Any, key: Any, step: Any) -> Any:
-        turns = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
-        # One array a turn: of one for all turns JAX would sum the gradients, and -0 becomes +0.
+        keys_and_steps = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
+        # Each iteration has its own array. For a shared one, JAX would sum the gradients of the
+        # iterations, which turns -0 into +0.
         arrays = jnp.stack([jnp.zeros_like(x), x])
-        _, y = lax.scan(lambda _, turn: (None, f(*turn)), None, (arrays, *turns))
+        _, y = lax.scan(lambda _, args: (None, f(*args)), None, (arrays, *keys_and_steps))
         return jax.tree.map(lambda v: v[1], y)
 
     return scanned
 
 
-#: What becomes of a function of (x, key, step) in a compiled mode, before it is compiled.
+#: Maps a compiled mode to its transformation of a function of (x, key, step).
 _TRANSFORMED: Mapping[str, Callable[[Function], Function]] = {
     "jit": lambda f: f,
     "jit-x64": lambda f: f,
@@ -68,17 +69,17 @@ _TRANSFORMED: Mapping[str, Callable[[Function], Function]] = {
 
 
 class Jax(CoreBackend):
-    """JAX, in the two worlds that ``jax_enable_x64`` makes, and under its transformations."""
+    """JAX with and without ``jax_enable_x64``, and under its transformations."""
 
     name = "jax"
     xp = jnp
-    # Eager calls too are compiled for each shape, where kernels are not used.
+    # Without fused kernels, JAX compiles eager calls for each shape too.
     compiled_modes = ("eager", *_TRANSFORMED)
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "traces")),
-        "layer": "JAX has no layers of its own: Flax' are in the matrix",
-        "layer_gradient": "JAX has no layers of its own: Flax' are in the matrix",
+        "layer": "JAX has no layers; the flax backend has",
+        "layer_gradient": "JAX has no layers; the flax backend has",
         "layouts": "JAX arrays have no strides",
     }
     derived_modes: Mapping[str, str] = dict.fromkeys(("vjp", "scan", "remat", "donated"), "jit")
@@ -92,108 +93,108 @@ class Jax(CoreBackend):
         self._compiled: dict[Any, Function] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return JAX's floating-point dtypes, the double ones with x64."""
+        """Return JAX's floating-point dtypes, with the 64-bit ones if the mode enables x64."""
         narrow = ("float16", "bfloat16", "float32", "complex64")
         return (*narrow, "float64", "complex128") if mode.endswith("x64") else narrow
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
-        """Return an array with x's dtype as far as the mode has it."""
+        """Convert to a JAX array, with a narrower dtype if the mode lacks x's."""
         with _x64(mode):
-            # Cast by NumPy: JAX would compile it for each shape.
+            # JAX would compile a cast for each shape, so NumPy casts.
             x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
             return jax.device_put(x, jax.devices(device)[0])
 
     def get_device(self, y: Any) -> str:
-        """Return the platform's name."""
+        """Return the name of the platform."""
         return str(next(iter(y.devices())).platform)
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call the functional form in the mode's world."""
+        """Call the function in a mode."""
         with _x64(mode), use_mode_path(mode):
             if mode not in _TRANSFORMED:
                 return call(x, p, Key(seed).fold_in(step), options)
             if mode == "donated":
                 x = jnp.array(x)
-            return self._in(mode, p, options)(x, *make_step(seed, step))
+            return self._compile(mode, p, options)(x, *make_step(seed, step))
 
-    def _in(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
+    def _compile(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
         static = (mode, p, type(p), tuple(options.items()))
         if static not in self._compiled:
-            given = {"donate_argnums": 0} if mode == "donated" else {}
-            self._compiled[static] = jax.jit(self._transformed(mode, p, options), **given)
+            jit_options = {"donate_argnums": 0} if mode == "donated" else {}
+            self._compiled[static] = jax.jit(self._transform(mode, p, options), **jit_options)
         return self._compiled[static]
 
-    def _transformed(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
-        def traced(x: Any, key: Key, step: Any) -> Any:
+    def _transform(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
+        def drop(x: Any, key: Key, step: Any) -> Any:
             return call(x, p, key if step is None else key.fold_in(step), options)
 
-        transformed = _TRANSFORMED[mode](traced)
+        transformed = _TRANSFORMED[mode](drop)
 
-        def counted(*args: Any) -> Any:
+        def traced(*args: Any) -> Any:
             self._traces += 1
             return transformed(*args)
 
-        return counted
+        return traced
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Pull the upstream gradient back, through the mode's transformation."""
+        """Pull the upstream gradient back through the mode's transformation."""
         with _x64(mode), use_mode_path(mode):
             if mode not in _TRANSFORMED:
                 key = Key(seed).fold_in(step)
                 return jax.vjp(lambda v: dropout(v, p, key), x)[1](upstream)[0]
-            return self._gradient_in(mode, p)(x, upstream, *make_step(seed, step))
+            return self._compile_gradient(mode, p)(x, upstream, *make_step(seed, step))
 
-    def _gradient_in(self, mode: str, p: float) -> Function:
+    def _compile_gradient(self, mode: str, p: float) -> Function:
         static = ("gradient", mode, p, type(p))
         if static not in self._compiled:
-            f = self._transformed(mode, p, {})
+            f = self._transform(mode, p, {})
 
-            def pulled(x: Any, upstream: Any, key: Any, step: Any) -> Any:
+            def pull_back(x: Any, upstream: Any, key: Any, step: Any) -> Any:
                 return jax.vjp(lambda v: f(v, key, step), x)[1](upstream)[0]
 
-            given = {"donate_argnums": 0} if mode == "donated" else {}
-            self._compiled[static] = jax.jit(pulled, **given)
+            jit_options = {"donate_argnums": 0} if mode == "donated" else {}
+            self._compiled[static] = jax.jit(pull_back, **jit_options)
         return self._compiled[static]
 
     def traces(self, mode: str) -> int:
-        """Return how often a function was traced; an eager one is by `unidrop` itself."""
+        """Return the number of traces; the adapter counts them in eager mode."""
         return self._traces if mode in _TRANSFORMED else programs()
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
-        """Run the generator in the mode's world."""
+        """Run the generator with the mode's x64 setting."""
         with _x64(mode):
-            four = self._run(generated, "jit")(*map(np.uint32, (*counter, *key)))
-            return [int(word) for word in four]
+            words = self._jit(generated, "jit")(*map(np.uint32, (*counter, *key)))
+            return [int(word) for word in words]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
-        """Fold an array in, in the mode's world."""
+        """Fold in an array in a mode."""
         with _x64(mode):
-            lo, hi = self._run(folded, mode)(Key(seed), jax.device_put(np.int32(step)))
+            lo, hi = self._jit(fold_in, mode)(Key(seed), jax.device_put(np.int32(step)))
             return int(hi) << 32 | int(lo)
 
-    def _run(self, function: Function, mode: str) -> Function:
-        """Return a function of words as the mode runs it."""
+    def _jit(self, function: Function, mode: str) -> Function:
+        """Return a compiled function, or the function itself in eager modes."""
         if mode not in _TRANSFORMED:
             return function
         return self._compiled.setdefault(function, jax.jit(function))
 
 
-def folded(key: Key, step: Any) -> tuple[Any, Any]:
+def fold_in(key: Key, step: Any) -> tuple[Any, Any]:
     """Return the words of a key with a step folded in."""
     return key.fold_in(step).words
 
 
 def call(x: Any, p: Any, key: Key, options: Mapping[str, Any]) -> Any:
-    """Call the functional form, by its own names for the core's options."""
+    """Call the JAX function, with its own names for the core's options."""
     names = {"broadcast_axes": "broadcast_dims", "training": "deterministic"}
-    named = {names.get(name, name): value for name, value in options.items()}
-    if "deterministic" in named:
-        named["deterministic"] = not named["deterministic"]
-    return dropout(x, p, key, **named)
+    renamed = {names.get(name, name): value for name, value in options.items()}
+    if "deterministic" in renamed:
+        renamed["deterministic"] = not renamed["deterministic"]
+    return dropout(x, p, key, **renamed)
 
 
 def make_step(seed: int, step: int) -> tuple[Key, Any]:
-    """Return the key and the step to be folded into it; one of more than 32 bits has been."""
+    """Return a key and the step to fold in; a step of more than 32 bits is folded in already."""
     if step < 1 << 32:
         return Key(seed), np.uint32(step)
     return Key(seed).fold_in(step), None

@@ -1,6 +1,6 @@
-"""Keras in the matrix: the layer, in each way that the backend of this process runs one.
+"""Run the Keras layer in every mode of the Keras backend that this process has.
 
-Keras has one backend a process, so the others' columns run `elsewhere`.
+Keras has one backend per process, so `subprocess_backends` runs the others in their own processes.
 """
 
 import tempfile
@@ -18,25 +18,25 @@ from unidrop.adapters.keras import Dropout
 from unidrop.conformance import eager_modes, missing_eager_modes, use_mode_path
 from unidrop.conformance.backends.keras_modes import (
     DERIVED,
-    FITS,
-    LIMITS,
+    EXCLUSIONS,
+    FIT_EXCLUSIONS,
+    FIT_MODES,
     MISSING,
-    REMATERIALISED,
-    UNFIT,
+    REMAT_SCOPE,
     compiled_modes,
     get_scope,
-    graphs,
-    made_in_mode,
+    make_runner,
     make_tensor,
+    torch_graphs,
 )
 
 __all__ = ["Keras"]
 
-_NO_GRADIENT = "Keras' NumPy backend has no gradient"
+_NO_GRADIENT = "Keras has no gradients on NumPy"
 
 
 class Keras:
-    """The Keras layer, whose call number is the step."""
+    """The Keras layer, with its call number as the step."""
 
     name = "keras"
     devices = ("cpu",)
@@ -44,55 +44,57 @@ class Keras:
     capabilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
         "windows": "a Keras layer has no windows",
-        "mask": "a Keras layer returns its output alone",
-        "words": "the layer's words are those of its backend",
-        "key": "the layer takes a key that the core has folded",
-        "traced_key": "the layer's call number is the only step it takes",
-        "layouts": "Keras has no layouts: its backends' own columns have theirs",
+        "mask": "a Keras layer returns only its output",
+        "words": "the backends of the frameworks test the words",
+        "key": "the core folds the layer's key",
+        "traced_key": "the layer has no step but its call number",
+        "layouts": "Keras has no strides; the backends of the frameworks test layouts",
     }
 
     def __init__(self) -> None:
         self._backend = keras.backend.backend()
         self.compiled_modes = compiled_modes()
         self.derived_modes = DERIVED.get(self._backend, {})
-        fits = () if self._backend == "numpy" else FITS[self._backend]
-        eager = eager_modes(keras.ops.ones(1))
-        self.modes = tuple(dict.fromkeys((*eager, *self.compiled_modes, *fits)))
-        self.mode_exclusions = {**dict.fromkeys(fits, UNFIT), **LIMITS.get(self._backend, {})}
+        fits = FIT_MODES[self._backend]
         ones = keras.ops.ones(1)
+        self.modes = tuple(dict.fromkeys((*eager_modes(ones), *self.compiled_modes, *fits)))
+        self.mode_exclusions = {
+            **dict.fromkeys(fits, FIT_EXCLUSIONS),
+            **EXCLUSIONS.get(self._backend, {}),
+        }
         self.missing_modes = {**MISSING[self._backend], **missing_eager_modes(ones)}
         if self._backend == "numpy":
             lacking = dict.fromkeys(("gradient", "layer_gradient"), _NO_GRADIENT)
             self.capabilities = {**self.capabilities, **lacking}
         else:
-            self.modes = (*self.modes, REMATERIALISED)
+            self.modes = (*self.modes, REMAT_SCOPE)
         if not self.compiled_modes:
-            self.capabilities = {**self.capabilities, "traces": "it only runs eagerly"}
+            self.capabilities = {**self.capabilities, "traces": "no mode compiles"}
         self._traces = 0
-        self._layers: dict[Any, Any] = {}
+        self._runners: dict[Any, Any] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return the dtypes of Keras' policies."""
+        """Return the dtypes of Keras's dtype policies."""
         if self._backend == "torch" and mode == "fit":
-            # Keras' trainer there makes float32 of bfloat16 and back, which changes NaN's bits.
+            # Keras's torch trainer converts bfloat16 to float32 and back, which changes NaN bits.
             return ("float16", "float32", "float64")
         narrow = ("float16", "bfloat16", "float32")
-        # JAX has float64 only where it is told to.
+        # JAX has float64 only if x64 is enabled.
         return narrow if self._backend == "jax" else (*narrow, "float64")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
-        """Return a tensor."""
+        """Convert to a tensor of the Keras backend."""
         return make_tensor(x)
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
-        """Return a NumPy array."""
+        """Convert to a NumPy array."""
         name = keras.backend.standardize_dtype(y.dtype)
-        # Keras can't convert TensorFlow's bfloat16 scalars.
+        # Keras cannot convert TensorFlow bfloat16 scalars.
         plain = y.numpy() if self._backend == "tensorflow" else keras.ops.convert_to_numpy(y)
         return np.array(plain, dtype=_numpy_dtype(name))
 
     def get_device(self, y: Any) -> str:
-        """Return the device: no backend is given another here."""
+        """Return the only device, since Keras has no API to choose one."""
         return "cpu"
 
     def dropout(
@@ -106,87 +108,89 @@ class Keras:
         training: bool = True,
         broadcast_axes: tuple[int, ...] = (),
     ) -> Any:
-        """Call a layer whose call number is set to the step."""
+        """Call a layer with its call number set to the step."""
         rank = len(x.shape)
         shared = {axis % rank for axis in broadcast_axes}
         noise_shape = tuple(1 if axis in shared else None for axis in range(rank))
-        layer = self._layer(p, seed, noise_shape if shared else None, x, mode)
-        layer.calls = step
+        runner = self._cached_runner(p, seed, noise_shape if shared else None, x, mode)
+        runner.calls = step
         try:
             with use_mode_path(mode):
-                return layer(x, training=training)
+                return runner(x, training=training)
         except BaseException:
-            # Keras on JAX may have left it without its state.
-            self._layers = {key: kept for key, kept in self._layers.items() if kept is not layer}
+            # Keras on JAX may leave the layer without its state.
+            self._runners = {key: r for key, r in self._runners.items() if r is not runner}
             raise
 
-    def _layer(self, p: Any, seed: int, noise_shape: Any, x: Any, mode: str) -> Any:
-        # A layer's call number is its state, so each thread has layers of its own.
+    def _cached_runner(self, p: Any, seed: int, noise_shape: Any, x: Any, mode: str) -> Any:
+        # The call number is state of a layer, so threads must not share layers.
         dtype = keras.backend.standardize_dtype(x.dtype)
         key = (p, type(p), seed, noise_shape, dtype, mode, get_ident())
-        if key not in self._layers:
+        if key not in self._runners:
             policy = dtype if dtype in self.dtypes("eager") else "float32"
             with self.scope(mode):
                 layer = Dropout(p, noise_shape, seed=seed, dtype=policy, autocast=False)
-            self._layers[key] = self.made(layer, mode)
-        return self._layers[key]
+            self._runners[key] = self.make_runner(layer, mode)
+        return self._runners[key]
 
     def scope(self, mode: str) -> AbstractContextManager[Any]:
-        """Return the context in which a mode's layers are made."""
+        """Return the context that creates a mode's layers."""
         return get_scope(mode)
 
-    def made(self, layer: Dropout, mode: str) -> Any:
-        """Return what runs a layer in a mode."""
-        return made_in_mode(layer, mode, self.count)
+    def make_runner(self, layer: Dropout, mode: str) -> Any:
+        """Return an object that runs a layer in a mode."""
+        return make_runner(layer, mode, self.count_trace)
 
-    def count(self) -> None:
-        """Count a trace."""
+    def count_trace(self) -> None:
+        """Count one trace."""
         self._traces += 1
 
     def traces(self, mode: str) -> int:
-        """Return how often a function around a layer was traced."""
-        return graphs() if self._backend == "torch" else self._traces
+        """Return the number of traces in all modes."""
+        return torch_graphs() if self._backend == "torch" else self._traces
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Differentiate a call of the layer."""
-        layer = self._layer(p, seed, None, x, mode)
-        layer.calls = step
+        runner = self._cached_runner(p, seed, None, x, mode)
+        runner.calls = step
         with use_mode_path(mode):
-            _, pullback = layer.vjp(x)
+            _, pullback = runner.vjp(x)
             return pullback(upstream)
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Model":
-        """Return a layer, in a model that saves its weights."""
+        """Return a layer in a model that saves its weights."""
         with self.scope(mode):
             layer = Dropout(p, seed=seed, dtype=dtype, autocast=False)
-        return _Model(layer, self.made(layer, mode), mode)
+        return _Model(layer, self.make_runner(layer, mode), mode)
 
 
 class _Model:
-    def __init__(self, layer: Dropout, run: Any, mode: str) -> None:
+    """A model of one layer, which saves and loads the layer's state."""
+
+    def __init__(self, layer: Dropout, runner: Any, mode: str) -> None:
         self._model = keras.Sequential([keras.Input((None,)), layer])
-        self._run = run
+        self._runner = runner
         self._mode = mode
 
     @property
     def calls(self) -> int:
-        calls: int = self._run.calls
+        calls: int = self._runner.calls
         return calls
 
     @calls.setter
     def calls(self, value: int) -> None:
-        self._run.calls = value
+        self._runner.calls = value
 
     def __call__(self, x: Any, *, training: bool) -> Any:
         with use_mode_path(self._mode):
-            return self._run(x, training=training)
+            return self._runner(x, training=training)
 
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         with use_mode_path(self._mode):
-            y, pullback = self._run.vjp(x)
-        return y, lambda upstream: self._pulled_back(pullback, upstream)
+            y, pullback = self._runner.vjp(x)
+        return y, lambda upstream: self._pull_back(pullback, upstream)
 
-    def _pulled_back(self, pullback: Callable[[Any], Any], upstream: Any) -> Any:
+    def _pull_back(self, pullback: Callable[[Any], Any], upstream: Any) -> Any:
         with use_mode_path(self._mode):
             return pullback(upstream)
 

@@ -1,4 +1,4 @@
-"""How a Keras layer is run: at once, compiled as its backend compiles, or by a model's `fit`."""
+"""Run a Keras layer in each mode: eager, compiled by its backend, or in a model's `fit`."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -14,116 +14,116 @@ from unidrop.adapters.keras import Dropout
 
 __all__ = [
     "DERIVED",
-    "FITS",
-    "LIMITS",
+    "EXCLUSIONS",
+    "FIT_EXCLUSIONS",
+    "FIT_MODES",
     "MISSING",
-    "REMATERIALISED",
-    "UNFIT",
-    "AtOnce",
+    "REMAT_SCOPE",
+    "EagerRunner",
     "compiled_modes",
     "get_scope",
-    "graphs",
-    "made_in_mode",
+    "make_runner",
     "make_tensor",
+    "torch_graphs",
 ]
 
-#: The modes that train a model, by the backend.
-FITS: Mapping[str, tuple[str, ...]] = {
+#: The modes that train a model, by Keras backend.
+FIT_MODES: Mapping[str, tuple[str, ...]] = {
     "tensorflow": ("fit", "fit XLA"),
     "jax": ("fit",),
     "torch": ("fit",),
+    "numpy": (),
 }
 
-#: The mode of a layer that is made where Keras is asked to compute activations again.
-REMATERIALISED = "RematScope"
+#: The mode of a layer that is created inside `keras.RematScope`.
+REMAT_SCOPE = "RematScope"
 
-_OWN = "fit takes the gradients itself, and gives none away"
-
-#: What does not apply where a model is trained.
-UNFIT: Mapping[str, str] = dict.fromkeys(("gradient", "layer_gradient"), _OWN)
-
-# Each takes a model or two, of which XLA compiles the whole training step.
-_OF_FIT = dict.fromkeys(
-    ("layer-resumes", "layer-traces", "step-keys", "threads"),
-    "compared in fit, which keeps state and traces in the same way, and in XLA",
+#: Exclusions of modes that train a model.
+FIT_EXCLUSIONS: Mapping[str, str] = dict.fromkeys(
+    ("gradient", "layer_gradient"), "fit does not return gradients"
 )
 
-_WRAPPED = (
-    "torch can't record how Keras rewords an error of its layers, and raises one of its own kind"
-)
-_EMPTIED = (
-    "Keras on JAX takes a model's state away while it fits, and an error leaves it without any"
+# Each of these contracts trains one or two models, and XLA compiles a whole training step.
+_FIT_XLA_EXCLUSIONS = dict.fromkeys(
+    ("layer-resumes", "layer-traces", "step-keys", "threads"), "fit and XLA cover this"
 )
 
-_OUTER = "RematScope around a layer of layers"
-_CALLED_AGAIN = (
-    "what Keras puts around the outer layer calls it again and does not say so: to a dropout "
-    "inside, as to keras.layers.Dropout, that is another training call, with another mask"
+_WRAPPED_ERROR = "Dynamo cannot trace how Keras rewords errors of layers, and raises its own error"
+_LOST_STATE = "Keras on JAX detaches a model's state in fit, and an error leaves it detached"
+
+_OUTER_REMAT = "RematScope around a layer of layers"
+_UNKNOWN_RECOMPUTATION = (
+    "Keras recomputes the outer layer without telling the inner ones, so a dropout layer inside "
+    "counts another training call; keras.layers.Dropout draws another mask too"
 )
 
-#: The modes that a backend has and our layers can't be run in.
+#: The modes that Keras has and the layer does not support, by Keras backend.
 MISSING: Mapping[str, Mapping[str, str]] = {
-    "tensorflow": {_OUTER: _CALLED_AGAIN, "recompute_grad around a layer": _CALLED_AGAIN},
-    "jax": {
-        _OUTER: "Keras passes training through jax.checkpoint, whose tracer no layer can branch "
-        "on: keras.layers.Dropout raises too"
+    "tensorflow": {
+        _OUTER_REMAT: _UNKNOWN_RECOMPUTATION,
+        "recompute_grad around a layer": _UNKNOWN_RECOMPUTATION,
     },
-    "torch": {_OUTER: _CALLED_AGAIN},
-    "numpy": {"fit": "Keras' NumPy backend has no gradient"},
+    "jax": {
+        _OUTER_REMAT: "Keras passes training through jax.checkpoint, and no layer can branch on "
+        "its tracer; keras.layers.Dropout raises too"
+    },
+    "torch": {_OUTER_REMAT: _UNKNOWN_RECOMPUTATION},
+    "numpy": {"fit": "Keras has no gradients on NumPy"},
 }
 
-#: The compiled modes that train with what another compiles, by the backend.
+#: The compiled modes that wrap another mode in training, by Keras backend.
 DERIVED: Mapping[str, Mapping[str, str]] = {
     "tensorflow": {"fit": "tf.function", "fit XLA": "XLA"},
     "jax": {"fit": "jit"},
 }
 
-#: What does not apply in other modes, by the backend.
-LIMITS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+#: Exclusions of modes, by Keras backend.
+EXCLUSIONS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "tensorflow": {
-        "fit": UNFIT,
-        "fit XLA": {**UNFIT, **_OF_FIT},
+        "fit": FIT_EXCLUSIONS,
+        "fit XLA": {**FIT_EXCLUSIONS, **_FIT_XLA_EXCLUSIONS},
     },
     "jax": {
-        "eager": {"traces": "JAX compiles single operations where it runs eagerly"},
-        "fit": {**UNFIT, "layer-error": _EMPTIED},
+        "eager": {"traces": "JAX compiles single operations in eager mode"},
+        "fit": {**FIT_EXCLUSIONS, "layer-error": _LOST_STATE},
     },
-    "torch": {"torch.compile": dict.fromkeys(("bad-dtype", "layer-error"), _WRAPPED)},
+    "torch": {"torch.compile": dict.fromkeys(("bad-dtype", "layer-error"), _WRAPPED_ERROR)},
 }
 
 
 def compiled_modes() -> tuple[str, ...]:
-    """Return the modes that this process's backend traces a function or a model in."""
+    """Return the modes that trace a function or a model on this process's Keras backend."""
     backend = keras.backend.backend()
-    fits = () if backend == "torch" else FITS.get(backend, ())
-    # JAX compiles each operation for each shape where it runs eagerly, too.
+    fits = () if backend == "torch" else FIT_MODES[backend]
+    # In eager mode, JAX compiles each operation for each shape too.
     eager = ("eager",) if backend == "jax" else ()
-    return (*eager, *_COMPILED.get(backend, {}), *fits)
+    return (*eager, *_COMPILED_RUNNERS.get(backend, {}), *fits)
 
 
 def get_scope(mode: str) -> AbstractContextManager[Any]:
-    """Return the context in which a mode's layers are made."""
-    return keras.RematScope("full") if mode == REMATERIALISED else nullcontext()
+    """Return the context that creates a mode's layers."""
+    return keras.RematScope("full") if mode == REMAT_SCOPE else nullcontext()
 
 
-def made_in_mode(layer: Dropout, mode: str, count: Callable[[], None]) -> Any:
-    """Return what runs a layer in a mode, and counts how often that is traced."""
+def make_runner(layer: Dropout, mode: str, count_trace: Callable[[], None]) -> Any:
+    """Return an object that runs a layer in a mode and reports each trace."""
     backend = keras.backend.backend()
-    if mode in FITS.get(backend, ()):
-        return _Fitted(layer, count, jit_compile=mode == "fit XLA" or "auto")
-    make = _COMPILED.get(backend, {}).get(mode, _EAGER.get(backend, AtOnce))
-    return make(layer, count)
+    if mode in FIT_MODES[backend]:
+        return _FitRunner(layer, count_trace, jit_compile=mode == "fit XLA" or "auto")
+    eager = _EAGER_RUNNERS.get(backend, EagerRunner)
+    runner = _COMPILED_RUNNERS.get(backend, {}).get(mode, eager)
+    return runner(layer, count_trace)
 
 
-def graphs() -> int:
-    """Return how many graphs torch.compile has made, by torch's own count."""
+def torch_graphs() -> int:
+    """Return the number of graphs that torch.compile has compiled, from torch's own counter."""
     import torch._dynamo.utils
 
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def make_tensor(x: NDArray[Any]) -> Any:
-    """Return a tensor of an array's bits: Keras on torch goes by float32, which changes NaN's."""
+    """Convert an array bit for bit; Keras on torch would convert bfloat16 through float32."""
     if keras.backend.backend() != "torch" or x.dtype.name != "bfloat16":
         return keras.ops.convert_to_tensor(x, dtype=x.dtype.name)
     import torch
@@ -131,16 +131,16 @@ def make_tensor(x: NDArray[Any]) -> Any:
     return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
 
 
-class AtOnce:
-    """Calls a layer, on any backend."""
+class EagerRunner:
+    """Call a layer directly, on any Keras backend."""
 
-    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+    def __init__(self, layer: Dropout, count_trace: Callable[[], None]) -> None:
         self._layer = layer
-        self._count = count
+        self._count_trace = count_trace
 
     @property
     def calls(self) -> int:
-        """The layer's call number, which may be set."""
+        """The layer's call number."""
         return self._layer.calls
 
     @calls.setter
@@ -152,7 +152,7 @@ class AtOnce:
         return self._layer(x, training=training)
 
 
-class _TensorFlow(AtOnce):
+class _TensorFlowRunner(EagerRunner):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         import tensorflow as tf
 
@@ -162,28 +162,28 @@ class _TensorFlow(AtOnce):
         return y, lambda upstream: tape.gradient(y, x, upstream)
 
 
-class _Function(_TensorFlow):
+class _FunctionRunner(_TensorFlowRunner):
     jit_compile = False
 
-    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+    def __init__(self, layer: Dropout, count_trace: Callable[[], None]) -> None:
         import tensorflow as tf
 
-        super().__init__(layer, count)
+        super().__init__(layer, count_trace)
         self._run = tf.function(self._traced, jit_compile=self.jit_compile)
 
     def _traced(self, x: Any, training: bool) -> Any:
-        self._count()
+        self._count_trace()
         return self._layer(x, training=training)
 
     def __call__(self, x: Any, *, training: bool) -> Any:
         return self._run(x, training)
 
 
-class _Xla(_Function):
+class _XlaRunner(_FunctionRunner):
     jit_compile = True
 
 
-class _Torch(AtOnce):
+class _TorchRunner(EagerRunner):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         import torch
 
@@ -195,32 +195,32 @@ class _Torch(AtOnce):
 _numbers = itertools.count()
 
 
-class _Compiled(_Torch):
-    """A layer under `torch.compile`, all of it in one graph."""
+class _TorchCompileRunner(_TorchRunner):
+    """A layer under `torch.compile` in one graph."""
 
-    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+    def __init__(self, layer: Dropout, count_trace: Callable[[], None]) -> None:
         import torch
 
-        super().__init__(layer, count)
-        # What Keras notes of a layer's first call would have it traced again at the second.
+        super().__init__(layer, count_trace)
+        # Keras records attributes at a layer's first call, which would retrace the second.
         layer(keras.Input((None,)))
-        # Where the matrix has a hundred layers, torch would give up after the eighth.
+        # The matrix has a hundred layers. By default, Dynamo stops compiling after eight.
         torch._dynamo.config.recompile_limit = 1 << 20
 
         def run(x: Any, training: bool) -> Any:
             return layer(x, training=training)
 
-        # Of code and a name of its own, so that its graphs are not sought among those of other
-        # layers, and torch does not take what differs between layers for what varies.
+        # Each layer has its own code object and name. Otherwise Dynamo would search the graphs of
+        # other layers, and take differences between layers for dynamic values.
         code = run.__code__.replace(co_name=f"run_{next(_numbers)}")
-        own = FunctionType(code, run.__globals__, closure=run.__closure__)
-        self._run = torch.compile(own, fullgraph=True)
+        function = FunctionType(code, run.__globals__, closure=run.__closure__)
+        self._run = torch.compile(function, fullgraph=True)
 
     def __call__(self, x: Any, *, training: bool) -> Any:
         return self._run(x, training)
 
 
-class _Jax(AtOnce):
+class _JaxRunner(EagerRunner):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         import jax
 
@@ -228,67 +228,71 @@ class _Jax(AtOnce):
         return y, lambda upstream: pullback(upstream)[0]
 
 
-class _Jit(_Jax):
-    """A stateless call under `jax.jit`, whose state goes in and out."""
+class _JitRunner(_JaxRunner):
+    """A stateless call under `jax.jit`, with the state as an argument and a result."""
 
-    def __init__(self, layer: Dropout, count: Callable[[], None]) -> None:
+    def __init__(self, layer: Dropout, count_trace: Callable[[], None]) -> None:
         import jax
 
-        super().__init__(layer, count)
+        super().__init__(layer, count_trace)
         self._run = jax.jit(self._traced, static_argnums=2)
 
     def _traced(self, state: Any, x: Any, training: bool) -> Any:
-        self._count()
+        self._count_trace()
         return self._layer.stateless_call([], state, x, training=training)
 
     def __call__(self, x: Any, *, training: bool) -> Any:
-        return self._kept(*self._run(self._state(), x, training))
+        return self._assign_state(*self._run(self._state(), x, training))
 
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         import jax
 
         state = self._state()
         y, pullback, new = jax.vjp(lambda x: self._run(state, x, True), x, has_aux=True)
-        return self._kept(y, new), lambda upstream: pullback(upstream)[0]
+        return self._assign_state(y, new), lambda upstream: pullback(upstream)[0]
 
     def _state(self) -> list[Any]:
         return [variable.value for variable in self._layer.non_trainable_variables]
 
-    def _kept(self, y: Any, state: list[Any]) -> Any:
+    def _assign_state(self, y: Any, state: list[Any]) -> Any:
         for variable, value in zip(self._layer.non_trainable_variables, state, strict=True):
             variable.assign(value)
         return y
 
 
-_EAGER: Mapping[str, type[AtOnce]] = {"tensorflow": _TensorFlow, "jax": _Jax, "torch": _Torch}
-_COMPILED: Mapping[str, Mapping[str, type[AtOnce]]] = {
-    "tensorflow": {"tf.function": _Function, "XLA": _Xla},
-    "jax": {"jit": _Jit},
-    "torch": {"torch.compile": _Compiled},
+_EAGER_RUNNERS: Mapping[str, type[EagerRunner]] = {
+    "tensorflow": _TensorFlowRunner,
+    "jax": _JaxRunner,
+    "torch": _TorchRunner,
+}
+_COMPILED_RUNNERS: Mapping[str, Mapping[str, type[EagerRunner]]] = {
+    "tensorflow": {"tf.function": _FunctionRunner, "XLA": _XlaRunner},
+    "jax": {"jit": _JitRunner},
+    "torch": {"torch.compile": _TorchCompileRunner},
 }
 
 
-class _Record(keras.layers.Layer):
-    """Keeps what actual by in training, and counts how often that is traced."""
+class _Recorder(keras.layers.Layer):
+    """Store the inputs of training calls, and report each trace."""
 
-    def __init__(self, count: Callable[[], None], **kwargs: Any) -> None:
+    def __init__(self, count_trace: Callable[[], None], **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
-        self._count = count
+        self._count_trace = count_trace
 
     def build(self, input_shape: tuple[int, ...]) -> None:
-        # Zeros, since JAX compiles random numbers for each shape, which takes a second.
+        # JAX would compile random initial values for each shape, which takes a second.
         shape = (1, *input_shape[1:])
-        self.seen = self.add_weight(shape, "zeros", trainable=False, name="seen")
+        self.recorded = self.add_weight(shape, "zeros", trainable=False, name="recorded")
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         if training:
-            self._count()
-            self.seen.assign(inputs)
+            self._count_trace()
+            self.recorded.assign(inputs)
         return inputs
 
 
 class _Scale(keras.layers.Layer):
-    """Something to train."""
+    """A trainable weight, since `fit` requires one."""
 
     def build(self, input_shape: tuple[int, ...]) -> None:
         self.scale = self.add_weight(shape=(), initializer="ones")
@@ -311,21 +315,23 @@ class _Batch(keras.utils.PyDataset):
         return self._batch
 
 
-def _dataset(batch: Any) -> Any:
-    """Return what `fit` takes: of TensorFlow's own where Keras would make one of it."""
-    both = batch, batch  # for what it is trained is no matter
+def _make_dataset(batch: Any) -> Any:
+    """Return a dataset for `fit`; on TensorFlow a `tf.data` one, which saves a conversion."""
+    inputs_and_targets = batch, batch  # the targets do not matter
     if keras.backend.backend() != "tensorflow":
-        return _Batch(*both)
+        return _Batch(*inputs_and_targets)
     import tensorflow as tf
 
-    return tf.data.Dataset.from_tensors(both)
+    return tf.data.Dataset.from_tensors(inputs_and_targets)
 
 
-class _Fitted(AtOnce):
-    """Trains a model for a step whose batch is x as its only example, and returns what was seen."""
+class _FitRunner(EagerRunner):
+    """Train a model for one step with x as the only example, and return the layer's output."""
 
-    def __init__(self, layer: Dropout, count: Callable[[], None], jit_compile: bool | str) -> None:
-        super().__init__(layer, count)
+    def __init__(
+        self, layer: Dropout, count_trace: Callable[[], None], jit_compile: bool | str
+    ) -> None:
+        super().__init__(layer, count_trace)
         self._jit_compile = jit_compile
         self._models: dict[Any, tuple[Any, Any]] = {}
 
@@ -333,22 +339,22 @@ class _Fitted(AtOnce):
         batch = x[None]
         form = (tuple(batch.shape), batch.dtype)
         if form not in self._models:
-            self._models[form] = self._model(batch)
-        model, record = self._models[form]
+            self._models[form] = self._make_model(batch)
+        model, recorder = self._models[form]
         if not training:
-            # Trained on NaN, it would be that, which has no part in what dropout does.
+            # Training on NaN made the scale NaN, which must not change the prediction.
             model.layers[-1].scale.assign(1)
-            actual = make_tensor(model.predict(_dataset(batch), verbose=0))
+            y = make_tensor(model.predict(_make_dataset(batch), verbose=0))
         else:
-            model.fit(_dataset(batch), shuffle=False, verbose=0)
-            actual = keras.ops.copy(record.seen.value)
-        return actual[0]
+            model.fit(_make_dataset(batch), shuffle=False, verbose=0)
+            y = keras.ops.copy(recorder.recorded.value)
+        return y[0]
 
-    def _model(self, batch: Any) -> tuple[Any, Any]:
+    def _make_model(self, batch: Any) -> tuple[Any, Any]:
         dtype = keras.backend.standardize_dtype(batch.dtype)
         policy = dtype if "float" in dtype else None
-        record = _Record(self._count, dtype=policy)
+        recorder = _Recorder(self._count_trace, dtype=policy)
         example = keras.Input(batch.shape[1:], dtype=dtype)
-        model = keras.Sequential([example, self._layer, record, _Scale(dtype=policy)])
+        model = keras.Sequential([example, self._layer, recorder, _Scale(dtype=policy)])
         model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=self._jit_compile)
-        return model, record
+        return model, recorder

@@ -1,4 +1,4 @@
-"""NumPy in the matrix: the adapter's functions, and the core for what they do not take."""
+"""Run the NumPy functions, and the core for options that they lack."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,15 +14,15 @@ __all__ = ["Numpy"]
 
 
 class Numpy(CoreBackend):
-    """NumPy."""
+    """NumPy on the portable path and with fused kernels."""
 
     name = "numpy"
     xp = np
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "layouts")),
-        "layer": "NumPy has functions, and no layers",
-        "traced_key": "NumPy's integers are read at once",
+        "layer": "NumPy has no layers",
+        "traced_key": "NumPy has no traced arrays",
     }
 
     def __init__(self) -> None:
@@ -30,21 +30,21 @@ class Numpy(CoreBackend):
         self.missing_modes = missing_eager_modes(np.ones(1))
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
-        """Return the standard's floating-point dtypes, and bfloat16 as ml_dtypes defines it."""
+        """Return NumPy's floating-point dtypes, and bfloat16 of ml_dtypes."""
         return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> NDArray[Any]:
-        """Return a read-only view, so that nothing writes to its input unseen."""
+        """Return a read-only view, so that writing to the input raises."""
         x = x.view()
         x.flags.writeable = False
         return x
 
     def to_numpy(self, y: NDArray[Any]) -> NDArray[Any]:
-        """Return the array in this machine's byte order."""
+        """Convert to native byte order."""
         return np.asarray(y, dtype=y.dtype.newbyteorder("="))
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call the adapter; windows are the core's."""
+        """Call the adapter, or the core if the call has a window."""
         if "global_shape" in options:
             return super().dropout(x, p, seed, step, mode=mode, **options)
         with use_mode_path(mode):
@@ -56,7 +56,7 @@ class Numpy(CoreBackend):
             return dropout_backward(upstream, p, key=Key(seed).fold_in(step))
 
     def layouts(self, x: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
-        """Return the layouts that NumPy's users meet."""
+        """Return the layouts that NumPy users meet."""
         padded = np.zeros([2 * n for n in x.shape], dtype=x.dtype)
         padded[(slice(None, None, 2),) * x.ndim] = x
         return {

@@ -1,4 +1,4 @@
-"""TensorFlow in the matrix: the functional form, in each way that TensorFlow runs a function."""
+"""Run the TensorFlow function in every mode of TensorFlow, from eager to a SavedModel."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ _COMPILED = ("tf.function", _UNKNOWN, _XLA, _RECOMPUTED, _SAVED)
 
 
 class TensorFlow(CoreBackend):
-    """TensorFlow on its default device."""
+    """TensorFlow on the CPU."""
 
     name = "tensorflow"
     xp = tf
@@ -38,24 +38,24 @@ class TensorFlow(CoreBackend):
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "traces")),
-        "layer": "TensorFlow's layers are Keras'",
-        "layouts": "TensorFlow's tensors have no strides",
+        "layer": "TensorFlow has no layers; the keras backend has",
+        "layouts": "TensorFlow tensors have no strides",
     }
 
     derived_modes: Mapping[str, str] = {_SAVED: _UNKNOWN, _RECOMPUTED: "tf.function"}
     mode_exclusions: Mapping[str, Mapping[str, str]] = {
         _SAVED: {
-            "words": "a SavedModel holds whole functions, and not what they are made of",
-            "traced_key": "a SavedModel holds whole functions, and not what they are made of",
+            "words": "the SavedModel contains dropout only",
+            "traced_key": "the SavedModel contains dropout only",
         },
         _RECOMPUTED: {
-            "words": "there is no gradient to compute again",
-            "traced_key": "there is no gradient to compute again",
+            "words": "words have no gradient to recompute",
+            "traced_key": "keys have no gradient to recompute",
         },
     }
 
     def __init__(self) -> None:
-        # Each contract compiles anew, of which TensorFlow would warn in the middle of the table.
+        # TensorFlow would warn in the middle of the table that contracts retrace.
         tf.get_logger().setLevel("ERROR")
         self.modes = (*eager_modes(tf.ones(1)), *_COMPILED)
         self.missing_modes = missing_eager_modes(tf.ones(1))
@@ -65,16 +65,17 @@ class TensorFlow(CoreBackend):
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return TensorFlow's floating-point and complex dtypes."""
         real = ("float16", "bfloat16", "float32", "float64")
-        # tf.recompute_grad looks for the largest element of the upstream gradient.
+        # tf.recompute_grad computes a maximum of the upstream gradient, and so rejects complex
+        # numbers.
         return real if mode == _RECOMPUTED else (*real, "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> Any:
-        """Return a tensor."""
+        """Convert to a tensor."""
         with tf.device(device):
             return tf.constant(x)
 
     def to_numpy(self, y: Any) -> NDArray[Any]:
-        """Return a NumPy array."""
+        """Convert to a NumPy array."""
         return np.array(y.numpy(), dtype=y.dtype.as_numpy_dtype)
 
     def get_device(self, y: Any) -> str:
@@ -82,17 +83,17 @@ class TensorFlow(CoreBackend):
         return str(tf.DeviceSpec.from_string(y.device).device_type).lower()
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call the functional form; what it does not take is the core's."""
+        """Call the function, or the core for options that it lacks."""
         if mode not in _COMPILED:
             with use_mode_path(mode):
                 return _call(x, p, Key(seed).fold_in(step), options)
-        # A seed is an argument too, so that what differs by it alone is compiled once.
-        static = (mode, p, type(p), tuple(options.items()), x.dtype, _shape(x, mode))
+        # The seed is an argument, so that calls with different seeds share a program.
+        static = (mode, p, type(p), tuple(options.items()), x.dtype, _known_shape(x, mode))
         if static not in self._compiled:
             self._compiled[static] = self._compile(
                 lambda x, seed, step: self._traced(x, p, seed, step, options), x, mode, not options
             )
-        return self._compiled[static](x, _word_pair(seed), tf.constant(step, tf.uint64))
+        return self._compiled[static](x, _split_words(seed), tf.constant(step, tf.uint64))
 
     def _traced(self, x: Any, p: Any, seed: Any, step: Any, options: dict[str, Any]) -> Any:
         self._traces += 1
@@ -101,9 +102,9 @@ class TensorFlow(CoreBackend):
     def _compile(
         self, run: Callable[..., Any], x: Any, mode: str, gradients: bool
     ) -> Callable[..., Any]:
-        """Return a function in its mode; one that is saved is so with its gradients if told."""
+        """Compile a function in a mode; a SavedModel includes its gradients if requested."""
         signature = [
-            tf.TensorSpec(_shape(x, mode), x.dtype),
+            tf.TensorSpec(_known_shape(x, mode), x.dtype),
             tf.TensorSpec((2,), tf.int64),
             tf.TensorSpec((), tf.uint64),
         ]
@@ -113,46 +114,47 @@ class TensorFlow(CoreBackend):
         compiled = tf.function(
             run, input_signature=signature, jit_compile=mode == _XLA, autograph=False
         )
-        return _reloaded(compiled, gradients) if mode == _SAVED else compiled
+        return _save_and_load(compiled, gradients) if mode == _SAVED else compiled
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
-        """Run the generator in its mode, in which words are arguments."""
+        """Run the generator in a mode, with the words as arguments."""
         if mode not in _COMPILED:
             return super().words(counter, key, mode=mode)
-        # The upper words of a counter that a mask or a key has are constants.
+        # Masks and keys have constant upper words in their counters.
         upper = tuple(counter[2:]) if counter[2] == 0 else ()
         static = ("words", mode, upper)
         if static not in self._compiled:
 
             def run(words: Any) -> Any:
-                *given, lo, hi = tf.unstack(words)
+                *lower, lo, hi = tf.unstack(words)
                 if upper:
-                    return self._words((*given, *upper), (lo, hi))
-                c0, c1, c2, c3 = (word[None] for word in given)
+                    return self._run_generator((*lower, *upper), (lo, hi))
+                c0, c1, c2, c3 = (word[None] for word in lower)
                 library, xp = get_namespace_library(tf)
                 return philox((c0, c1, c2, c3), (lo, hi), library.words.arithmetic(xp, None))
 
-            self._compiled[static] = self._in_mode(run, mode)
+            self._compiled[static] = self._function(run, mode)
         words = tf.constant((*counter[: 4 - len(upper)], *key), tf.int64)
         return [int(word[0]) for word in self._compiled[static](words)]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:
-        """Fold a step in, in its mode."""
-        lo, hi = self._in_mode(self._folded, mode)(seed, tf.constant(step, tf.int32))
+        """Fold in a step in a mode."""
+        lo, hi = self._function(self._fold_in, mode)(seed, tf.constant(step, tf.int32))
         return int(hi) << 32 | int(lo)
 
-    def _in_mode(self, run: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    def _function(self, run: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        """Return a `tf.function`, or the function itself in eager modes."""
         if mode not in _COMPILED:
             return run
         function: Callable[..., Any] = tf.function(run, jit_compile=mode == _XLA, autograph=False)
         return function
 
     def traces(self, mode: str) -> int:
-        """Return how often a `tf.function` was traced."""
+        """Return the number of traces in all modes."""
         return self._traces
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Differentiate through a tape, inside the function in its mode if that is not saved."""
+        """Differentiate with a tape: around a SavedModel, inside the function in other modes."""
         if mode == _SAVED:
             with tf.GradientTape() as tape:
                 tape.watch(x)
@@ -170,22 +172,23 @@ class TensorFlow(CoreBackend):
 
         static = ("gradient", mode, p, x.dtype, tuple(x.shape))
         if static not in self._compiled:
-            self._compiled[static] = self._in_mode(run, mode)
+            self._compiled[static] = self._function(run, mode)
         with use_mode_path(mode):
-            return self._compiled[static](x, upstream, _word_pair(seed), tf.constant(step))
+            return self._compiled[static](x, upstream, _split_words(seed), tf.constant(step))
 
 
-def _shape(x: Any, mode: str) -> tuple[int | None, ...]:
-    """Return what a mode's function knows of a tensor's shape."""
+def _known_shape(x: Any, mode: str) -> tuple[int | None, ...]:
+    """Return the static shape of a tensor in a mode."""
     return (None,) * x.shape.rank if mode in (_UNKNOWN, _SAVED) else tuple(x.shape)
 
 
-def _word_pair(number: int) -> Any:
+def _split_words(number: int) -> Any:
+    """Return the low and the high word of a number."""
     return tf.constant((number & 0xFFFFFFFF, number >> 32), tf.int64)
 
 
-def _reloaded(function: Callable[..., Any], gradients: bool) -> Callable[..., Any]:
-    """Return a function as it comes out of a SavedModel."""
+def _save_and_load(function: Callable[..., Any], gradients: bool) -> Callable[..., Any]:
+    """Save a function as a SavedModel and load it."""
     module = tf.Module()
     module.run = function
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,4 @@
-"""PyTorch in the matrix: the functional form and the module, and the core for windows.
-
-Each is run in all the ways in which PyTorch runs a model.
-"""
+"""Run the PyTorch function and module in every mode of PyTorch, and the core for windows."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -21,13 +18,20 @@ from unidrop.conformance import (
     missing_eager_modes,
     use_mode_path,
 )
-from unidrop.conformance.backends.torch_modes import COMPILED, DERIVED, MODES, call, graphs, pulled
+from unidrop.conformance.backends.torch_modes import (
+    COMPILED,
+    DERIVED,
+    MODES,
+    call,
+    count_graphs,
+    vjp,
+)
 
 __all__ = ["Torch"]
 
 
 class Torch(CoreBackend):
-    """PyTorch on the CPU, and on a GPU where there is one."""
+    """PyTorch on the CPU, and on a GPU if the machine has one."""
 
     name = "torch"
     xp = torch
@@ -38,39 +42,37 @@ class Torch(CoreBackend):
     compiled_modes = (*COMPILED, "export")
     derived_modes = DERIVED
     missing_modes: Mapping[str, str] = {
-        "torch.jit": "PyTorch has retired it; it would freeze the mask, so dropout refuses it",
+        "torch.jit": "deprecated; tracing would freeze the mask, so dropout raises",
     }
     mode_exclusions: Mapping[str, Mapping[str, str]] = {
         mode: dict.fromkeys(
             ("bad-rate", "bad-dtype", "layer-error"),
-            "torch.compile(fullgraph=True) raises an error of its own where what it traces raises",
+            "torch.compile(fullgraph=True) replaces errors of the traced function by its own",
         )
         for mode in COMPILED
     } | {
-        "export": {"threads": "torch.export traces by state that all threads share"},
-        "forward-mode": {
-            "threads": "PyTorch has one level of forward-mode differentiation for all threads"
-        },
+        "export": {"threads": "torch.export has tracing state that threads share"},
+        "forward-mode": {"threads": "PyTorch has one dual level that threads share"},
     }
 
     def __init__(self) -> None:
         self.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         self.modes = (*eager_modes(torch.ones(1)), *MODES)
         self.missing_modes = {**self.missing_modes, **missing_eager_modes(torch.ones(1))}
-        self._calls: dict[Any, _Call] = {}
+        self._modules: dict[Any, _Function] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return PyTorch's floating-point and complex dtypes."""
         return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> torch.Tensor:
-        """Return a tensor; bfloat16 travels as its bits."""
+        """Convert to a tensor; bfloat16 through its bits, since NumPy lacks it."""
         if x.dtype == ml_dtypes.bfloat16:
             return torch.tensor(x.view(np.int16), device=device).view(torch.bfloat16)
         return torch.tensor(x, device=device)
 
     def to_numpy(self, y: torch.Tensor) -> NDArray[Any]:
-        """Return a NumPy array; bfloat16 travels as its bits."""
+        """Convert to a NumPy array; bfloat16 through its bits, since NumPy lacks it."""
         y = y.detach().cpu().contiguous()
         if y.dtype == torch.bfloat16:
             return y.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -81,35 +83,35 @@ class Torch(CoreBackend):
         return y.device.type
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call the functional form; what it does not take is the core's."""
+        """Call the function, or the core for options that it lacks."""
         if mode in MODES:
-            return call(self._call(p, mode, options), x, mode, *_numbers(seed, step))
+            return call(self._module(p, mode, options), x, mode, *_key_and_step(seed, step))
         if set(options) <= {"training"}:
             with use_mode_path(mode):
                 return dropout(x, p, key=Key(seed).fold_in(step), **options)
         return super().dropout(x, p, seed, step, mode=mode, **options)
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Differentiate through autograd, or what the mode has in its place."""
+        """Differentiate with autograd, or with the mode's own transformation."""
         if mode in MODES:
-            numbers = _numbers(seed, step)
-            return pulled(self._call(p, mode, {}), x, mode, *numbers)[1](upstream)
+            key_and_step = _key_and_step(seed, step)
+            return vjp(self._module(p, mode, {}), x, mode, *key_and_step)[1](upstream)
         x = x.requires_grad_()
         with use_mode_path(mode):
             y = dropout(x, p, key=Key(seed).fold_in(step))
             return torch.autograd.grad(y, x, upstream)[0]
 
     def traces(self, mode: str) -> int:
-        """Return how many graphs have been traced."""
-        return graphs(mode)
+        """Return the number of traced graphs."""
+        return count_graphs(mode)
 
-    def _call(self, p: Any, mode: str, options: Mapping[str, Any]) -> "_Call":
-        """Return a module that drops so; the same one at each key and step."""
-        which = repr((p, mode, sorted(options.items())))
-        return self._calls.setdefault(which, _Call(p, options))
+    def _module(self, p: Any, mode: str, options: Mapping[str, Any]) -> "_Function":
+        """Return a cached module, so that keys and steps share its graphs."""
+        static = repr((p, mode, sorted(options.items())))
+        return self._modules.setdefault(static, _Function(p, options))
 
     def layouts(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Return the layouts that PyTorch's users meet."""
+        """Return the layouts that PyTorch users meet."""
         return {
             "channels_last": x.contiguous(memory_format=torch.channels_last),
             "transposed": x.transpose(1, 3).contiguous().transpose(1, 3),
@@ -117,17 +119,17 @@ class Torch(CoreBackend):
         }
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Layer":
-        """Return the module."""
+        """Return a module and the mode that runs it."""
         return _Layer(Dropout(p, seed=seed).to(device), mode)
 
 
-def _numbers(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a `_Call` is given beside x: a key's words, and a step of any size."""
+def _key_and_step(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the words of a key, and a step, as tensors."""
     return torch.tensor(Key(seed).words), torch.tensor(step, dtype=torch.uint64)
 
 
-class _Call(torch.nn.Module):
-    """A call of the functional form, whose key and step are arguments of what is compiled."""
+class _Function(torch.nn.Module):
+    """The function as a module, with the key and the step as arguments of the compiled code."""
 
     def __init__(self, p: Any, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -164,7 +166,7 @@ class _Layer:
 
     def vjp(self, x: torch.Tensor) -> tuple[Any, Callable[[Any], Any]]:
         if self._mode in MODES:
-            return pulled(self._module.train(), x, self._mode)
+            return vjp(self._module.train(), x, self._mode)
         x = x.requires_grad_()
         y = self(x, training=True)
 

@@ -1,8 +1,7 @@
-"""The ways in which PyTorch runs a model, as the matrix has them.
+"""Run a module in every mode of PyTorch: compiled, exported, checkpointed, under torch.func.
 
-A way is a function of a module and an input that gives the output, and one that gives the output
-and its pullback. The module is dropout alone, or whatever else has one input, and maybe others
-which it is not differentiated by.
+`call` returns the output, `vjp` the output and its pullback. They work for any module whose first
+input is the one to differentiate.
 """
 
 import threading
@@ -19,29 +18,30 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["COMPILED", "DERIVED", "MODES", "Pulled", "call", "graphs", "pulled"]
+__all__ = ["COMPILED", "DERIVED", "MODES", "OutputAndPullback", "call", "count_graphs", "vjp"]
 
-# The exported programs of each module, by what they were exported for. Not the module's attribute,
-# which torch.export would put back as it was.
+# The exported programs of each module, by the form of the input. An attribute of the module would
+# not do, since torch.export restores the attributes.
 _programs: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 _compiling = threading.RLock()
 
-# What has been exported for, in its order.
+# The forms that have been exported, in order.
 _exports: list[Any] = []
 
-Pulled = tuple[Tensor, Callable[[Tensor], Tensor]]
+OutputAndPullback = tuple[Tensor, Callable[[Tensor], Tensor]]
 
-#: The options of torch.compile in each mode that compiles.
+#: The options of torch.compile, by mode.
 COMPILED: dict[str, dict[str, Any]] = {
     "compile": {"backend": "inductor"},
     "compile-dynamic": {"backend": "inductor", "dynamic": True},
     "compile-checkpoint": {"backend": "inductor"},
 }
 
-#: Those that trace what another does: with a checkpoint around it.
+#: The compiled mode that wraps another mode in activation checkpointing.
 DERIVED = {"compile-checkpoint": "compile"}
 
+#: All modes except eager ones.
 MODES = (
     *COMPILED,
     "export",
@@ -55,30 +55,30 @@ MODES = (
 )
 
 
-def graphs(mode: str) -> int:
-    """Return how many graphs a mode has traced so far: torch.compile by its own count."""
+def count_graphs(mode: str) -> int:
+    """Return the number of graphs that a mode has traced; torch.compile has its own counter."""
     if mode == "export":
         return len(_exports)
     return int(_dynamo().utils.counters["stats"]["unique_graphs"])
 
 
 def call(module: nn.Module, x: Tensor, mode: str, *others: Tensor) -> Tensor:
-    """Return a module's output for an input, in a mode."""
+    """Call a module in a mode."""
     with _context(mode):
-        return _function(module, mode)(x, *others)
+        return _transform(module, mode)(x, *others)
 
 
-def pulled(module: nn.Module, x: Tensor, mode: str, *others: Tensor) -> Pulled:
-    """Return a module's output for an input, and the function that differentiates it."""
+def vjp(module: nn.Module, x: Tensor, mode: str, *others: Tensor) -> OutputAndPullback:
+    """Call a module in a mode; return the output and the pullback to x."""
     if mode == "func.vjp":
-        return _pulled_by_func(module, x, *others)
+        return _vjp_by_func(module, x, *others)
     if mode == "func.vmap":
-        return _pulled_by_vmap(module, x, *others)
+        return _vjp_by_vmap(module, x, *others)
     if mode == "forward-mode":
-        return _pulled_forwards(module, x, *others)
+        return _vjp_by_tangents(module, x, *others)
     leaf = x.detach().requires_grad_()
     with _context(mode):
-        y = _function(module, mode)(leaf, *others)
+        y = _transform(module, mode)(leaf, *others)
 
     def pullback(upstream: Tensor) -> Tensor:
         leaf.grad = None
@@ -92,23 +92,23 @@ def pulled(module: nn.Module, x: Tensor, mode: str, *others: Tensor) -> Pulled:
     return y, pullback
 
 
-def _pulled_by_func(module: nn.Module, x: Tensor, *others: Tensor) -> Pulled:
+def _vjp_by_func(module: nn.Module, x: Tensor, *others: Tensor) -> OutputAndPullback:
     both: tuple[Any, ...] = torch.func.vjp(lambda v: module(v, *others), x)
     y, pullback = both
     return y, lambda upstream: pullback(upstream)[0]
 
 
-def _pulled_by_vmap(module: nn.Module, x: Tensor, *others: Tensor) -> Pulled:
-    both: tuple[Any, ...] = torch.func.vjp(_batched(module, *others), torch.stack([x, x]))
+def _vjp_by_vmap(module: nn.Module, x: Tensor, *others: Tensor) -> OutputAndPullback:
+    both: tuple[Any, ...] = torch.func.vjp(_vmap(module, *others), torch.stack([x, x]))
     y, pullback = both
     return y[1], lambda upstream: pullback(torch.stack([upstream, upstream]))[0][1]
 
 
-def _pulled_forwards(module: nn.Module, x: Tensor, *others: Tensor) -> Pulled:
-    """Return the pullback by tangents: what is diagonal is its own transpose.
+def _vjp_by_tangents(module: nn.Module, x: Tensor, *others: Tensor) -> OutputAndPullback:
+    """Compute the pullback in forward mode: a diagonal Jacobian is its own transpose.
 
-    Tangents run along with the call, so the call is made again for an upstream gradient, from the
-    state of before; its output has to be the same.
+    PyTorch propagates tangents during the call, so the pullback repeats the call with the state
+    that it had before.
     """
     state = {name: value.clone() for name, value in module.state_dict().items()}
     y = call(module, x, "forward-mode", *others)
@@ -120,45 +120,46 @@ def _pulled_forwards(module: nn.Module, x: Tensor, *others: Tensor) -> Pulled:
             dual = module(torch.autograd.forward_ad.make_dual(x, upstream), *others)
             tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
         module.load_state_dict(after)
-        # None is what PyTorch has for a tangent of zeros.
+        # PyTorch represents a tangent of zeros as None.
         return torch.zeros_like(upstream) if tangent is None else tangent
 
     return y, pullback
 
 
-def _function(module: nn.Module, mode: str) -> Callable[..., Tensor]:
+def _transform(module: nn.Module, mode: str) -> Callable[..., Tensor]:
+    """Return the function that runs a module in a mode."""
     if mode in COMPILED:
-        return _compiled(module, mode)
+        return _compile(module, mode)
     if mode == "export":
-        return lambda *inputs: _exported(module, *inputs)(*inputs)
-    return _FUNCTIONS[mode](module)
+        return lambda *inputs: _export(module, *inputs)(*inputs)
+    return _TRANSFORMS[mode](module)
 
 
-def _compiled(module: nn.Module, mode: str) -> Callable[..., Tensor]:
-    """Return a module compiled from code of its own, so that its graphs are its own too.
+def _compile(module: nn.Module, mode: str) -> Callable[..., Tensor]:
+    """Compile a module from its own copy of a code object, so that it shares no graphs.
 
-    Modules of one class share their graphs as far as these fit; but where the matrix has a hundred
-    of them, the search for one that fits takes longer than another graph.
+    Modules of one class share graphs otherwise. The matrix has a hundred modules, and Dynamo takes
+    longer to search their graphs than to trace a new one.
     """
     _dynamo()
     cached: Callable[..., Tensor] | None = module.__dict__.get("_compiled")
     if cached is not None:
         return cached
-    function = _checkpointed(module, False) if mode == "compile-checkpoint" else module
+    region = _checkpoint(module, False) if mode == "compile-checkpoint" else module
 
     def run(*inputs: Tensor) -> Any:
-        return function(*inputs)
+        return region(*inputs)
 
-    own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-    compiled = _one_at_first(torch.compile(own, fullgraph=True, **COMPILED[mode]))
+    function = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    compiled = _serialize_first_calls(torch.compile(function, fullgraph=True, **COMPILED[mode]))
     module.__dict__["_compiled"] = compiled
     return compiled
 
 
-def _one_at_first(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function whose first call of a form is one thread's alone.
+def _serialize_first_calls(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that takes a lock for the first call with a form of the input.
 
-    Threads that call together what is not compiled yet would compile it each.
+    Without the lock, each of several concurrent callers would compile it.
     """
     seen: set[Any] = set()
 
@@ -174,14 +175,14 @@ def _one_at_first(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _exported(module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
-    """Return a module's exported program, run from the module's state and leaving it there."""
+def _export(module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
+    """Export a module as a program that loads the module's state and stores it back."""
     x = inputs[0]
     form = x.shape, x.dtype, x.stride(), module.training
     programs = _programs.setdefault(module, {})
     if form not in programs:
-        given = tuple(value.detach() for value in inputs)
-        programs[form] = torch.export.export(module, given).module()
+        examples = tuple(value.detach() for value in inputs)
+        programs[form] = torch.export.export(module, examples).module()
         _exports.append(form)
     program = programs[form]
 
@@ -194,29 +195,31 @@ def _exported(module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
     return run
 
 
-def _checkpointed(module: nn.Module, reentrant: bool) -> Callable[..., Tensor]:
-    """Return a module in a region, of whose output the gradient needs the recomputed one."""
+def _checkpoint(module: nn.Module, reentrant: bool) -> Callable[..., Tensor]:
+    """Return a module in a checkpointed region whose backward pass reads the recomputed output."""
 
     def region(*inputs: Tensor) -> Any:
         y = module(*inputs)
-        return (_Kept.apply(y[0]), y[1]) if isinstance(y, tuple) else _Kept.apply(y)
+        if isinstance(y, tuple):
+            return _SelectGradient.apply(y[0]), y[1]
+        return _SelectGradient.apply(y)
 
     return lambda *inputs: checkpoint(region, *inputs, use_reentrant=reentrant)
 
 
-@torch.library.custom_op("unidrop_matrix::where_kept", mutates_args=())
-def _where_kept(upstream: Tensor, y: Tensor) -> Tensor:
-    """Return a gradient where an output is not 0: one operator, which nothing is compiled for."""
+@torch.library.custom_op("unidrop_matrix::select_gradient", mutates_args=())
+def _select_gradient(upstream: Tensor, y: Tensor) -> Tensor:
+    """Set a gradient to 0 in elements whose output is 0, as one operator without compilation."""
     return torch.where(y != 0, upstream, torch.zeros_like(upstream))
 
 
-@_where_kept.register_fake
+@_select_gradient.register_fake
 def _(upstream: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(upstream)
 
 
-class _Kept(torch.autograd.Function):
-    """The identity, which lets a gradient pass where the saved output is not 0."""
+class _SelectGradient(torch.autograd.Function):
+    """The identity, whose gradient is 0 in elements whose saved output is 0."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -226,31 +229,31 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        kept: Tensor = _where_kept(upstream[0], y)
-        return kept
+        gradient: Tensor = _select_gradient(upstream[0], y)
+        return gradient
 
 
-def _batched(module: nn.Module, *others: Tensor) -> Callable[[Tensor], Any]:
-    """Return a module of batches of examples that share their mask."""
+def _vmap(module: nn.Module, *others: Tensor) -> Callable[[Tensor], Any]:
+    """Return a module over a batch of examples that share a mask."""
     return torch.vmap(lambda x: module(x, *others), randomness="same")
 
 
-def _vmapped(module: nn.Module) -> Callable[..., Tensor]:
+def _call_by_vmap(module: nn.Module) -> Callable[..., Tensor]:
     def function(x: Tensor, *others: Tensor) -> Any:
-        return tree_map(lambda batch: batch[1], _batched(module, *others)(torch.stack([x, x])))
+        return tree_map(lambda batch: batch[1], _vmap(module, *others)(torch.stack([x, x])))
 
     return function
 
 
-def _by_functional_call(module: nn.Module) -> Callable[..., Tensor]:
+def _call_functionally(module: nn.Module) -> Callable[..., Tensor]:
     buffers = dict(module.named_buffers())
     return lambda *inputs: torch.func.functional_call(module, buffers, inputs)
 
 
-def _by_duals(module: nn.Module) -> Callable[..., Any]:
+def _call_with_duals(module: nn.Module) -> Callable[..., Any]:
     def function(x: Tensor, *others: Tensor) -> Any:
         if not (x.is_floating_point() or x.is_complex()):
-            return module(x, *others)  # which raises
+            return module(x, *others)  # raises
         with torch.autograd.forward_ad.dual_level():
             dual = module(torch.autograd.forward_ad.make_dual(x, x), *others)
             return tree_map(lambda part: torch.autograd.forward_ad.unpack_dual(part).primal, dual)
@@ -258,14 +261,14 @@ def _by_duals(module: nn.Module) -> Callable[..., Any]:
     return function
 
 
-def _by_vjp(module: nn.Module) -> Callable[..., Any]:
+def _call_by_vjp(module: nn.Module) -> Callable[..., Any]:
     def function(x: Tensor, *others: Tensor) -> Any:
         def value(x: Tensor) -> tuple[Tensor, Any]:
             y = module(x, *others)
             return (y[0], y[1]) if isinstance(y, tuple) else (y, ())
 
         if not (x.is_floating_point() or x.is_complex()):
-            return module(x, *others)  # which raises
+            return module(x, *others)  # raises
         with_mask: tuple[Any, ...] = torch.func.vjp(value, x, has_aux=True)
         y, _, mask = with_mask
         return y if isinstance(mask, tuple) else (y, mask)
@@ -273,22 +276,22 @@ def _by_vjp(module: nn.Module) -> Callable[..., Any]:
     return function
 
 
-_FUNCTIONS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
-    "checkpoint": lambda module: _checkpointed(module, False),
-    "checkpoint-reentrant": lambda module: _checkpointed(module, True),
-    "func.vjp": _by_vjp,
-    "func.vmap": _vmapped,
-    "functional_call": _by_functional_call,
-    "forward-mode": _by_duals,
+_TRANSFORMS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
+    "checkpoint": lambda module: _checkpoint(module, False),
+    "checkpoint-reentrant": lambda module: _checkpoint(module, True),
+    "func.vjp": _call_by_vjp,
+    "func.vmap": _call_by_vmap,
+    "functional_call": _call_functionally,
+    "forward-mode": _call_with_duals,
     "autocast": lambda module: module,
 }
 
 
 def _context(mode: str) -> AbstractContextManager[Any]:
-    """Return what a mode is run under."""
-    # Of torch's own making, and not put back after, which would go wrong in several threads: an
-    # input without gradients, tangents by way of torch.jit, torch.compile's own handling of an
-    # autograd.Function, and complex numbers, which Inductor leaves to torch's operators.
+    """Return the context that runs a mode, and ignore warnings that PyTorch causes itself."""
+    # PyTorch warns of: checkpoints of an input without gradient; torch.jit in forward mode;
+    # autograd.Function in Dynamo; complex numbers in Inductor. The filters stay, since restoring
+    # them is not thread-safe.
     warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
     warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
@@ -298,9 +301,9 @@ def _context(mode: str) -> AbstractContextManager[Any]:
 
 @cache
 def _dynamo() -> Any:
-    # Imported when first needed: it takes a second.
+    # The import takes a second, so it waits for the first compiled mode.
     import torch._dynamo
 
-    # The matrix calls one function with dozens of shapes, from threads too.
+    # The matrix calls a function with dozens of shapes. By default, Dynamo stops after eight.
     torch._dynamo.config.recompile_limit = 1 << 20
     return torch._dynamo

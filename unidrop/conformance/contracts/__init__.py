@@ -1,11 +1,11 @@
-"""The contracts: what must be true of every backend, each with its name, promise and check.
+"""Define the contracts: what every backend must satisfy, each with a name, a promise and a check.
 
-A check is a function of a `Cell`. It raises `ContractError` where the promise does not hold; any
-other exception is a failure too. No contract knows a backend's name: what one needs it asks for as
-a capability. One that depends on the dtype is run for every dtype; the others once.
+A check is a function of a `Cell`. It raises `ContractError` if the backend breaks the promise. Any
+other exception counts as a failure too. No contract names a backend: a contract requires
+capabilities instead. A contract that depends on the dtype runs for every dtype, the others for one.
 """
 
-# Imported for what they register, in the order in which the matrix shows it.
+# Importing a module registers its contracts. The matrix shows them in this order.
 from unidrop.conformance.contracts import generator, masks, outputs, layers, statistics  # noqa: F401, I001
 from unidrop.conformance.contracts.contract import CONTRACTS, SEED, Cell, Contract
 

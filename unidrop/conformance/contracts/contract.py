@@ -1,4 +1,4 @@
-"""What a contract is, and the cell in which it is run: one backend, device, dtype and mode."""
+"""Define a contract and the cell that runs it: one backend, device, dtype and mode."""
 
 import math
 import shlex
@@ -29,39 +29,39 @@ __all__ = [
     "require_nonempty",
 ]
 
-#: The seed of cells that are given no other.
+#: The default seed of a cell.
 SEED = 42
 
-#: What contracts are of that may be of any shape and rate: a compiled mode, where each would take
-#: another program, then has one for all of them. It is the golden outputs' too.
+#: The shape and rate of contracts that work with any. A compiled mode compiles one program for all
+#: of them. The golden outputs have this shape too.
 SHAPE, RATE = (8, 8), 0.4
 
-#: How many steps a compiled mode has to take with what it traced at the first.
+#: The number of steps that a compiled mode must run with one trace.
 STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """A named check with one sentence of what it promises.
+    """A named check.
 
     Attributes
     ----------
     name : str
     promise : str
-        In one sentence.
+        One sentence that is true of a backend that passes.
     check : callable
-        Raises `ContractError` where it does not hold.
+        Function of a `Cell` that raises `ContractError` if the promise is broken.
     needs : tuple of str
-        The capabilities without which it can't be run.
+        Required capabilities.
     every_dtype : bool
-        Whether it is run for each dtype of a mode, or for one.
+        If True, run for each dtype of a mode; else for one.
     compiled_dtypes : collection of str
-        For which dtypes it is run in compiled modes, where each takes a compilation, beside one.
+        Further dtypes to run in compiled modes, where each dtype costs a compilation.
     compiled_only : bool
-        Whether it is about compiled modes.
+        If True, run in compiled modes only.
     in_derived_modes : bool
-        Whether it is run in a mode that is a variant of another, in which it is: not if it only
-        looks closer at what decides about an element, in which a variant has no part.
+        If False, do not run in derived modes if the wrapped mode runs the contract. Contracts that
+        only test the decision about an element set this, since a wrapper does not change it.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Contract:
 class Cell:
     """One contract for one backend, device, dtype and mode.
 
-    The seed is that of whatever the golden vectors do not fix.
+    The seed applies to checks without golden vectors.
     """
 
     contract: Contract
@@ -92,7 +92,7 @@ class Cell:
         return "-".join(self.names().values())
 
     def names(self) -> dict[str, str]:
-        """Return what names the cell."""
+        """Return the parts of the cell's name."""
         return {
             "contract": self.contract.name,
             "backend": self.backend.name,
@@ -103,24 +103,24 @@ class Cell:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the mode compiles each shape and rate, so that a contract looks at fewer."""
+        """True if the mode compiles each shape and rate, so that a contract should use few."""
         return self.mode in self.backend.compiled_modes
 
     @property
-    def able(self) -> CapableBackend:
-        """The backend, seen as one that has the capabilities which the contract needs."""
+    def capable(self) -> CapableBackend:
+        """The backend, typed as one with every capability that the contract requires."""
         return cast(CapableBackend, self.backend)
 
     def array(self, x: NDArray[Any]) -> Any:
-        """Return a NumPy array as the backend's."""
+        """Convert a NumPy array to an array of the backend."""
         return self.backend.from_numpy(x, self.device, self.mode)
 
     def ones(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return ones of the cell's dtype, as NumPy's."""
+        """Return a NumPy array of ones with the cell's dtype."""
         return np.ones(shape, dtype=numpy_dtype(self.dtype))
 
     def values(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return ordinary values of the cell's dtype between -2 and 2, none of them 0."""
+        """Return a NumPy array of nonzero values in [-2, 2] with the cell's dtype."""
         size = math.prod(shape)
         real = np.linspace(-2, 2, 2 * size + 2)[1::2][:size].reshape(shape)
         if self.dtype.startswith("complex"):
@@ -130,56 +130,56 @@ class Cell:
     def dropout(
         self, x: NDArray[Any], p: Any, step: int = 0, *, seed: int | None = None, **options: Any
     ) -> NDArray[Any]:
-        """Run the backend's dropout on a NumPy array and return NumPy's."""
+        """Apply the backend's dropout to a NumPy array and return a NumPy array."""
         seed = self.seed if seed is None else seed
         y = self.backend.dropout(self.array(x), p, seed, step, mode=self.mode, **options)
         return self.backend.to_numpy(y)
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether no contract that calls dropout has been run in the mode, so none is traced."""
-        where = self.device, self.mode
-        return not any(at is self.backend and of == where for at, of in _used)
+    def is_untraced(self) -> bool:
+        """True if no contract has called dropout on this device in this mode yet."""
+        place = self.device, self.mode
+        return not any(backend is self.backend and p == place for backend, p in _traced)
 
-    def _note(self) -> None:
-        if _used and _used[0][0] is not self.backend:
-            _used.clear()  # or they would live for ever
-        if self.is_fresh and not _OF_WORDS.intersection(self.contract.needs):
-            _used.append((self.backend, (self.device, self.mode)))
+    def _record_trace(self) -> None:
+        if _traced and _traced[0][0] is not self.backend:
+            _traced.clear()  # else the list would keep every backend alive
+        if self.is_untraced and not _WITHOUT_DROPOUT.intersection(self.contract.needs):
+            _traced.append((self.backend, (self.device, self.mode)))
 
     def keeps(
         self, shape: tuple[int, ...], p: float, step: int = 0, **options: Any
     ) -> NDArray[np.bool]:
-        """Return which elements the backend keeps."""
-        kept: NDArray[np.bool] = self.dropout(self.ones(shape), p, step, **options) != 0
-        return kept
+        """Return the flags of the elements that the backend keeps in an array of ones."""
+        keep: NDArray[np.bool] = self.dropout(self.ones(shape), p, step, **options) != 0
+        return keep
 
-    def diff(self, recipe: StreamModel) -> str:
-        """Return the command that says where the cell's mask of a recipe is wrong, and why."""
-        where = self.names()
-        del where["contract"]  # any may have asked for the mask
-        named = " ".join(f"--{name} {shlex.quote(of)}" for name, of in where.items())
-        return f"unidrop diff {named} {recipe.arguments}"
+    def diff_command(self, model: StreamModel) -> str:
+        """Return the ``unidrop diff`` command that examines the backend's mask for a model."""
+        names = self.names()
+        del names["contract"]  # the command has no option for it
+        options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in names.items())
+        return f"unidrop diff {options} {model.cli_arguments}"
 
     def key(self, step: int) -> unidrop.Key:
-        """Return the key of a step of the cell's seed."""
+        """Return the cell's key for a step."""
         return unidrop.Key(self.seed).fold_in(step)
 
     def check(self) -> None:
-        """Run the contract, and raise ContractError or what else there is where it fails."""
+        """Run the contract; raise ContractError, or what the backend raises, if it fails."""
         try:
             self.contract.check(self)
         finally:
-            self._note()
+            self._record_trace()
 
 
-# Of the last backend, on which devices and in which modes contracts have called dropout.
-_used: list[tuple[Backend, tuple[str, str]]] = []
+# For the latest backend, each device and mode that has run a contract with dropout.
+_traced: list[tuple[Backend, tuple[str, str]]] = []
 
-# What contracts need that call no dropout.
-_OF_WORDS = frozenset(("words", "key", "traced_key"))
+# Contracts that require one of these capabilities do not call dropout.
+_WITHOUT_DROPOUT = frozenset(("words", "key", "traced_key"))
 
-#: All contracts by their names, in the order in which they are shown.
+#: All contracts by name, in the order of the matrix.
 CONTRACTS: dict[str, Contract] = {}
 
 
@@ -193,15 +193,15 @@ def contract(
     compiled_only: bool = False,
     in_derived_modes: bool = True,
 ) -> Callable[[Callable[[Cell], None]], Callable[[Cell], None]]:
-    """Register the check of a contract, whose attributes are those of `Contract`.
+    """Register a check as a contract; the parameters are the attributes of `Contract`.
 
     Raises
     ------
     ValueError
-        If it needs what is no capability.
+        If ``needs`` contains an unknown capability.
     """
     if not set(needs) <= set(CAPABILITIES):
-        raise ValueError(f"needs has to name capabilities, but got {needs}")
+        raise ValueError(f"needs must be among {', '.join(CAPABILITIES)}, got {needs}")
 
     def register(check: Callable[[Cell], None]) -> Callable[[Cell], None]:
         CONTRACTS[name] = Contract(
@@ -220,37 +220,35 @@ def contract(
 
 
 def reference_result(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call the core on its portable path, which no kernel has a part in."""
+    """Call a function of the core on the portable path, without fused kernels."""
     with unidrop.force_path("portable"):
         return function(*args, **options)
 
 
 def check_model_output(
-    recipe: StreamModel,
+    model: StreamModel,
     actual: NDArray[Any],
     expected: NDArray[Any],
     x: NDArray[Any],
-    what: str,
+    name: str,
     diff: str = "",
 ) -> None:
-    """Compare an output as `check_output` does; an error says which mistake explains it.
+    """Compare an output like `check_output`, and add the causes to the error.
 
-    ``diff`` is the command that says more where it is the mask that is wrong.
+    ``diff`` is the command that examines the mask. The error contains it if the mask is wrong.
     """
     try:
-        check_output(actual, expected, x, what)
+        check_output(actual, expected, x, name)
     except ContractError as error:
         if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
             raise
-        diagnosis = diagnose(recipe, actual, x, pairs=False)
+        diagnosis = diagnose(model, actual, x, pairs=False)
         if diagnosis is None:
             raise
-        raise error.explained(diagnosis.causes, diff if diagnosis.is_of_mask else "") from None
+        raise error.with_causes(diagnosis.causes, diff if diagnosis.is_mask_wrong else "") from None
 
 
-def require_nonempty(chosen: Sized) -> None:
-    """Raise ContractError where there is nothing to compare: that would hold of anything."""
-    if not chosen:
-        raise ContractError(
-            "something to compare, such as a golden vector of a step it takes", "none"
-        )
+def require_nonempty(vectors: Sized) -> None:
+    """Raise ContractError if there is nothing to compare, since any backend would pass."""
+    if not vectors:
+        raise ContractError("a vector to compare, with a step below step_limit", "none")

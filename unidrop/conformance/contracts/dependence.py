@@ -1,12 +1,12 @@
-"""Which contracts can't hold where others do not, so that a reader of many failures can begin."""
+"""Order failed contracts by dependence, so that a reader knows which failure to fix first."""
 
 from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["RESTS_ON", "roots"]
+__all__ = ["DEPENDENCIES", "roots"]
 
-#: For a contract, those that it takes for granted: where one of them does not hold, this may fail
-#: for no reason of its own.
-RESTS_ON: Mapping[str, tuple[str, ...]] = {
+#: Maps a contract to the contracts it depends on. If one of them fails, the contract may fail for
+#: that reason only.
+DEPENDENCIES: Mapping[str, tuple[str, ...]] = {
     "keys": ("generator",),
     "traced-key": ("keys",),
     "word-order": ("generator", "traced-key", "steps"),
@@ -40,17 +40,18 @@ RESTS_ON: Mapping[str, tuple[str, ...]] = {
 
 
 def roots(failed: Collection[str]) -> list[str]:
-    """Return those of the contracts that failed which rest on none of the others.
+    """Return the failed contracts that depend on no other failed contract.
 
     Examples
     --------
     >>> roots(["bad-rate", "mask", "word-order", "output"])
     ['bad-rate', 'word-order']
     """
-    return [name for name in failed if not any(other in failed for other in _below(name))]
+    return [name for name in failed if not any(other in failed for other in _dependencies(name))]
 
 
-def _below(name: str) -> Iterator[str]:
-    for other in RESTS_ON.get(name, ()):
+def _dependencies(name: str) -> Iterator[str]:
+    """Yield the direct and indirect dependencies of a contract."""
+    for other in DEPENDENCIES.get(name, ()):
         yield other
-        yield from _below(other)
+        yield from _dependencies(other)

@@ -1,4 +1,4 @@
-"""Contracts of statistics: the realised rate, and the independence of masks."""
+"""Define the statistical contracts: the realized rate and the independence of masks."""
 
 import math
 
@@ -9,22 +9,22 @@ import unidrop
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts.contract import Cell, contract, reference_result
 
-# That of large-mask: in a compiled mode each rate is another program.
+# The rate of "large-mask", since a compiled mode compiles each rate.
 _RATE = 0.1
 
 
 @contract(
-    "rate", "The realised rate over 2^18 elements or more is within 4 standard deviations of p."
+    "rate", "The realized rate over 2^18 elements or more is within 4 standard deviations of p."
 )
 def _rate(cell: Cell) -> None:
     for p in (_RATE,) if cell.is_compiled else (0.001, _RATE, 0.5, 0.9):
         drops = ~cell.keeps(_shape(cell), p, 6)
-        _check_sigmas(drops.sum(), drops.size, p, f"dropped share at p = {p}")
+        _check_sigmas(drops.sum(), drops.size, p, f"share of dropped elements at p = {p}")
 
 
 @contract(
     "independence",
-    "Masks of neighbours, steps and sites agree as often as independent ones, within 4 "
+    "Masks of neighbors, steps and sites agree as often as independent masks, within 4 "
     "standard deviations.",
 )
 def _independence(cell: Cell) -> None:
@@ -34,7 +34,7 @@ def _independence(cell: Cell) -> None:
         "the next element": np.roll(mask, 1),
         "the next row": np.roll(mask, shape[-1]),
         "the next step": cell.keeps(shape, p, 1).ravel(),
-        "another site": _of_another_site(cell, shape, p).ravel(),
+        "another site": _another_site_mask(cell, shape, p).ravel(),
     }
     for name, other in others.items():
         agreement = p**2 + (1 - p) ** 2
@@ -42,12 +42,12 @@ def _independence(cell: Cell) -> None:
 
 
 def _shape(cell: Cell) -> tuple[int, ...]:
-    """Return a large shape: in a compiled mode that of large-mask, which is compiled anyway."""
+    """Return a large shape; a compiled mode uses the shape that "large-mask" compiles."""
     return (3, 601, 601) if cell.is_compiled else (512, 512)
 
 
-def _of_another_site(cell: Cell, shape: tuple[int, ...], p: float) -> NDArray[np.bool]:
-    """Return a mask of another seed, which in a compiled mode can be another program."""
+def _another_site_mask(cell: Cell, shape: tuple[int, ...], p: float) -> NDArray[np.bool]:
+    """Return a mask of another seed; the core computes it for a mode that compiles each seed."""
     site = unidrop.Key(cell.seed).fold_in("another site")
     if not cell.is_compiled:
         return cell.keeps(shape, p, seed=int(site))

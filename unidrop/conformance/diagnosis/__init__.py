@@ -1,1 +1,1 @@
-"""What is wrong with a mask or an output: a model of the stream, its mutations, and a search."""
+"""Explain a wrong mask or output: a model of the stream, mutations of it, and a search."""

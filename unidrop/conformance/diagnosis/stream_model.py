@@ -1,7 +1,7 @@
-"""The stream with every choice of it as a parameter, to find the one that somebody made otherwise.
+"""Model the stream with every choice as a parameter, to find the choice that differs.
 
-It is written for this alone, in NumPy's 64-bit integers, and slow: `unidrop.keep_mask` is the mask.
-Section numbers are those of the specification, docs/spec.md.
+The model serves the diagnosis only: it is slow, and computes in 64-bit integers of NumPy. Call
+`unidrop.keep_mask` for masks. The section numbers refer to the specification, docs/spec.md.
 """
 
 import math
@@ -18,10 +18,6 @@ from unidrop.philox import philox
 __all__ = ["StreamModel"]
 
 
-def _by_x(lengths: Sequence[int]) -> str:
-    return "x".join(map(str, lengths))
-
-
 Words = NDArray[np.uint64]
 
 _MASK32 = np.uint64(0xFFFFFFFF)
@@ -33,58 +29,58 @@ _ODD_MULTIPLIER = np.uint64(0x6C078965)
 
 @dataclass(frozen=True, slots=True)
 class StreamModel:
-    """How a mask is made; each field that has a default is what the specification says.
+    """A mask, with every choice that determines it; the defaults follow the specification.
 
     Attributes
     ----------
     seed : int
     folded : tuple of int or str
-        What is folded into the key of the seed, in order (section 3 and 9).
+        Data folded into the key of the seed, in order (sections 3 and 9).
     p : float
     shape : tuple of int
-        Of the array.
+        Shape of the array.
     broadcast_axes : tuple of int
-        Section 11; not negative.
+        Non-negative axes (section 11).
     global_shape, start : tuple of int, or None
-        Section 12.
+        Window (section 12).
     rounds, key_rounds : int
-        Of the generator (section 2), where it makes masks and where it folds keys.
+        Rounds of the generator (section 2) for masks and for keys.
     fold_counter : tuple of int
-        Which word of (lo(d), hi(d), 0, tag) stands where in the counter that folds d (section 3).
+        Indices into (lo(d), hi(d), 0, tag) that form the counter of fold_in (section 3).
     fold_tags : tuple of int
-        The tag of an integer, and that of a string.
+        Tags of integers and of strings.
     fold_words : tuple of int
-        Which of the four words that the generator gives, and of 0 behind them, make the new key.
+        Indices into the generator's four words and 0 that form the new key.
     digest : callable
-        From a string to d.
+        Maps a string to d.
     fold_integer : callable, or None
-        From a key and an integer to the new key, where it is made otherwise.
+        Maps a key and an integer to the new key, if fold_in does not use the generator.
     key_words : tuple of int
-        Which word of the key stands where in the generator's.
+        Indices into the key's words that form the generator's key.
     counter_words : tuple of int
-        Which word of (lo(block), hi(block), upper 0, upper 1), and of 0 behind them, stands where.
-    upper : tuple of int
-        The third and the fourth word of a mask's counter.
+        Indices into (lo(block), hi(block), *upper_words, 0) that form the counter of a mask.
+    upper_words : tuple of int
+        Third and fourth word of a mask's counter.
     words : tuple of int
-        Which word of a block serves its elements 0 and 1, which 2 and 3, and so on (section 5).
-    elements_a_word : int
-        How many elements one word decides.
+        Indices of the words that decide the elements 0 and 1, 2 and 3, and so on (section 5).
+    elements_per_word : int
+        Number of elements that one word decides.
     odd, even : callable
-        What becomes of a word for an odd and for an even element.
-    row : int
-        To which multiple the last axis is rounded up before elements are numbered.
+        Map a word to the u of an odd and of an even element.
+    row_multiple : int
+        The last axis is padded to a multiple of this number before elements are numbered.
     index_bits : int
-        With how many bits elements are numbered.
+        Number of bits of an element's index.
     order : tuple of int, or None
-        The axes of the mask from the slowest to the fastest, C order if None (section 4).
+        Axes of the mask from slowest to fastest; C order if None (section 4).
     first_block : int
-        The block of index 0.
-    inverted : bool
-        Whether 1 is where an element is dropped.
+        Block of the index 0.
+    is_inverted : bool
+        If True, 1 means dropped.
     threshold : callable
-        From p to T (section 6).
-    decide : callable
-        From u and T to what is kept (section 7).
+        Maps p to T (section 6).
+    keep_flags : callable
+        Maps u and T to the flags of kept elements (section 7).
     """
 
     seed: int
@@ -103,18 +99,18 @@ class StreamModel:
     fold_integer: Callable[[int, int], int] | None = None
     key_words: tuple[int, int] = (0, 1)
     counter_words: tuple[int, int, int, int] = (0, 1, 2, 3)
-    upper: tuple[int, int] = (0, 0)
+    upper_words: tuple[int, int] = (0, 0)
     words: tuple[int, int, int, int] = (0, 1, 2, 3)
-    elements_a_word: int = 2
+    elements_per_word: int = 2
     even: Callable[[Words], Words] = lambda word: word
     odd: Callable[[Words], Words] = lambda word: word * _ODD_MULTIPLIER & _MASK32
-    row: int = 1
+    row_multiple: int = 1
     index_bits: int = 64
     order: tuple[int, ...] | None = None
     first_block: int = 0
-    inverted: bool = False
+    is_inverted: bool = False
     threshold: Callable[[float], int] = lambda p: round(p * 2**32)
-    decide: Callable[[Words, int], NDArray[np.bool]] = lambda u, threshold: (
+    keep_flags: Callable[[Words, int], NDArray[np.bool]] = lambda u, threshold: (
         u >= np.uint64(min(threshold, 2**32))
     )
 
@@ -123,57 +119,58 @@ class StreamModel:
         """The key of the mask."""
         key = int(Key(self.seed))
         for data in self.folded:
-            key = self._folded(key, data)
+            key = self._fold_in(key, data)
         return Key(key)
 
-    def _folded(self, key: int, data: int | str) -> int:
+    def _fold_in(self, key: int, data: int | str) -> int:
         if isinstance(data, str):
             number, tag = self.digest(data), self.fold_tags[1]
         elif self.fold_integer is not None:
             return self.fold_integer(key, data)
         else:
             number, tag = data, self.fold_tags[0]
-        given = number % 2**32, number >> 32, 0, tag
-        c0, c1, c2, c3 = (given[i] for i in self.fold_counter)
-        made = philox((c0, c1, c2, c3), (key % 2**32, key >> 32), rounds=self.key_rounds)
-        lo, hi = ((*made, 0)[i] for i in self.fold_words)
+        unordered = number % 2**32, number >> 32, 0, tag
+        c0, c1, c2, c3 = (unordered[i] for i in self.fold_counter)
+        words = philox((c0, c1, c2, c3), (key % 2**32, key >> 32), rounds=self.key_rounds)
+        lo, hi = ((*words, 0)[i] for i in self.fold_words)
         return int(hi) << 32 | int(lo)
 
     @property
-    def arguments(self) -> str:
-        """What says to ``unidrop mask`` and ``unidrop diff`` which mask is meant.
+    def cli_arguments(self) -> str:
+        """The arguments that select this mask in ``unidrop mask`` and ``unidrop diff``.
 
         Examples
         --------
-        >>> StreamModel(42, (7,), 0.5, (4, 8)).arguments
+        >>> StreamModel(42, (7,), 0.5, (4, 8)).cli_arguments
         '--seed 0x2a --step 7 --p 0.5 --shape 4x8'
         """
-        named = {"--seed": f"{self.seed:#x}"}
-        named |= {"--site" if isinstance(i, str) else "--step": str(i) for i in self.folded}
-        named |= {"--p": repr(self.p), "--shape": _by_x(self.shape)}
+        options = {"--seed": f"{self.seed:#x}"}
+        options |= {"--site" if isinstance(i, str) else "--step": str(i) for i in self.folded}
+        options |= {"--p": repr(self.p), "--shape": _format_shape(self.shape)}
         if self.broadcast_axes:
-            named["--broadcast-axes"] = ",".join(map(str, self.broadcast_axes))
+            options["--broadcast-axes"] = ",".join(map(str, self.broadcast_axes))
         if self.global_shape is not None and self.start is not None:
-            named |= {"--global-shape": _by_x(self.global_shape), "--start": _by_x(self.start)}
-        return " ".join(f"{name} {shlex.quote(value)}" for name, value in named.items())
+            options["--global-shape"] = _format_shape(self.global_shape)
+            options["--start"] = _format_shape(self.start)
+        return " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items())
 
     @property
     def mask_shape(self) -> tuple[int, ...]:
-        """The shape of the mask: the array's, with 1 along broadcast axes."""
+        """The array's shape with length 1 along broadcast axes."""
         return tuple(1 if i in self.broadcast_axes else n for i, n in enumerate(self.shape))
 
     def keep(self, positions: NDArray[np.int64]) -> NDArray[np.bool]:
-        """Return what is kept at positions of the array, counted in C order."""
-        kept = self.decide(self.u(self.indices(positions)), self.threshold(self.p))
-        return kept ^ self.inverted
+        """Return the flags of kept elements at flat C-order positions in the array."""
+        keep = self.keep_flags(self.u(self.indices(positions)), self.threshold(self.p))
+        return keep ^ self.is_inverted
 
     def indices(self, positions: NDArray[np.int64]) -> Words:
-        """Return the numbers, in the whole mask, of positions of the array."""
+        """Map flat C-order positions in the array to indices in the global mask."""
         whole = self.mask_shape if self.global_shape is None else self.global_shape
         start = self.start or (0,) * len(whole)
         lengths = [1 if i in self.broadcast_axes else n for i, n in enumerate(whole)]
         if lengths:
-            lengths[-1] = math.ceil(lengths[-1] / self.row) * self.row
+            lengths[-1] = math.ceil(lengths[-1] / self.row_multiple) * self.row_multiple
         index = np.zeros(positions.shape, dtype=np.uint64)
         coordinates = np.unravel_index(positions, self.shape) if self.shape else ()
         for axis in self.order or range(len(lengths)):
@@ -183,17 +180,17 @@ class StreamModel:
         return index & np.uint64(2**self.index_bits - 1)
 
     def u(self, index: Words) -> Words:
-        """Return the numbers that decide elements."""
-        word, half = np.divmod(index, np.uint64(self.elements_a_word))
+        """Return the u of each index: the number that is compared with the threshold."""
+        word, half = np.divmod(index, np.uint64(self.elements_per_word))
         block = (word // np.uint64(4) + np.uint64(self.first_block % 2**64)).astype(np.uint64)
         chosen = np.array(self.words)[(word % np.uint64(4)).astype(np.int64)]
         words = np.choose(chosen, self._philox(block))
         return np.where(half == 0, self.even(words), self.odd(words))
 
     def _philox(self, block: Words) -> Sequence[Words]:
-        rest = (np.full_like(block, word) for word in (*self.upper, 0))
+        rest = (np.full_like(block, word) for word in (*self.upper_words, 0))
         counter = (block & _MASK32, block >> _SHIFT32, *rest)
-        # Words 0 and 2, and 1 and 3, side by side: half as many operations.
+        # Stacking words 0 and 2, and words 1 and 3, halves the number of NumPy calls.
         even, odd = (np.stack([counter[i] for i in self.counter_words[j::2]]) for j in (0, 1))
         for key in self._round_keys(self.key.words):
             product = (even * _MULTIPLIERS)[::-1]
@@ -205,3 +202,7 @@ class StreamModel:
         number = np.arange(self.rounds, dtype=np.uint64).reshape(-1, 1, 1)
         keys: Words = (words + number * _INCREMENTS) & _MASK32
         return keys
+
+
+def _format_shape(lengths: Sequence[int]) -> str:
+    return "x".join(map(str, lengths))

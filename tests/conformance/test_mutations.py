@@ -1,4 +1,4 @@
-"""What is tried as a mistake is that mistake, to the bit."""
+"""Test that mutations of the product are exact to the bit."""
 
 from fractions import Fraction
 
@@ -7,12 +7,12 @@ import pytest
 import reference
 
 from unidrop.conformance.compare import numpy_dtype
-from unidrop.conformance.diagnosis.mutations import times
+from unidrop.conformance.diagnosis.mutations import scale
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("p", [0.1, 1 / 3, 0.4])
-def test_a_product_that_is_tried_as_rounded_once_is_rounded_once(dtype, p):
+def test_scale_rounds_a_float64_product_once(dtype, p):
     fmt, factor = reference.FORMATS[dtype], np.float32(1 / (1 - p))
     magnitudes = range(fmt.infinity + 1)
     x = np.array(magnitudes, dtype=np.uint16).view(numpy_dtype(dtype))
@@ -20,5 +20,5 @@ def test_a_product_that_is_tried_as_rounded_once_is_rounded_once(dtype, p):
     once = [fmt.encode(fmt.decode(m) * exact) for m in magnitudes[:-1]] + [fmt.infinity]
     for sign in (1, -1):
         with np.errstate(over="ignore"):
-            actual = times(sign * x, np.float64, float(factor)) * sign
+            actual = scale(sign * x, np.float64, float(factor)) * sign
         assert actual.view(np.uint16).tolist() == once
