@@ -180,7 +180,8 @@ def _make_plan(
     x: NDArray[Any], rate: Rate, training: bool, broadcast_axes: Sequence[int], name: str
 ) -> DropoutPlan:
     if broadcast_axes == ():
-        return DropoutPlan.for_whole(LIBRARY, x.shape, x.dtype, rate, bool(training) and rate.p > 0, name)
+        drops = bool(training) and rate.p > 0
+        return DropoutPlan.for_whole(LIBRARY, x.shape, x.dtype, rate, drops, name)
     return DropoutPlan.from_args(
         x, rate, training=training, broadcast_axes=broadcast_axes, name=name
     )

@@ -63,7 +63,7 @@ def explain_path(x: Any) -> PathChoice:
     -------
     PathChoice
         ``name`` is "fused" for single-pass kernels and "portable" for the operations of x's own
-        library; ``reason`` says why. Both paths return the same bits.
+        library; ``reason`` is a sentence. Both paths return the same bits.
 
     Raises
     ------

@@ -7,7 +7,7 @@ import numpy
 
 __all__ = ["COMPUTE_DTYPES", "DTYPES", "compute_dtype", "dtype_name", "integer_bits"]
 
-#: The real dtype in which the components of an array are multiplied, by the array's dtype.
+#: The real dtype for the product of an array's components with the scale, by the array's dtype.
 COMPUTE_DTYPES = {
     "float16": "float32",
     "bfloat16": "float32",
@@ -40,13 +40,13 @@ def dtype_name(dtype: Any) -> str:
 
 @lru_cache(maxsize=64)
 def _get_numpy_name(dtype: Any) -> str:
-    """Return the name of a NumPy dtype, which NumPy composes anew at every access."""
+    """Return the name of a NumPy dtype, which NumPy composes at every access."""
     name: str = dtype.name
     return name
 
 
 def compute_dtype(dtype: Any, name: str = "x") -> str:
-    """Return the name of the real dtype in which an array's components are multiplied.
+    """Return the name of the real dtype for the product of an array's components with the scale.
 
     Raises
     ------

@@ -225,13 +225,13 @@ def _check_scalar_word(word: Any) -> None:
     shape = get_library(word, "key").arrays.shape(word)
     if shape != ():
         raise ValueError(
-            f"key must be one key, got a batch of them, of shape {shape}: map the function that calls "
-            "dropout over the batch, as vmap does"
+            f"key must be one key, got a batch of them, of shape {shape}: map the function that "
+            "calls dropout over the batch, as vmap does"
         )
 
 
 def _is_index(value: object) -> bool:
-    """Return whether the number of a value can be read now, as Python's and NumPy's integers can.
+    """Return whether the number of a value can be read now, as Python and NumPy integers can.
 
     Arrays of other libraries stay unread even if they have a value: reading one would stop a trace
     or wait for a device.

@@ -49,7 +49,7 @@ def get_library(x: Any, name: str = "x") -> ArrayLibrary:
 
 
 def get_namespace_library(xp: Any) -> tuple[ArrayLibrary, Any]:
-    """Return the library of a namespace as users name it, and the namespace that the core uses.
+    """Return the library of a module of array functions, and the namespace that the core uses.
 
     Examples
     --------

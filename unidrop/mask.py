@@ -70,8 +70,8 @@ def keep_mask(
         Axes along which elements share one decision, and the mask has length 1.
     global_shape, start : sequence of int, optional
         The array is the block that begins at ``start`` of an array of shape ``global_shape``, and
-        gets exactly that block of the whole mask. Elements of start may be 0-d integer arrays; their
-        values are not checked.
+        gets exactly that block of the whole mask. Elements of start may be 0-d integer arrays,
+        whose values are not checked.
 
     Returns
     -------

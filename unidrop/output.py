@@ -16,7 +16,7 @@ __all__ = ["select"]
 
 
 def select(library: ArrayLibrary, x: Any, mask: Any, rate: Rate) -> Any:
-    """Return x times the scale for elements in the mask, and +0 for the others, in bounded memory."""
+    """Return x times the scale for kept elements, and +0 for the others, in bounded memory."""
     xp = library.arrays.namespace(x)
     if rate.keeps_nothing:
         return xp.zeros_like(x)

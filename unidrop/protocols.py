@@ -1,8 +1,7 @@
 """What the core asks of an array library: four small protocols and their defaults.
 
 The defaults serve every library that follows the array API standard. A library that differs
-subclasses the protocol in which it differs and registers an `ArrayLibrary` of them; see
-`unidrop.library`.
+overrides methods of a protocol and registers an `ArrayLibrary`; see `unidrop.library`.
 
 * `Arrays` fills gaps of the standard: the namespace, whether an array is traced, complex numbers.
 * `Words` holds the generator's 32-bit words in the library's integers.
@@ -10,7 +9,7 @@ subclasses the protocol in which it differs and registers an `ArrayLibrary` of t
 * `Buffers` locates elements in this process's memory, for the fused kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import array_api_compat
@@ -104,7 +103,7 @@ class Words:
             The namespace and the device of the words.
         first : (hi, lo)
             The number of the first block: Python integers or 0-d arrays. Arrays of shape (rows, 1)
-            give each row blocks of its own.
+            give each row its own blocks.
         count : int
             The number of blocks.
         key : (lo, hi)
@@ -251,7 +250,7 @@ class Buffers:
         out[...] = x
 
     def from_numpy(self, mask: "numpy.ndarray[Any, Any]", device: Any) -> Any:
-        """Return a NumPy array that nobody else references as an array on a device of the CPU."""
+        """Return a NumPy array without other references as an array on a device of the CPU."""
         return mask
 
 
@@ -265,10 +264,10 @@ class ArrayLibrary:
     'its library does not locate the elements of an array'
     """
 
-    arrays: Arrays = Arrays()
-    words: Words = Words()
-    operator: Operator = Operator()
-    buffers: Buffers = Buffers()
+    arrays: Arrays = field(default_factory=Arrays)
+    words: Words = field(default_factory=Words)
+    operator: Operator = field(default_factory=Operator)
+    buffers: Buffers = field(default_factory=Buffers)
 
     def split(self, value: Any, name: str) -> SplitInteger:
         """Return a 0-d integer array as ``(hi, lo)`` words; raises as `Words.split`."""

@@ -85,7 +85,7 @@ class Window:
 
     @property
     def offsets(self) -> tuple[tuple[Any, int], ...]:
-        """The traced starts, each with the stride by which it counts in every index."""
+        """The traced starts, each with its stride in the numbering."""
         return tuple(term for term in self._terms() if not isinstance(term[0], int))
 
     def _terms(self) -> Iterable[tuple[Any, int]]:
@@ -117,7 +117,7 @@ class Window:
         TypeError
             If an argument is not a sequence of integers.
         ValueError
-            If axes repeat or are out of bounds, lengths differ, the window lies outside the
+            If axes repeat or are out of bounds, lengths differ, the window exceeds the
             global shape, or the whole has more than 2^64 elements.
         """
         shape = _lengths(shape, "shape", _checked_index_or_symbol)

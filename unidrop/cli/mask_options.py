@@ -66,7 +66,9 @@ def mask_options(required: bool) -> Callable[[_Command], _Command]:
             "--p", type=float, required=required, help="Probability of dropping, in [0, 1]."
         ),
         click.option("--broadcast-axes", "axes", type=_Axes(), help="Such as 2,3."),
-        click.option("--global-shape", type=Shape(), help="Shape of the global mask, if this is a slice."),
+        click.option(
+            "--global-shape", type=Shape(), help="Shape of the global mask, if this is a slice."
+        ),
         click.option("--start", type=Shape(), help="Start of the slice, such as 4x0."),
     )
 
