@@ -26,7 +26,7 @@ _INLINE, _CODE = "\0", "\1"  # what replaces code in a sentence and between text
 class Rule(NamedTuple):
     """A wording to avoid: a regular expression, and one sentence that it must match.
 
-    A space in the pattern matches a line break too. The sentence stands in backticks, so that the
+    A space in the pattern matches a line break too. The sentence is in backticks, so that the
     lint does not report its own file.
     """
 
@@ -141,7 +141,8 @@ RULES = (
     Rule(
         "of-its-own",
         "write `its own`",
-        r"\bof (?:its|their|your|one's|his|my|our|a) own\b|\bof (?:yours|theirs|ours)\b",
+        r"\bof (?:its|their|your|one's|his|my|our|a) own\b(?! (?!(?:and|or|in|for|with|is|to|at)\b)\w)"
+        r"|\bof (?:yours|theirs|ours)\b",
         "`It runs in a process of its own.`",
     ),
     Rule(
