@@ -141,7 +141,8 @@ RULES = (
     Rule(
         "of-its-own",
         "write `its own`",
-        r"\bof (?:its|their|your|one's|his|my|our|a) own\b(?! (?!(?:and|or|in|for|with|is|to|at)\b)\w)"
+        r"\bof (?:its|their|your|one's|his|my|our|a) own\b"
+        r"(?! (?!(?:and|or|in|for|with|is|to|at)\b)\w)"
         r"|\bof (?:yours|theirs|ours)\b",
         "`It runs in a process of its own.`",
     ),
