@@ -75,7 +75,7 @@ RULES = (
     Rule(
         "what-subject",
         "name the thing",
-        _START + r"what(?:ever)?(?: else)? (?!if\b)[^.?`]{0,60}(?=[.,;])",
+        _START + r"what(?:ever)?(?: else)? (?!if\b)[^.?`\n]{0,60}(?=[.,;])",
         "`What does not fit in the cache costs more.`",
     ),
     Rule(
