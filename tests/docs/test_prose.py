@@ -15,7 +15,6 @@ PENDING = (
     "tests/core/",
     "tests/fused/",
     "tests/support/",
-    "tools/make_golden.py",
     "unidrop/",
 )
 
