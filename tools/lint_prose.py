@@ -85,6 +85,12 @@ RULES = (
         "`Somebody else made this mask.`",
     ),
     Rule(
+        "error-message",
+        "write `<argument> must be <accepted>, got <value!r>`",
+        r", but got\b",
+        "`p is wrong, but got 2.`",
+    ),
+    Rule(
         "here-and-now",
         "write `when the call runs`",
         r"\bhere and now\b",
