@@ -80,14 +80,14 @@ def difference(a: Curve, b: Curve, steps: int) -> float:
 def main() -> None:
     expected = numpy_curve()
     print("greatest difference of the losses at any step")
-    print(f"{'mode':32} {'from NumPy':>12} {'when resumed':>14}")
+    print(f"{'mode':33} {'from NumPy':>11} {'when resumed':>14}")
     differences = []
     with ThreadPoolExecutor(2) as pool:
         for curves in pool.map(lambda process: start_and_resume(*process), PROCESSES):
             for name, (started, resumed) in curves.items():
                 whole = difference(started, expected, STEPS)
                 later = difference(resumed, started[HALF:], STEPS - HALF)
-                print(f"{name:32} {whole:12.1e} {later:14.1e}", flush=True)
+                print(f"{name:33} {whole:11.1e} {later:14.1e}", flush=True)
                 differences += [whole, later]
     if not max(differences) < LIMIT:  # NaN fails this comparison too
         sys.exit(f"the losses differ by {max(differences):.1e}, more than {LIMIT:.0e}")
