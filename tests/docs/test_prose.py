@@ -7,7 +7,6 @@ import pytest
 PENDING = (
     "adapters/",
     "docs/extending.md",
-    "docs/matrix.md",
     "examples/backend_mlx/",
     "tests/adapters/",
     "tests/conformance/",

@@ -20,6 +20,7 @@ MODULES = [
     *(f"unidrop.adapters.{framework}" for framework in FRAMEWORKS),
     "unidrop.conformance",
     "unidrop.library",
+    "unidrop.protocols",
     "unidrop.testing",
 ]
 
