@@ -1,4 +1,4 @@
-"""What dropout costs: unidrop, each framework's own and a plain multiply, side by side.
+"""The cost of dropout: unidrop, each framework's own dropout and a multiply, side by side.
 
 Run ``python -m benchmarks`` from the root of the clone.
 """

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import runner
-from benchmarks.config import DEFAULT, QUICK, Effort, full
+from benchmarks.config import DEFAULT, QUICK, Config, full
 from benchmarks.machine import facts
 from benchmarks.plot import plot
 from benchmarks.report import Report
@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 _File = click.Path(dir_okay=False, path_type=Path)
 
-# CPUs are compared, so no framework may choose another device; and Keras has to be told.
+# The benchmarks compare CPUs, so these keep every framework on the CPU, and Keras on TensorFlow.
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "JAX_PLATFORMS": "cpu",
@@ -32,15 +32,19 @@ _ENVIRONMENT = {
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Few rounds and small arrays: to try it out.")
-@click.option("--full", "is_full", is_flag=True, help="Up to 10^8 elements, in 3 GB of memory.")
-@click.option("--rounds", type=click.IntRange(1), help="How often each candidate is timed.")
-@click.option("--repeat", type=click.IntRange(1), default=1, help="Runs to take the median of.")
+@click.option("--quick", is_flag=True, help="Use few rounds and small arrays, for a trial.")
+@click.option("--full", "is_full", is_flag=True, help="Include 10^8 elements (3 GB of memory).")
+@click.option("--rounds", type=click.IntRange(1), help="Number of timings of each candidate.")
+@click.option("--repeat", type=click.IntRange(1), default=1, help="Runs; results are medians.")
 @click.option(
-    "--only", "groups", multiple=True, type=click.Choice(runner.GROUPS), help="May be repeated."
+    "--only",
+    "groups",
+    multiple=True,
+    type=click.Choice(runner.GROUPS),
+    help="Run only this group. Repeatable.",
 )
-@click.option("--json", "json_path", type=_File, help="Write everything measured here.")
-@click.option("--png", "png_path", type=_File, help="Draw ratios against sizes here.")
+@click.option("--json", "json_path", type=_File, help="Write all results to this file.")
+@click.option("--png", "png_path", type=_File, help="Plot ratios against sizes into this file.")
 def main(
     quick: bool,
     is_full: bool,
@@ -52,20 +56,20 @@ def main(
 ) -> None:
     """Time unidrop, each framework's own dropout and a plain multiply, side by side.
 
-    All are medians over rounds in which each candidate took its turn. Exits with 0 whether the
-    targets are reached or not: what a busy machine measures is no test.
+    The results are medians over rounds, and each candidate runs once in each round. The exit
+    status is 0 even if a target is not reached, because a busy machine distorts times.
     """
     for option, path in (("--json", json_path), ("--png", png_path)):
         if path is not None and not path.parent.is_dir():
-            raise click.BadParameter(f"{path.parent} is no folder", param_hint=option)
+            raise click.BadParameter(f"{path.parent} is not a folder", param_hint=option)
     os.environ.update(_ENVIRONMENT)
-    effort = _effort(quick, is_full, rounds)
-    # A log has no width of its own; the tables need about this much.
+    config = _effort(quick, is_full, rounds)
+    # A log has no width, and the tables need about 140 columns.
     console = Console(width=None if sys.stdout.isatty() else 140)
     machine = facts()
-    rows, missing = runner.load(groups or runner.GROUPS, effort)
-    outcomes, skipped = _run(console, rows, effort, repeat)
-    report = Report(machine, effort, outcomes, [*missing, *skipped])
+    rows, missing = runner.load(groups or runner.GROUPS, config)
+    outcomes, skipped = _run(console, rows, config, repeat)
+    report = Report(machine, config, outcomes, [*missing, *skipped])
     report.print(console)
     if json_path is not None:
         json_path.write_text(report.to_json() + "\n", encoding="utf-8")
@@ -73,14 +77,14 @@ def main(
         plot(outcomes, png_path)
 
 
-def _effort(quick: bool, is_full: bool, rounds: int | None) -> Effort:
-    effort = QUICK if quick else DEFAULT
-    effort = full(effort) if is_full else effort
-    return effort if rounds is None else replace(effort, rounds=rounds)
+def _effort(quick: bool, is_full: bool, rounds: int | None) -> Config:
+    config = QUICK if quick else DEFAULT
+    config = full(config) if is_full else config
+    return config if rounds is None else replace(config, rounds=rounds)
 
 
 def _run(
-    console: Console, rows: Sequence[Row], effort: Effort, repeat: int
+    console: Console, rows: Sequence[Row], config: Config, repeat: int
 ) -> tuple[list[Outcome], list[runner.Skipped]]:
     columns = (
         TextColumn("{task.description}"),
@@ -92,12 +96,12 @@ def _run(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("", total=repeat * len(rows))
-        begun = count()
+        started = count()
 
-        def begins(row: Row) -> None:
-            bar.update(task, completed=next(begun), description=f"{row.group}, {row.name}")
+        def on_start(row: Row) -> None:
+            bar.update(task, completed=next(started), description=f"{row.group}, {row.name}")
 
-        return runner.run(rows, effort, repeat, begins)
+        return runner.run(rows, config, repeat, on_start)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fresh processes: what happens once in a process can be measured only there."""
+"""Child processes, to measure events that occur only once per process."""
 
 import os
 import subprocess
@@ -14,12 +14,12 @@ _ROOT = Path(__file__).parents[1]
 
 
 def get_last_line(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run Python at the clone's root, and return the last line that it prints.
+    """Run Python in the clone's root folder, and return the last line of its output.
 
     Raises
     ------
     UnavailableError
-        If it fails, with the last line of its complaint.
+        If the process fails. The message is the last line of its error output.
     """
     finished = subprocess.run(
         [sys.executable, *arguments],

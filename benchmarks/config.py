@@ -1,37 +1,37 @@
-"""How much is measured: the shapes, and how often each is timed."""
+"""The configuration of a run: the shapes, and the number of timings."""
 
 from dataclasses import dataclass, replace
 
-__all__ = ["DEFAULT", "LARGE", "MIDDLE", "QUICK", "SMALL", "Effort", "Shape", "full"]
+__all__ = ["DEFAULT", "LARGE", "MIDDLE", "QUICK", "SMALL", "Config", "Shape", "full"]
 
 Shape = tuple[int, ...]
 
-# The shapes for which the design's table of costs gives figures.
+# The shapes that have targets.
 SMALL: Shape = (32, 128)
 MIDDLE: Shape = (512, 1024)
 LARGE: Shape = (1 << 24,)
 
 
 @dataclass(frozen=True)
-class Effort:
-    """What a run measures.
+class Config:
+    """The configuration of a run.
 
     Attributes
     ----------
     shapes : tuple of tuple of int
-        The sweep over sizes, in which the named shapes stand.
+        The sweep over sizes. It includes the named shapes.
     elements : int
-        Of the arrays for dtypes and for memory, which have one size.
+        Number of elements of the arrays for dtypes and for memory.
     side : int
-        Of the square matrices for layouts.
+        Number of rows and columns of the square matrices for layouts.
     images : tuple of int
-        The shape for channels-last, in torch's order (N, C, H, W).
+        Shape of the channels-last images, in PyTorch's order (N, C, H, W).
     rounds : int
-        How often each candidate of a row is timed.
+        Number of timings of each candidate of a row.
     block : float
-        For how many seconds at least a candidate is called in each round.
+        Minimum time of a candidate in each round, in seconds.
     processes : int
-        How many fresh processes a figure about starting up takes at most.
+        Maximum number of child processes for a startup figure.
     """
 
     shapes: tuple[Shape, ...]
@@ -43,7 +43,7 @@ class Effort:
     processes: int
 
 
-DEFAULT = Effort(
+DEFAULT = Config(
     shapes=((10**3,), SMALL, (10**4,), (10**5,), MIDDLE, (10**6,), LARGE),
     elements=1 << 22,
     side=4096,
@@ -53,7 +53,7 @@ DEFAULT = Effort(
     processes=7,
 )
 
-QUICK = Effort(
+QUICK = Config(
     shapes=((10**3,), SMALL, MIDDLE),
     elements=1 << 18,
     side=256,
@@ -64,6 +64,6 @@ QUICK = Effort(
 )
 
 
-def full(effort: Effort) -> Effort:
-    """Return an effort with 10^8 elements at the end of its sweep, which take 3 GB of memory."""
-    return replace(effort, shapes=(*effort.shapes, (10**8,)))
+def full(config: Config) -> Config:
+    """Return the configuration with a last shape of 10^8 elements, which needs 3 GB of memory."""
+    return replace(config, shapes=(*config.shapes, (10**8,)))

@@ -1,4 +1,4 @@
-"""The work that all groups share: a rate, the key of a call, and an array to drop from."""
+"""Shared by all groups: a rate, the key of a call, and an input array."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,10 @@ _KEY = unidrop.Key(42)
 
 
 def key(step: int) -> unidrop.Key:
-    """Return a call's key, folded anew for each as in training."""
+    """Return the key of a call, with the step folded in, as in training."""
     return _KEY.fold_in(step)
 
 
 def uniform(shape: Shape) -> NDArray[np.float32]:
-    """Return float32 numbers in [0, 1)."""
+    """Return uniform float32 numbers in [0, 1)."""
     return np.random.default_rng(0).random(shape, dtype=np.float32)

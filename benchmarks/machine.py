@@ -1,4 +1,4 @@
-"""Facts about the machine and the libraries, without which no figure means anything."""
+"""Facts about the machine and the libraries, which every figure depends on."""
 
 import os
 import platform
@@ -16,10 +16,10 @@ _LIBRARIES = ("numpy", "numba", "torch", "tensorflow", "keras", "jax")
 
 
 def facts() -> dict[str, Any]:
-    """Return what is known of the machine, Python and the libraries that are installed.
+    """Return facts about the machine, Python and the installed libraries.
 
-    ``load`` is the average number of busy processes in the last minute. Where others are busy,
-    libraries that wait for all of their threads take much longer, and no median hides it.
+    ``load`` is the average number of busy processes in the last minute. If other processes are
+    busy, libraries that wait for all of their threads take much longer, even in the median.
     """
     return {
         "processor": _processor(),
@@ -42,7 +42,7 @@ def _version(library: str) -> str | None:
 
 
 def _processor() -> str:
-    """Return the processor's name, which Python itself does not know on Linux."""
+    """Return the name of the processor. Python cannot read it on Linux."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,18 +1,18 @@
-"""What one call takes of memory, measured in a process of its own.
+"""The memory of one call, measured in a separate process.
 
     python -m benchmarks.memory torch F.dropout 16777216
     python -m benchmarks.memory compiled F.dropout 16777216
 
-prints JSON, in bytes an element:
+prints JSON, in bytes per element:
 
-* ``peak``: by how much the process grows at most while it computes, output and gradient included,
-  the input and the ready upstream gradient not. From Linux' VmHWM, whose mark is reset before.
-* ``held``: by how much it has grown after the forward call, less the output: what the backward
-  call is to find, wherever it is kept. From VmRSS.
-* ``saved``: what autograd is given to save for the backward call, by the hooks for saved tensors.
-  It counts what is small, which the process's size does not show.
+* ``peak``: the maximum growth of the process during both calls. It includes the output and the
+  gradient, but not the input and the upstream gradient. This is VmHWM of Linux, reset before.
+* ``retained``: the growth of the process after the forward call, minus the output. This is the
+  memory for the backward call, wherever it is. It is VmRSS of Linux.
+* ``saved``: the size of the tensors that autograd saves for the backward call, from its hooks. It
+  includes small tensors, which do not change the size of the process.
 
-A small call comes first, so that nothing is compiled or started in the one that counts.
+A small call runs first, so that the measured call neither compiles nor starts anything.
 """
 
 import gc
@@ -56,29 +56,29 @@ def measure_numpy(candidate: str, elements: int) -> dict[str, float]:
 
 
 def measure_compiled(candidate: str, elements: int) -> dict[str, float]:
-    """Return what `measure_torch` does, of what torch.compile makes of a candidate."""
+    """Return the results of `measure_torch` for a candidate under torch.compile."""
     import torch
 
     return measure_torch(candidate, elements, torch.compile(fullgraph=True, dynamic=True))
 
 
 def measure_torch(
-    candidate: str, elements: int, transform: Callable[[Any], Any] = lambda way: way
+    candidate: str, elements: int, transform: Callable[[Any], Any] = lambda function: function
 ) -> dict[str, float]:
-    """Return the peak of a forward and a backward call, and what is kept between them."""
+    """Return the peak of both calls, and the memory between them."""
     import torch
     from torch.nn import functional
 
     from unidrop.adapters.torch import Dropout, dropout
 
     first = key(0)
-    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "unidrop": lambda x: dropout(x, P, key=first),
         "unidrop module": Dropout(P, seed=42),
         "multiply": lambda x: x * SCALE,
         "F.dropout": lambda x: functional.dropout(x, P),
     }
-    call = transform(ways[candidate])
+    call = transform(functions[candidate])
     sizes: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,14 +97,14 @@ def measure_torch(
     x, gradient = arrays(elements)
     before = _reset()
     y = call(x)
-    held = _bytes("VmRSS") - before - y.nbytes
+    retained = _bytes("VmRSS") - before - y.nbytes
     y.backward(gradient)
     peak = _bytes("VmHWM") - before
-    return {"peak": peak / elements, "held": held / elements, "saved": saved}
+    return {"peak": peak / elements, "retained": retained / elements, "saved": saved}
 
 
 def _reset() -> int:
-    """Set the mark of the peak to the present size, which is returned."""
+    """Reset the recorded peak to the present size, and return this size."""
     gc.collect()
     _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
     return _bytes("VmRSS")

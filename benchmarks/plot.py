@@ -1,4 +1,4 @@
-"""The picture: what dropout costs in multiplies, against the size of the array."""
+"""The plot: the cost of dropout in multiplies, against the size of the array."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +20,12 @@ _TITLES = {
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Write a PNG: one colour a library, unidrop solid and the library's own way dashed.
+    """Write a PNG. Each library has a color; unidrop is solid, the library's own dropout dashed.
 
     Parameters
     ----------
     outcomes : sequence of Outcome
-        Those that name the framework's own dropout are shown.
+        The plot shows the rows with an ``own`` candidate.
     path : pathlib.Path
     """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")

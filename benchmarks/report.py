@@ -1,4 +1,4 @@
-"""How a run is shown: tables in the terminal, and JSON."""
+"""The report of a run: tables in the terminal, and JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.config import Effort, Shape
+from benchmarks.config import Config, Shape
 from benchmarks.rows import Outcome
 from benchmarks.runner import Skipped
 
@@ -18,13 +18,13 @@ _BUSY = 0.5  # processes, on average in the last minute
 
 
 class Report:
-    """The outcomes of a run, and what was not measured.
+    """The outcomes of a run, and the skipped measurements.
 
     Parameters
     ----------
     machine : mapping
-        Facts about it.
-    effort : Effort
+        Facts about the machine.
+    config : Config
     outcomes : sequence of Outcome
     skipped : sequence of Skipped
     """
@@ -32,22 +32,22 @@ class Report:
     def __init__(
         self,
         machine: Mapping[str, Any],
-        effort: Effort,
+        config: Config,
         outcomes: Sequence[Outcome],
         skipped: Sequence[Skipped],
     ) -> None:
         self.machine = machine
-        self.effort = effort
+        self.config = config
         self.outcomes = outcomes
         self.skipped = skipped
 
     def print(self, console: Console) -> None:
-        """Print the machine, a table a group, what was skipped and why, and a closing line."""
-        console.print(Text(_in_a_line(self.machine), style="dim"), soft_wrap=True)
+        """Print the machine, a table per group, the skipped measurements, and the last line."""
+        console.print(Text(_format_machine(self.machine), style="dim"), soft_wrap=True)
         for group in dict.fromkeys(outcome.row.group for outcome in self.outcomes):
             console.print(_table(group, [o for o in self.outcomes if o.row.group == group]))
         if (self.machine["load"] or 0) > _BUSY:
-            line = "! other processes were busy, and threads that wait for one another take longer"
+            line = "! other processes were busy, so multi-threaded candidates may take longer"
             console.print(Text(line, style="yellow"), soft_wrap=True)
         for skip in self.skipped:
             line = f"! {skip.what}: not measured, {skip.reason}"
@@ -55,7 +55,7 @@ class Report:
         console.print(Text(self.summary(), style="bold"), soft_wrap=True)
 
     def summary(self) -> str:
-        """Return the closing line."""
+        """Return the last line: the number of targets that were reached, and were not."""
         reached = [verdict.reached for outcome in self.outcomes for verdict in outcome.verdicts]
         return f"{reached.count(True)} targets reached, {reached.count(False)} not reached"
 
@@ -64,7 +64,7 @@ class Report:
         return json.dumps(
             {
                 "machine": self.machine,
-                "rounds": self.effort.rounds,
+                "rounds": self.config.rounds,
                 "rows": [_as_dict(outcome) for outcome in self.outcomes],
                 "skipped": [{"what": s.what, "reason": s.reason} for s in self.skipped],
             },
@@ -72,7 +72,7 @@ class Report:
         )
 
 
-def _in_a_line(machine: Mapping[str, Any]) -> str:
+def _format_machine(machine: Mapping[str, Any]) -> str:
     shown = [
         machine["processor"],
         f"{machine['cpus']} CPUs",

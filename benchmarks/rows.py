@@ -1,4 +1,4 @@
-"""Rows: what is measured side by side, and what actual of it."""
+"""Rows: candidates that run side by side, and the outcome of their measurement."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,38 +6,38 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.config import Effort, Shape
+from benchmarks.config import Config, Shape
 from benchmarks.thresholds import Target, Verdict
 from benchmarks.timing import Candidate, median_seconds
 
 __all__ = ["Outcome", "Row", "UnavailableError", "timed"]
 
-Measure = Callable[[Effort], Mapping[str, float]]
+Measure = Callable[[Config], Mapping[str, float]]
 
 
 class UnavailableError(Exception):
-    """Raised by a row that can't be measured here; its text says why."""
+    """Raised by a row that this machine cannot measure. The message is the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One piece of work, and the candidates that do it.
+    """One task, and the candidates that do it.
 
     Attributes
     ----------
     group : str
-        What is asked for with ``--only``.
+        Name of the group, for ``--only``.
     name : str
     shape : tuple of int
-        Of the array worked on; None if there is none.
+        Shape of the input array. None if there is no array.
     measure : callable
-        Measures all candidates, and returns the value of each by its name.
+        Measures all candidates, and returns their values by name.
     base : str or None
-        The candidate to which all are compared.
+        Name of the candidate for comparison.
     own : str or None
-        The candidate that is the framework's own dropout, in the rows which the plot shows.
+        Name of the framework's own dropout. The plot shows only rows with one.
     unit : str
-        Of the values. Seconds are those of one call.
+        Unit of the values. A time is the time of one call.
     targets : tuple of Target
     """
 
@@ -52,24 +52,24 @@ class Row:
 
     @property
     def elements(self) -> int | None:
-        """How many elements the array has."""
+        """The number of elements of the array."""
         return None if self.shape is None else math.prod(self.shape)
 
 
 def timed(build: Callable[..., Sequence[Candidate]], *arguments: Any) -> Measure:
-    """Return a measure that builds candidates, with their arrays, only when they are timed."""
+    """Return a measure that builds candidates, with their arrays, just before it times them."""
 
-    def measure(effort: Effort) -> Mapping[str, float]:
-        return median_seconds(build(*arguments), rounds=effort.rounds, block=effort.block)
+    def measure(config: Config) -> Mapping[str, float]:
+        return median_seconds(build(*arguments), rounds=config.rounds, block=config.block)
 
     return measure
 
 
 class Outcome:
-    """What actual of a row: a value of each candidate in each of the runs, at least one.
+    """The outcome of a row: the values of its candidates in at least one run.
 
-    Figures are computed within a run, where candidates took turns, and of these the median is
-    taken over runs.
+    A figure is computed within each run, because candidates took turns there. The result is the
+    median over runs.
     """
 
     def __init__(self, row: Row, runs: Sequence[Mapping[str, float]]) -> None:
@@ -86,7 +86,7 @@ class Outcome:
         return self._over_runs(lambda values: values[candidate])
 
     def ratio(self, candidate: str) -> float | None:
-        """Return a candidate's value in terms of the base's; None if that is none or 0."""
+        """Return a candidate's value relative to the base. None if there is no base, or it is 0."""
         base = self.row.base
         if base is None or any(values[base] == 0 for values in self.runs):
             return None
@@ -94,7 +94,7 @@ class Outcome:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """What actual of each target."""
+        """The verdict on each target."""
         return [target.judge(self._over_runs(target.figure)) for target in self.row.targets]
 
     def _over_runs(self, figure: Callable[[Mapping[str, float]], float]) -> float:

@@ -1,4 +1,4 @@
-"""Targets: what a row has to reach, and whether it does."""
+"""Targets: the bounds of a row, and the verdicts on them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class Target:
     Attributes
     ----------
     candidate : str
-        Whom it binds.
+        Name of the candidate that must reach the target.
     text : str
-        The bound, in words.
+        Text of the bound, for reports.
     figure : callable
         Computes the figure from the value of each candidate.
     bound : float
     is_floor : bool
-        Whether the figure has to be at least the bound, instead of at most.
+        If True, the figure must be at least the bound. Otherwise it must be at most the bound.
     """
 
     candidate: str
@@ -39,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What actual of a target: the figure, and whether it reaches the bound."""
+    """The verdict on a target: the figure, and whether it reaches the bound."""
 
     target: Target
     figure: float
@@ -51,7 +51,7 @@ class Verdict:
 
 
 def at_most(factor: float, candidate: str, reference: str) -> Target:
-    """Bind a candidate to at most so many times what a reference takes.
+    """Limit a candidate's time to a multiple of the reference's time.
 
     Examples
     --------
@@ -67,7 +67,7 @@ def at_most(factor: float, candidate: str, reference: str) -> Target:
 
 
 def faster(factor: float, candidate: str, reference: str) -> Target:
-    """Bind a candidate to be at least so many times faster than a reference.
+    """Require a candidate to be faster than a reference, by at least a factor.
 
     Examples
     --------
@@ -85,10 +85,10 @@ def faster(factor: float, candidate: str, reference: str) -> Target:
 
 
 def at_most_more(bound: float, candidate: str, reference: str, text: str) -> Target:
-    """Bind a candidate to take at most so much more than a reference takes."""
+    """Limit the difference between a candidate's value and the reference's value."""
     return Target(candidate, text, lambda values: values[candidate] - values[reference], bound)
 
 
 def below(bound: float, candidate: str, text: str) -> Target:
-    """Bind a candidate's value itself."""
+    """Limit a candidate's value."""
     return Target(candidate, text, lambda values: values[candidate], bound)

@@ -1,8 +1,8 @@
-"""Timing side by side: in each round every candidate runs once, in an order that rotates.
+"""Side-by-side timing: in each round, every candidate runs once, and the order rotates.
 
-On a busy machine seconds drift. Candidates that take turns drift together, so their ratios hold
-where their seconds do not; and the median over rounds ignores the rounds in which somebody else
-ran. The order rotates since who runs first finds other things in the caches than who runs last.
+On a busy machine, times drift. Candidates that take turns drift together, so their ratios are
+reliable even if their times are not. The median over rounds ignores rounds with other busy
+processes. The order rotates, because the first candidate finds other data in the caches.
 """
 
 import gc
@@ -17,15 +17,15 @@ __all__ = ["Candidate", "interleaved", "median_seconds"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to do a row's work.
+    """One candidate for the task of a row.
 
     Attributes
     ----------
     name : str
     call : callable
-        Does the work once. It is given the number of the call, for whoever names a mask by it.
+        Does the task once. Its argument is the number of the call, for the step of a key.
     within : callable
-        Makes the context in which a block of calls runs, outside what is timed.
+        Returns the context of a block of calls. Its time does not count.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Candidate:
 def median_seconds(
     candidates: Sequence[Candidate], *, rounds: int, block: float
 ) -> dict[str, float]:
-    """Return the median of each candidate's seconds a call.
+    """Return the median time of one call of each candidate, in seconds.
 
     Parameters
     ----------
     candidates : sequence of Candidate
     rounds : int
     block : float
-        For how many seconds at least one candidate is called in each round.
+        Minimum time of each candidate in each round, in seconds.
     """
     gc.collect()
     collects = gc.isenabled()
@@ -59,12 +59,12 @@ def median_seconds(
 
 
 def interleaved(samples: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Return the median of what each function returns, all of them called once in each round.
+    """Call each function once in each round, and return the median of its results.
 
     Parameters
     ----------
     samples : mapping of str to callable
-        Each takes one sample.
+        Functions that return one sample.
     rounds : int
     """
     names = list(samples)
@@ -77,7 +77,7 @@ def interleaved(samples: Mapping[str, Callable[[], float]], rounds: int) -> dict
 
 
 class _Block:
-    """A candidate, called so often at a time that the clock's resolution does not matter."""
+    """A block of calls of a candidate, long enough for the resolution of the clock."""
 
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
@@ -85,18 +85,18 @@ class _Block:
         self.done = 0
 
     def lengthen(self, seconds: float) -> None:
-        """Warm up, and find how many calls take at least some seconds."""
-        self.run()  # compiles, or fills caches
+        """Warm up, and increase the number of calls until they take ``seconds``."""
+        self.run()  # compiles and fills caches
         while self.run() * self.calls < seconds:
             self.calls *= 2
 
     def run(self) -> float:
-        """Return seconds a call."""
+        """Run the block, and return the time per call in seconds."""
         call = self.candidate.call
         numbers = range(self.done, self.done + self.calls)
         self.done += self.calls
         with self.candidate.within():
-            begin = perf_counter()
+            start = perf_counter()
             for number in numbers:
                 call(number)
-            return (perf_counter() - begin) / self.calls
+            return (perf_counter() - start) / self.calls

@@ -1,6 +1,6 @@
-"""How Sphinx makes the site of these pages: ``sphinx-build -W --keep-going -q docs OUT``.
+"""Sphinx configuration of the site: ``sphinx-build -W --keep-going -q docs OUT``.
 
-Nothing is fetched, neither when it is made nor when it is read.
+Neither the build nor the built pages need a network.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import unidrop
 
-# TensorFlow is imported for docstrings; what it logs of its build is no warning of the pages.
+# Autodoc imports TensorFlow, which would log messages about its own build as warnings.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 project = "unidrop"
@@ -18,12 +18,12 @@ author = copyright = "The unidrop authors"
 release = unidrop.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-highlight_language = "none"  # of blocks that name none
+highlight_language = "none"  # for blocks without a language
 myst_heading_anchors = 3
 
-# A name in single backticks is a link where it is one of ours.
+# Names in single backticks become links if the reference has them.
 default_role = "py:obj"
-autodoc_typehints = "none"  # the docstrings say more
+autodoc_typehints = "none"  # the docstrings describe the types
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
 napoleon_use_ivar = True
@@ -36,27 +36,27 @@ html_copy_source = False
 
 
 def _link_files(app, docname, source):
-    """Let links to Markdown outside of these pages lead to the file, as those to code do."""
+    """Turn links to Markdown files outside of docs/ into links to the files."""
     folder = Path(app.srcdir, docname).parent
 
-    def linked(match):
+    def to_path(match):
         is_page = (folder / match[1]).resolve().is_relative_to(app.srcdir)
         return match[0] if is_page else f"](path:{match[1]})"
 
-    source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", linked, source[0])
+    source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", to_path, source[0])
 
 
 def _signature(app, what, name, obj, options, signature, returns):
-    """Show a class as it is made: of a protocol nothing is, and Keras hides how a layer is."""
+    """Show the arguments of a Keras layer, which Keras hides, and none for a protocol."""
     if getattr(obj, "_is_protocol", False):
         return "", returns
     if signature == "(*args, **kwargs)":
-        _, *taken = inspect.signature(obj.__init__).parameters.values()
-        return str(inspect.Signature([p.replace(annotation=p.empty) for p in taken])), returns
+        _, *parameters = inspect.signature(obj.__init__).parameters.values()
+        return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters])), returns
     return None
 
 
 def setup(app):
-    """Connect what is above."""
+    """Connect the two functions above."""
     app.connect("source-read", _link_files)
     app.connect("autodoc-process-signature", _signature)

@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's digits, first weights and batches, from fixed seeds."""
+"""Shared by the examples: scikit-learn's digits, initial weights and batches, with fixed seeds."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Digits(NamedTuple):
 
 
 def load() -> Digits:
-    """Return the bundled digits, three quarters to train on and one to test on."""
+    """Return the bundled digits: three quarters for training, and one quarter for testing."""
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype(np.float32)
     x_train, x_test, y_train, y_test = train_test_split(
@@ -37,7 +37,7 @@ def load() -> Digits:
 
 
 def initial_parameters(hidden: int, seed: int = 0) -> list[Floats]:
-    """Return ``[w1, b1, w2, b2]`` of a two-layer network, weights of shape (inputs, outputs)."""
+    """Return ``[w1, b1, w2, b2]`` of a two-layer network. Weights have shape (inputs, outputs)."""
     rng = np.random.default_rng(seed)
     parameters = []
     for inputs, outputs in ((PIXELS, hidden), (hidden, CLASSES)):
@@ -49,7 +49,7 @@ def initial_parameters(hidden: int, seed: int = 0) -> list[Floats]:
 def batches(
     x: Floats, labels: Labels, size: int, steps: int, seed: int = 0
 ) -> Iterator[tuple[Floats, Labels]]:
-    """Yield as many random batches as there are steps, the same ones for the same seed."""
+    """Yield one random batch per step, with the same batches for the same seed."""
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         rows = rng.choice(len(x), size, replace=False)
@@ -57,5 +57,5 @@ def batches(
 
 
 def accuracy(logits: Floats, labels: Labels) -> float:
-    """Return the share of rows whose greatest logit is that of the label."""
+    """Return the share of rows with the greatest logit at the label."""
     return float((logits.argmax(axis=1) == labels).mean())

@@ -1,9 +1,8 @@
-"""One network, trained in every way that frameworks run one: the same losses, also when resumed.
+"""Train one network in every mode of every framework: the losses agree, also after resuming.
 
-Each run begins with the same weights, sees the same batches and has the same keys. It is compared
-with NumPy's, whose backward pass is written by hand (numpy_dropout.py). After 25 of 50 steps it is
-saved, and a new process goes on from there. The exit status is 1 if a loss differs by more than
-rounding explains.
+Each run has the same initial weights, batches and keys. The script compares the losses with NumPy
+losses, from a hand-written backward pass (numpy_dropout.py). It saves each run after 25 of 50
+steps, and a new process resumes it. The exit status is 1 if a loss differs by more than rounding.
 
     python examples/every_mode.py
 """
@@ -23,10 +22,10 @@ from numpy.typing import NDArray
 from numpy_dropout import KeyedDropout, descend, loss_and_gradients
 from training import HALF, HIDDEN, LEARNING_RATE, SITES, STEPS, batches_from
 
-# For losses of about 2, in float32: some hundred times the spacing of its numbers.
+# Some hundred times the spacing of float32 numbers near 2, the size of the losses.
 LIMIT = 1e-4
 
-# A process for each: Keras has one backend in a process.
+# Each runs in a separate process, because Keras has only one backend per process.
 PROCESSES: Sequence[tuple[str, Mapping[str, str]]] = (
     ("train_torch.py", {}),
     ("train_keras.py", {"KERAS_BACKEND": "tensorflow"}),
@@ -51,7 +50,7 @@ def numpy_curve() -> Curve:
 
 
 def get_curves(script: str, environment: Mapping[str, str], part: str, folder: str) -> dict:
-    """Return the losses that a process prints, by the mode's name."""
+    """Run a script in a process, and return the losses that it prints, by mode name."""
     finished = subprocess.run(
         [sys.executable, Path(__file__).with_name(script), part, folder],
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | dict(environment),
@@ -63,10 +62,8 @@ def get_curves(script: str, environment: Mapping[str, str], part: str, folder: s
     return {name: np.array(losses) for name, losses in curves.items()}
 
 
-def started_and_resumed(
-    script: str, environment: Mapping[str, str]
-) -> dict[str, tuple[Curve, Curve]]:
-    """Return for each mode the losses of all steps, and of the later half in a new process."""
+def start_and_resume(script: str, environment: Mapping[str, str]) -> dict[str, tuple[Curve, Curve]]:
+    """Return the losses of all steps, and of the resumed second half, by mode name."""
     with TemporaryDirectory() as folder:
         started = get_curves(script, environment, "start", folder)
         resumed = get_curves(script, environment, "resume", folder)
@@ -76,24 +73,24 @@ def started_and_resumed(
 def difference(a: Curve, b: Curve, steps: int) -> float:
     """Return the greatest difference at any step."""
     if a.shape != (steps,) or b.shape != (steps,):
-        sys.exit(f"{steps} steps were to be compared, but got {a.shape} and {b.shape}")
+        sys.exit(f"expected two curves of {steps} steps, got shapes {a.shape} and {b.shape}")
     return float(np.abs(a - b).max())
 
 
 def main() -> None:
     expected = numpy_curve()
     print("greatest difference of the losses at any step")
-    print(f"{'mode':32} {'from NumPy':>12} {'when resumed':>14}")
+    print(f"{'mode':33} {'from NumPy':>11} {'when resumed':>14}")
     differences = []
     with ThreadPoolExecutor(2) as pool:
-        for curves in pool.map(lambda process: started_and_resumed(*process), PROCESSES):
+        for curves in pool.map(lambda process: start_and_resume(*process), PROCESSES):
             for name, (started, resumed) in curves.items():
                 whole = difference(started, expected, STEPS)
                 later = difference(resumed, started[HALF:], STEPS - HALF)
-                print(f"{name:32} {whole:12.1e} {later:14.1e}", flush=True)
+                print(f"{name:33} {whole:11.1e} {later:14.1e}", flush=True)
                 differences += [whole, later]
-    if not max(differences) < LIMIT:  # written so that NaN fails too
-        sys.exit(f"the losses differ by {max(differences):.1e}, and may by {LIMIT:.0e}")
+    if not max(differences) < LIMIT:  # NaN fails this comparison too
+        sys.exit(f"the losses differ by {max(differences):.1e}, more than {LIMIT:.0e}")
 
 
 if __name__ == "__main__":

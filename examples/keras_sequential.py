@@ -1,8 +1,8 @@
 """Dropout in Keras: a Sequential and a functional model, ``fit``, ``evaluate``, save and resume.
 
-``Dropout`` takes the place of ``keras.layers.Dropout``. Its call number is saved with the model, so
-a loaded model drops what the saved one would have dropped next: after one more epoch the two have
-the same weights.
+``Dropout`` replaces ``keras.layers.Dropout``. Keras saves its call number with the model. So the
+loaded model continues with the next mask of the saved model, and after one more epoch both models
+have the same weights.
 
     python examples/keras_sequential.py
 """
@@ -41,7 +41,7 @@ def functional_model() -> keras.Model:
 
 
 def fit(model: keras.Model, digits: Digits, epochs: int) -> None:
-    """Fit on the same batches every time, so that only dropout could make a difference."""
+    """Fit on the same batches every time, so that only dropout could cause a difference."""
     model.fit(
         digits.x_train, digits.y_train, batch_size=64, epochs=epochs, shuffle=False, verbose=0
     )
@@ -83,7 +83,9 @@ def show_resuming(model: keras.Model, digits: Digits) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Classifiers with dropout in Keras.")
-    parser.add_argument("--epochs", type=int, default=10, help="times through the data")
+    parser.add_argument(
+        "--epochs", type=int, default=10, help="passes through the data (default: 10)"
+    )
     epochs = parser.parse_args(argv).epochs
 
     digits = load()

@@ -1,8 +1,8 @@
-"""Dropout in NumPy: the textbook's function, and a network trained by hand-written backpropagation.
+"""Dropout in NumPy: the textbook's function, and a network with hand-written backpropagation.
 
-First ``(output, mask) = dropout(x, keep_prob=...)`` on a small array: the kept elements are scaled,
-so that the mean stays what it was. Then a network of two layers learns to read digits. Its backward
-pass needs the masks of its forward pass, and makes them again from their keys: nothing is stored.
+The first part calls ``(output, mask) = dropout(x, keep_prob=...)`` on a small array. Dropout scales
+the kept elements, so the mean does not change. In the second part, a two-layer network learns to
+read digits. Its backward pass recomputes the masks from their keys, and nothing is stored.
 
     python examples/numpy_dropout.py
 """
@@ -39,33 +39,33 @@ def show_the_textbook() -> None:
 
 
 class Dropout(Protocol):
-    """A dropout of one place and one step: the backward pass drops what the forward pass did."""
+    """A dropout at one site and step. Both passes drop the same elements."""
 
     def forward(self, x: Array) -> Array:
-        """Drop elements and scale the rest."""
+        """Drop elements, and scale the others."""
 
     def backward(self, grad: Array) -> Array:
-        """Do the same to the gradient."""
+        """Apply the same mask and scale to the gradient."""
 
 
 @dataclass
 class KeyedDropout:
-    """The one whose mask is made from a key, as often as it is needed."""
+    """A dropout that computes its mask from a key whenever it needs the mask."""
 
     p: float
     key: Key
 
     def forward(self, x: Array) -> Array:
-        """Make the mask and apply it."""
+        """Compute the mask, and apply it."""
         return dropout(x, self.p, key=self.key)
 
     def backward(self, grad: Array) -> Array:
-        """Make the mask again and apply it."""
+        """Recompute the mask, and apply it."""
         return dropout_backward(grad, self.p, key=self.key)
 
 
 def keyed_dropouts(key: Key, step: int) -> tuple[KeyedDropout, KeyedDropout]:
-    """Fold in the site, then the step: every place has a new mask at every step."""
+    """Fold in the site, then the step, so that every site has a new mask at every step."""
     return (
         KeyedDropout(INPUT_RATE, key.fold_in("input").fold_in(step)),
         KeyedDropout(HIDDEN_RATE, key.fold_in("hidden").fold_in(step)),
@@ -73,7 +73,7 @@ def keyed_dropouts(key: Key, step: int) -> tuple[KeyedDropout, KeyedDropout]:
 
 
 def predict(parameters: Sequence[Array], x: Array) -> Array:
-    """Return the logits; nothing is dropped outside training."""
+    """Return the logits. Outside of training, nothing is dropped."""
     w1, b1, w2, b2 = parameters
     return np.tanh(x @ w1 + b1) @ w2 + b2
 
@@ -83,8 +83,8 @@ def loss_and_gradients(
 ) -> tuple[float, list[Array]]:
     """Return the mean cross-entropy of a batch, and its gradient for each parameter.
 
-    The activation is tanh because it is smooth: near the kink of a ReLU a rounding error decides
-    about a gradient, and one_curve.py could not hold three frameworks to one curve.
+    The activation is tanh because it is smooth. Near the kink of a ReLU, a rounding error can
+    change a gradient, and the curves of one_curve.py would differ.
     """
     w1, b1, w2, b2 = parameters
     rows = np.arange(len(labels))
@@ -110,7 +110,7 @@ def loss_and_gradients(
 
 
 def descend(parameters: Sequence[Array], gradients: Sequence[Array], learning_rate: float) -> None:
-    """Take a step of plain gradient descent, in place."""
+    """Do one step of plain gradient descent, in place."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter -= learning_rate * gradient
 

@@ -1,10 +1,9 @@
-"""One network, trained in NumPy, PyTorch and Keras: one loss curve with unidrop, three without.
+"""Train one network in NumPy, PyTorch and Keras: one loss curve with unidrop, three without.
 
-The three start from the same weights, see the same batches, and descend with the same plain SGD in
-float32. All that is left is dropout, on the inputs and on the hidden units. With one key its masks
-are the same everywhere, and the three curves fall on one another; with each framework's own dropout
-they do not, though each is seeded. Both are drawn into a PNG. The exit status is 1 if the curves
-that should be one differ.
+The three runs have the same initial weights, batches and plain SGD in float32. Only dropout can
+differ, on the inputs and on the hidden units. With one key, its masks are the same everywhere, and
+the three curves coincide. With each framework's own dropout they differ, although each has a seed.
+The script draws both plots into a PNG. The exit status is 1 if the curves with unidrop differ.
 
     python examples/one_curve.py --out one_curve.png
 """
@@ -49,16 +48,16 @@ LIMIT = 1e-4
 Curve = NDArray[np.float64]
 
 
-def same_batches() -> Iterator[tuple[Floats, Labels]]:
+def load_batches() -> Iterator[tuple[Floats, Labels]]:
     digits = load()
     return batches(digits.x_train, digits.y_train, BATCH, STEPS)
 
 
 def numpy_curve(get_dropouts: Callable[[int], tuple[Dropout, Dropout]]) -> Curve:
-    """Train with hand-written backpropagation; its dropouts are given the step."""
+    """Train with hand-written backpropagation. ``get_dropouts`` takes the step."""
     parameters = initial_parameters(HIDDEN)
     curve = []
-    for step, (x, labels) in enumerate(same_batches()):
+    for step, (x, labels) in enumerate(load_batches()):
         loss, gradients = loss_and_gradients(parameters, x, labels, *get_dropouts(step))
         descend(parameters, gradients, LEARNING_RATE)
         curve.append(loss)
@@ -73,7 +72,7 @@ def torch_curve(at_input: torch.nn.Module, at_hidden: torch.nn.Module) -> Curve:
             parameter.copy_(torch.from_numpy(value.T))
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     curve = []
-    for x, labels in same_batches():
+    for x, labels in load_batches():
         optimizer.zero_grad()
         logits = model(torch.from_numpy(x))
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
@@ -99,14 +98,14 @@ def keras_curve(at_input: keras.Layer, at_hidden: keras.Layer) -> Curve:
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     curve = []
-    for x, labels in same_batches():
-        model.reset_metrics()  # or train_on_batch returns the mean loss so far
+    for x, labels in load_batches():
+        model.reset_metrics()  # otherwise train_on_batch returns the mean loss so far
         curve.append(model.train_on_batch(x, labels))
     return np.array(curve, dtype=np.float64)
 
 
 def curves_with_unidrop() -> dict[str, Curve]:
-    """Train each with the same key, folded with the site and, at each call, with the step."""
+    """Train each with the same key. Fold in the site, and at each call the step."""
     key = Key(SEED)
     sites = (INPUT_RATE, key.fold_in("input")), (HIDDEN_RATE, key.fold_in("hidden"))
     return {
@@ -119,7 +118,7 @@ def curves_with_unidrop() -> dict[str, Curve]:
 
 
 class RandomDropout:
-    """What one writes in NumPy by hand: the mask is drawn, and kept for the backward pass."""
+    """The usual hand-written dropout in NumPy: draw a mask, and store it for the backward pass."""
 
     def __init__(self, p: float, rng: np.random.Generator) -> None:
         self.keep_prob = np.float32(1 - p)
@@ -135,14 +134,14 @@ class RandomDropout:
         return grad * self.mask / self.keep_prob
 
 
-def curves_with_their_own() -> dict[str, Curve]:
-    """Train each with the dropout that its users have, from the same seed."""
+def curves_with_own_dropout() -> dict[str, Curve]:
+    """Train each with its framework's own dropout, from the same seed."""
     rates = INPUT_RATE, HIDDEN_RATE
     rng = np.random.default_rng(SEED)
-    in_numpy = tuple(RandomDropout(p, rng) for p in rates)
+    numpy_dropouts = tuple(RandomDropout(p, rng) for p in rates)
     torch.manual_seed(SEED)
     return {
-        "NumPy": numpy_curve(lambda _: in_numpy),
+        "NumPy": numpy_curve(lambda _: numpy_dropouts),
         "PyTorch": torch_curve(*(torch.nn.Dropout(p) for p in rates)),
         "Keras": keras_curve(*(keras.layers.Dropout(p, seed=SEED) for p in rates)),
     }
@@ -154,13 +153,13 @@ def greatest_difference(curves: Mapping[str, Curve]) -> float:
 
 
 def check_one_curve(curves: Mapping[str, Curve]) -> None:
-    """Exit with status 1 unless the curves are one, but for the rounding of float32."""
+    """Exit with status 1 if the curves differ by more than float32 rounding."""
     difference = greatest_difference(curves)
-    if not difference < LIMIT:  # written so that NaN fails too
-        sys.exit(f"the curves are not one: they differ by {difference:.1e}, and may by {LIMIT:.0e}")
+    if not difference < LIMIT:  # NaN fails this comparison too
+        sys.exit(f"the curves are not one: they differ by {difference:.1e}, more than {LIMIT:.0e}")
 
 
-# Wide and light below, narrow and dark above: three curves that coincide are still seen as three.
+# Wide light lines below narrow dark ones: three curves stay visible even if they coincide.
 STYLES = {
     "NumPy": {"color": "#8ecae6", "linewidth": 5.5},
     "PyTorch": {"color": "#f3722c", "linewidth": 2.4, "linestyle": (0, (3.5, 1.8))},
@@ -170,9 +169,9 @@ INK, LINES, TINT = "#1f2328", "#d0d7de", "#f3f5f7"
 
 
 def draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
-    """Draw the curves, and some of their steps close up."""
-    closer = axes.inset_axes((0.38, 0.52, 0.6, 0.45), facecolor=TINT)
-    for panel in (axes, closer):
+    """Draw the curves, with an inset that enlarges some steps."""
+    inset = axes.inset_axes((0.38, 0.52, 0.6, 0.45), facecolor=TINT)
+    for panel in (axes, inset):
         for name, curve in curves.items():
             panel.plot(curve, label=name, solid_joinstyle="round", **STYLES[name])
         panel.grid(color=LINES, linewidth=0.6)
@@ -180,15 +179,13 @@ def draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
         panel.spines[:].set_color(LINES)
     axes.axvspan(*CLOSE_UP, color=TINT, zorder=0)
     axes.set(xlim=(-1, STEPS), ylim=(0, 2.7))
-    closer.set(xlim=CLOSE_UP, ylim=(0.35, 1.15), xticklabels=(), yticklabels=())
+    inset.set(xlim=CLOSE_UP, ylim=(0.35, 1.15), xticklabels=(), yticklabels=())
 
     difference = f"greatest difference at any step: {greatest_difference(curves):.2g}"
     axes.set_title(f"{title}\n", loc="left", fontsize=15, fontweight="bold", color=INK)
     axes.text(0, 1.03, difference, transform=axes.transAxes, fontsize=12.5, color=INK)
     axes.set_xlabel("training step", fontsize=12, color=INK)
-    closer.text(
-        0.02, 0.05, "steps {} to {}".format(*CLOSE_UP), transform=closer.transAxes, color=INK
-    )
+    inset.text(0.02, 0.05, "steps {} to {}".format(*CLOSE_UP), transform=inset.transAxes, color=INK)
 
 
 def save_plot(path: Path, ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> None:
@@ -207,9 +204,9 @@ def save_plot(path: Path, ours: Mapping[str, Curve], theirs: Mapping[str, Curve]
         handlelength=3.5,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = BytesIO()
-    figure.savefig(drawn)
-    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
+    image = BytesIO()
+    figure.savefig(image)
+    Image.open(image).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,12 +215,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = parser.parse_args(argv).out
 
     ours = curves_with_unidrop()
-    theirs = curves_with_their_own()
+    theirs = curves_with_own_dropout()
     print("greatest difference of the loss curves")
     print(f"  with unidrop: {greatest_difference(ours):.1e}")
     print(f"  with each framework's own dropout: {greatest_difference(theirs):.1e}")
     save_plot(out, ours, theirs)
-    print(f"drawn into {out}")
+    print(f"wrote {out}")
     check_one_curve(ours)
 
 

@@ -1,7 +1,8 @@
-"""Dropout in PyTorch: a classifier of two layers, as in any tutorial, with one import changed.
+"""Dropout in PyTorch: the two-layer classifier of many tutorials, with one import changed.
 
-``Dropout`` takes the place of ``torch.nn.Dropout`` and a seed besides: the same seed drops the same
-units on a CPU, a GPU and in every other framework. Training calls are counted in the state_dict.
+``Dropout`` replaces ``torch.nn.Dropout`` and accepts a seed. The same seed drops the same units on
+a CPU, on a GPU and in every other framework. The ``state_dict`` contains the number of training
+calls.
 
     python examples/torch_net.py
 """
@@ -19,7 +20,7 @@ from unidrop.adapters.torch import Dropout
 
 
 def train(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer) -> float:
-    """Go through the data once, and return the mean loss."""
+    """Train for one epoch, and return the mean loss."""
     model.train()
     total = 0.0
     for x, labels in loader:
@@ -33,14 +34,16 @@ def train(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the accuracy; in evaluation dropout is the identity."""
+    """Return the accuracy. In evaluation, dropout is the identity."""
     model.eval()
     return (model(x).argmax(dim=1) == labels).float().mean().item()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A classifier with dropout in PyTorch.")
-    parser.add_argument("--epochs", type=int, default=10, help="times through the data")
+    parser.add_argument(
+        "--epochs", type=int, default=10, help="passes through the data (default: 10)"
+    )
     epochs = parser.parse_args(argv).epochs
 
     torch.manual_seed(0)

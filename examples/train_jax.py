@@ -1,4 +1,4 @@
-"""The run of every_mode.py in JAX: pure functions, a parameter dictionary, and the step."""
+"""JAX runs of every_mode.py: pure functions, a list of parameters, and the step."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from digits import initial_parameters
 from jax import Array
-from training import HIDDEN, LEARNING_RATE, SITES, batches_from, work
+from training import HIDDEN, LEARNING_RATE, SITES, batches_from, run_modes
 
 from unidrop.adapters.jax import dropout
 
@@ -15,7 +15,7 @@ Parameters = list[Array]
 
 
 def get_loss(parameters: Parameters, step: Array, x: Array, labels: Array) -> Array:
-    """Return the mean cross-entropy of a batch, with the dropout of a step."""
+    """Return the mean cross-entropy of a batch, with the masks of a step."""
     w1, b1, w2, b2 = parameters
     (input_rate, input_key), (hidden_rate, hidden_key) = SITES
     inputs = dropout(x, input_rate, input_key.fold_in(step))
@@ -29,19 +29,19 @@ def get_loss(parameters: Parameters, step: Array, x: Array, labels: Array) -> Ar
 def descend(
     parameters: Parameters, step: Array, x: Array, labels: Array
 ) -> tuple[Parameters, Array]:
-    """Return the parameters after a step of gradient descent, and the loss before it."""
+    """Do one step of gradient descent. Return the new parameters, and the loss before the step."""
     loss, gradients = jax.value_and_grad(get_loss)(parameters, step, x, labels)
     return [p - LEARNING_RATE * g for p, g in zip(parameters, gradients, strict=True)], loss
 
 
 class JaxRun:
-    """The parameters; the step is the only other state there is."""
+    """The parameters of the network. The step is the only other state."""
 
     def __init__(self) -> None:
         self.parameters = [jnp.asarray(value) for value in initial_parameters(HIDDEN)]
 
     def train(self, start: int, stop: int) -> list[float]:
-        """Train with a step that is an argument of the compiled function."""
+        """Train. The step is an argument of the compiled function."""
         losses = []
         for step, (x, labels) in zip(range(start, stop), batches_from(start), strict=False):
             self.parameters, loss = descend(self.parameters, jnp.uint32(step), x, labels)
@@ -53,10 +53,10 @@ class JaxRun:
         np.savez(path.with_suffix(".npz"), *self.parameters)
 
     def load(self, path: Path) -> None:
-        """Load them."""
+        """Load the parameters."""
         with np.load(path.with_suffix(".npz")) as arrays:
             self.parameters = [jnp.asarray(arrays[name]) for name in arrays.files]
 
 
 if __name__ == "__main__":
-    work({"JAX jit": JaxRun})
+    run_modes({"JAX jit": JaxRun})

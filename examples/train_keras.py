@@ -1,11 +1,11 @@
-"""The run of every_mode.py in Keras' `fit`, on the backend that KERAS_BACKEND names."""
+"""Keras runs of every_mode.py, with `fit`, on the backend in KERAS_BACKEND."""
 
 from functools import partial
 from pathlib import Path
 
 import keras
 from digits import CLASSES, PIXELS, initial_parameters
-from training import HIDDEN, LEARNING_RATE, SITES, batches_from, work
+from training import HIDDEN, LEARNING_RATE, SITES, batches_from, run_modes
 
 from unidrop.adapters.keras import Dropout
 
@@ -13,7 +13,7 @@ BACKEND = keras.backend.backend()
 
 
 class KerasRun:
-    """The network as Keras' users write it."""
+    """The network as a usual Keras model."""
 
     def __init__(self, *, run_eagerly: bool = False, jit_compile: bool = False) -> None:
         at_input, at_hidden = (Dropout(rate, seed=seed) for rate, seed in SITES)
@@ -35,7 +35,7 @@ class KerasRun:
         )
 
     def train(self, start: int, stop: int) -> list[float]:
-        """Fit, with epochs of one step, since Keras reports the mean loss of an epoch."""
+        """Fit with one step per epoch, because Keras reports only the mean loss of an epoch."""
         history = self.model.fit(
             batches_from(start),
             initial_epoch=start,
@@ -48,11 +48,11 @@ class KerasRun:
         return losses
 
     def save(self, path: Path) -> None:
-        """Save the whole model, whose layers save their call numbers."""
+        """Save the whole model, including the call numbers of its layers."""
         self.model.save(path.with_suffix(".keras"))
 
     def load(self, path: Path) -> None:
-        """Load it, as it was compiled."""
+        """Load the model, including its compile options."""
         self.model = keras.saving.load_model(path.with_suffix(".keras"))
 
 
@@ -67,7 +67,7 @@ MODES = {
 }[BACKEND]
 
 if __name__ == "__main__":
-    work(
+    run_modes(
         {
             f"Keras on {BACKEND}, {name}": partial(KerasRun, **options)
             for name, options in MODES.items()

@@ -1,4 +1,4 @@
-"""The run of every_mode.py in PyTorch: eager, compiled, and with activations computed again."""
+"""PyTorch runs of every_mode.py: eager, compiled, and with activation checkpointing."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,13 +8,13 @@ import torch
 from digits import CLASSES, PIXELS, initial_parameters
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from training import HIDDEN, LEARNING_RATE, SITES, batches_from, work
+from training import HIDDEN, LEARNING_RATE, SITES, batches_from, run_modes
 
 from unidrop.adapters.torch import Dropout
 
 
 class TorchRun:
-    """The network as PyTorch's users write it; ``mode`` says how it is called."""
+    """The network as a usual PyTorch model. ``mode`` wraps the model for its calls."""
 
     def __init__(self, mode: Callable[[torch.nn.Module], Callable[[Tensor], Tensor]]) -> None:
         at_input, at_hidden = (Dropout(p, seed=seed) for p, seed in SITES)
@@ -28,11 +28,11 @@ class TorchRun:
         self.call = mode(self.model)
 
     def train(self, start: int, stop: int) -> list[float]:
-        """Train as usual."""
+        """Train with a usual loop."""
         losses = []
         for _, (x, labels) in zip(range(start, stop), batches_from(start), strict=False):
             self.optimizer.zero_grad()
-            # The reentrant kind of checkpoint differentiates only where its input asks for it.
+            # A reentrant checkpoint differentiates only if its input requires a gradient.
             logits = self.call(torch.from_numpy(x).requires_grad_())
             loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
             loss.backward()
@@ -41,11 +41,11 @@ class TorchRun:
         return losses
 
     def save(self, path: Path) -> None:
-        """Save the state dictionary, which holds the call numbers."""
+        """Save the state dictionary, which contains the call numbers."""
         torch.save(self.model.state_dict(), path)
 
     def load(self, path: Path) -> None:
-        """Load it."""
+        """Load the state dictionary."""
         self.model.load_state_dict(torch.load(path))
 
 
@@ -56,12 +56,12 @@ def compiled(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def checkpointed(model: torch.nn.Module, *, reentrant: bool) -> Callable[[Tensor], Tensor]:
-    """Return the model so that the backward pass computes it again."""
+    """Return a function that recomputes the model in the backward pass."""
     return lambda x: checkpoint(model, x, use_reentrant=reentrant)
 
 
 def compiled_checkpointed(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return both in one: a compiled graph that computes activations again."""
+    """Return one compiled graph that recomputes activations in the backward pass."""
     call: Callable[[Tensor], Tensor] = torch.compile(
         checkpointed(model, reentrant=False), fullgraph=True
     )
@@ -77,4 +77,4 @@ MODES = {
 }
 
 if __name__ == "__main__":
-    work({name: partial(TorchRun, mode) for name, mode in MODES.items()})
+    run_modes({name: partial(TorchRun, mode) for name, mode in MODES.items()})

@@ -1,11 +1,11 @@
-"""What all runs of every_mode.py share: the network, its batches, and how a run is carried out.
+"""Shared by the runs of every_mode.py: the network's constants, its batches, the command line.
 
 A process trains with one framework, in each of the framework's modes:
 
-    python train_torch.py start FOLDER     # 50 steps; what a run has to save is saved after 25
-    python train_torch.py resume FOLDER    # loads that, and goes on from step 25 to step 50
+    python train_torch.py start FOLDER     # train 50 steps, and save the state after 25
+    python train_torch.py resume FOLDER    # load this state, and train from step 25 to step 50
 
-Both print the losses as JSON, by the mode's name.
+Both print the losses as JSON, by mode name.
 """
 
 import argparse
@@ -28,14 +28,14 @@ __all__ = [
     "STEPS",
     "Run",
     "batches_from",
-    "work",
+    "run_modes",
 ]
 
 STEPS, HALF = 50, 25
 HIDDEN, BATCH = 64, 64
 LEARNING_RATE = 0.1
 
-#: The rate and the key of each dropout; each call folds its number into the key.
+#: The rate and the key of each dropout. Each call folds its number into the key.
 SITES = ((0.2, Key(42).fold_in("input")), (0.5, Key(42).fold_in("hidden")))
 
 
@@ -46,27 +46,27 @@ class Run(Protocol):
         """Train from one step to another, and return the loss of each step."""
 
     def save(self, path: Path) -> None:
-        """Save what the framework's users save."""
+        """Save the state in the framework's usual way."""
 
     def load(self, path: Path) -> None:
-        """Load what was saved."""
+        """Load the saved state."""
 
 
 def batches_from(start: int) -> Iterator[tuple[Floats, Labels]]:
-    """Yield the batches of the steps from one on: the same in every run."""
+    """Yield the batches from step ``start`` on, the same in every run."""
     digits = load()
-    # A generator of its own, which is what Keras takes.
+    # Keras accepts a generator, but not an ``islice``.
     yield from islice(batches(digits.x_train, digits.y_train, BATCH, STEPS), start, None)
 
 
-def work(modes: Mapping[str, Callable[[], Run]]) -> None:
-    """Carry out what the command line asks for, and print the losses of each mode."""
+def run_modes(modes: Mapping[str, Callable[[], Run]]) -> None:
+    """Run the part that the command line selects, and print the losses of each mode."""
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("start", "resume"))
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    carry_out = _start if arguments.part == "start" else _resume
-    losses = {name: carry_out(make(), arguments.folder / name) for name, make in modes.items()}
+    train = _start if arguments.part == "start" else _resume
+    losses = {name: train(build(), arguments.folder / name) for name, build in modes.items()}
     print(json.dumps(losses))
 
 

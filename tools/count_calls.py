@@ -4,11 +4,11 @@ Each entry drops half of a (32, 128) ``float32`` array through a framework's pub
 
     python tools/count_calls.py                     # every entry, as a table
     python tools/count_calls.py numpy jax-jit       # these entries
-    python tools/count_calls.py --files jax-jit     # and who calls whom across files, as a tree
+    python tools/count_calls.py --files jax-jit     # and the calls across files, as a tree
 
 A call counts if its code belongs to the package; resuming a generator is a call too. A call
 crosses if its caller, skipping frames of other packages, is in another file or outside the package.
-Each entry warms up first. A tracing entry then traces anew in a warm process, as users do when the
+Each entry warms up first. A tracing entry then retraces in a warm process, as users do when the
 shape of an input changes.
 """
 

@@ -1,12 +1,12 @@
 """Build the golden vectors, ``unidrop/conformance/vectors/``, from ``tests/support/reference.py``.
 
     python tools/make_golden.py           write the file
-    python tools/make_golden.py --check   exit with 1 if the file is not what this would write
+    python tools/make_golden.py --check   exit with 1 if the file differs from the vectors
 
-The file is JSON with one vector a line. Keys, seeds, words and bit patterns are hexadecimal; every
-plain integer is below 2**53, so that any JSON reader takes it exactly; every p is the shortest
-decimal of its double. ``keep`` is the whole mask, ``u`` decides its first 24 elements. A NaN that
-the output rule computes is the dtype's canonical one, but any NaN conforms.
+The file is JSON with one vector per line. Keys, seeds, words and bit patterns are hexadecimal.
+Every plain integer is below 2**53, so any JSON reader reads it exactly. Every p is the shortest
+decimal of its double. ``keep`` is the whole mask, and ``u`` decides its first 24 elements. A
+computed NaN is the canonical NaN of the dtype, but any NaN conforms.
 """
 
 import argparse
@@ -21,17 +21,19 @@ from itertools import chain, count, cycle, islice, product
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
 import reference
 from reference import Format, Words
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "unidrop" / "conformance" / "vectors" / "vectors.json"
 
 Vector = dict[str, Any]
 
-SEED, STEP = 42, 7  # of every mask and output that names no others
+SEED, STEP = 42, 7  # for every mask and output without other values
 RATES = {"1/3": 1 / 3, "0.1": 0.1, "0.5": 0.5, "0.9": 0.9}
-TINY = 2.0**-33  # as a p it is half a unit of T
+TINY = 2.0**-33  # as a p, half a unit of T
 
 
 def hexes(numbers: Sequence[int], digits: int = 8) -> list[str]:
@@ -52,7 +54,7 @@ def generator_vectors() -> list[Vector]:
     masks = [((n % 2**32, n // 2**32, 0, 0), (0x8D0F18C9, 0x4569F48A)) for n in blocks]
     tags = [((STEP, 0, 0, tag), (SEED, 0)) for tag in (1, 2, 3, 2**31)]
     inputs = known + single + masks + tags
-    for _ in range(8):  # each takes the words before as its counter
+    for _ in range(8):  # the words before are the next counter
         words = reference.philox(*inputs[-1])
         inputs.append((words, (words[2], words[1])))
     return [
@@ -62,7 +64,7 @@ def generator_vectors() -> list[Vector]:
 
 
 def key_vectors() -> list[Vector]:
-    """Return seeds, what is folded into them, and the keys that come out."""
+    """Return seeds, the data to fold in, and the resulting keys."""
     edges = [0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1]
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     texts = ["", "7", "encoder/0", "encoder/1", "Encoder/0", " encoder/0", composed, decomposed]
@@ -93,7 +95,7 @@ def key_vectors() -> list[Vector]:
 
 
 def key_vector(seed: int, folded: Sequence[int | str]) -> Vector:
-    """Return one vector of a seed and the chain folded into it."""
+    """Return one vector: a seed, and the chain of data to fold in."""
     key = seed
     for item in folded:
         key = reference.fold_in(key, item)
@@ -137,7 +139,7 @@ def mask_vector(
 
 
 def shape_masks() -> Iterator[Vector]:
-    """Yield masks of every kind of shape: around the block of eight, odd, empty, 0-d."""
+    """Yield masks of many shapes: around the block of eight, odd, empty, 0-d."""
     for size in (0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 257, 1000):
         yield mask_vector(f"size-{size}", 0.5, [size])
     for shape in (
@@ -148,7 +150,7 @@ def shape_masks() -> Iterator[Vector]:
 
 
 def rate_masks() -> Iterator[Vector]:
-    """Yield masks at ordinary rates, and at those where the rounding to T matters."""
+    """Yield masks at ordinary rates, and at rates that test the rounding to T."""
     for rate, p in RATES.items():
         yield mask_vector(f"rate-{rate.replace('/', '-over-')}", p, [200])
     yield mask_vector("rate-0", 0.0, [32])
@@ -164,9 +166,9 @@ def rate_masks() -> Iterator[Vector]:
 
 
 def threshold_masks() -> Iterator[Vector]:
-    """Yield masks whose T stands beside the u of one element, so that each bit of u and T counts.
+    """Yield masks with T next to the u of one element, so that each bit of u and T matters.
 
-    A T halfway between two integers goes to the even one: to u where it is even (kept), else to
+    A T halfway between two integers rounds to the even one: to u if u is even (kept), otherwise to
     u + 1 (dropped).
     """
     key = reference.fold_in(SEED, STEP)
@@ -177,13 +179,13 @@ def threshold_masks() -> Iterator[Vector]:
         yield mask_vector(f"threshold-half-above-u-{element}", (2 * u + 1) * TINY, [16])
 
 
-# A step at which u is one less for an even element of 64 than for an odd one, found by search.
-NEIGHBOURS = {"step": 2449780, "even": 52, "odd": 19}
+# At this step, the u of an even element is one less than the u of an odd one. A search found it.
+ADJACENT = {"step": 2449780, "even": 52, "odd": 19}
 
 
-def neighbour_masks() -> Iterator[Vector]:
-    """Yield a mask whose T is both the u of an odd element and that of an even one plus 1."""
-    step, even, odd = NEIGHBOURS.values()
+def adjacent_masks() -> Iterator[Vector]:
+    """Yield a mask with T equal to the u of an odd element, and to 1 plus the u of an even one."""
+    step, even, odd = ADJACENT.values()
     key = reference.fold_in(SEED, step)
     u = reference.u(key, odd)
     assert reference.u(key, even) == u - 1
@@ -191,7 +193,7 @@ def neighbour_masks() -> Iterator[Vector]:
     yield mask_vector(name, u * 2 * TINY, [8, 8], step=step)
 
 
-# Elements of the key of SEED and STEP whose u is an extreme, found by search; {u: (even, odd)}.
+# Elements with an extreme u, for the key of SEED and STEP: {u: (even, odd)}. A search found them.
 EXTREMES = {
     0: (1754467016, 1754467017),
     1: (435121000, 2149238215),
@@ -200,7 +202,7 @@ EXTREMES = {
 
 
 def extreme_masks() -> Iterator[Vector]:
-    """Yield windows around elements whose u is 0, 1 or 2**32 - 1, which show the extreme T."""
+    """Yield windows around elements with u = 0, 1 or 2**32 - 1, which test an extreme T."""
     rates = {
         0: {"2^-33-keeps": TINY, "2^-32-drops": 2 * TINY},
         1: {"2^-32-keeps": 2 * TINY, "3x2^-33-drops": 3 * TINY},
@@ -214,7 +216,7 @@ def extreme_masks() -> Iterator[Vector]:
 
 
 def key_masks() -> Iterator[Vector]:
-    """Yield masks of seeds and steps around the words' boundaries."""
+    """Yield masks of seeds and steps around the boundaries of words."""
     seeds = {"0": 0, "42": 42, "2^32": 2**32, "2^63+5": 2**63 + 5, "2^64-1": 2**64 - 1}
     steps = {"0": 0, "7": 7, "2^32-1": 2**32 - 1, "2^32+3": 2**32 + 3, "2^40": 2**40}
     for (a, seed), (b, step) in product(seeds.items(), steps.items()):
@@ -222,7 +224,7 @@ def key_masks() -> Iterator[Vector]:
 
 
 def broadcast_masks() -> Iterator[Vector]:
-    """Yield masks that are numbered by their own shape, not by the array's."""
+    """Yield masks with broadcast axes, which are numbered in the mask's own shape."""
     for name, shape, axes in (
         ("none", [3, 5], []),
         ("leading", [4, 19], [0]),
@@ -241,7 +243,7 @@ def broadcast_masks() -> Iterator[Vector]:
 
 
 def window_masks() -> Iterator[Vector]:
-    """Yield windows: the global shape and the start say which elements of the whole they are."""
+    """Yield windows, which are blocks of a whole mask."""
     for name, shape, whole, start in (
         ("whole", [5, 7], [5, 7], [0, 0]),
         ("empty", [0, 4], [5, 7], [2, 1]),
@@ -279,7 +281,7 @@ def window_masks() -> Iterator[Vector]:
 
 
 def broadcast_window_masks() -> Iterator[Vector]:
-    """Yield windows of broadcast masks; ``start`` along the broadcast axes has no effect."""
+    """Yield windows of broadcast masks. ``start`` along a broadcast axis has no effect."""
     for name, shape, axes, whole, start in (
         ("channels", [2, 5, 4, 4], [2, 3], [6, 9, 8, 8], [3, 2, 4, 4]),
         ("middle", [3, 8, 4], [1], [6, 40, 5], [2, 17, 1]),
@@ -304,7 +306,7 @@ def mask_vectors() -> list[Vector]:
         *shape_masks(),
         *rate_masks(),
         *threshold_masks(),
-        *neighbour_masks(),
+        *adjacent_masks(),
         *extreme_masks(),
         *key_masks(),
         *broadcast_masks(),
@@ -314,12 +316,12 @@ def mask_vectors() -> list[Vector]:
 
 
 def components(dtype: str) -> int:
-    """Return how many patterns an element has."""
+    """Return the number of patterns per element."""
     return 2 if dtype in reference.COMPONENTS else 1
 
 
 def specials(dtype: str, p: float) -> list[int]:
-    """Return the patterns at which arithmetic is apt to go wrong."""
+    """Return the patterns that reveal errors in arithmetic."""
     fmt = reference.component_format(dtype)
     name = reference.COMPONENTS.get(dtype, dtype)
     one = fmt.encode(Fraction(1))
@@ -334,7 +336,7 @@ def specials(dtype: str, p: float) -> list[int]:
         fmt.infinity,
         fmt.sign | fmt.infinity,
         fmt.sign,  # -0
-        2 * fmt.sign - 1,  # a NaN of all ones, which rounding by addition turns into 0
+        2 * fmt.sign - 1,  # a NaN of all ones, which becomes 0 if a rounding adds to it
         fmt.infinity - 1,  # the largest finite number
         1,  # the smallest subnormal
         one,
@@ -359,9 +361,9 @@ def ordinary(fmt: Format, site: str) -> Iterator[int]:
 
 
 def component_patterns(dtype: str, p: float, keep: Sequence[int], component: int) -> list[int]:
-    """Return one pattern an element: all specials among the dropped and, by turns, among the kept.
+    """Return one pattern per element, with specials for dropped and, in turn, for kept elements.
 
-    The two components of a complex number take turns, so that a product which mixes them shows.
+    The two components of a complex number take turns, to reveal a product that mixes them.
     """
     fmt = reference.component_format(dtype)
     patterns = specials(dtype, p)
@@ -419,26 +421,27 @@ def special_outputs() -> Iterator[Vector]:
 
 
 def rounding_outputs() -> Iterator[Vector]:
-    """Yield outputs that show where a 16-bit product was rounded.
+    """Yield outputs that reveal how a 16-bit product was rounded.
 
-    Spread values show a scale rounded to x's dtype. The others' products, if scale and product are
-    float32, lie halfway between two neighbours: at 1/3 a wider scale shows, at 0.4 a wider product.
+    Spread values reveal a scale that was rounded to x's dtype. The products of the other values
+    are halfway between two numbers if scale and product are float32. At 1/3 they reveal a wider
+    scale, and at 0.4 a wider product.
     """
     for dtype in ("float16", "bfloat16"):
         fmt = reference.FORMATS[dtype]
         yield output_vector(f"{dtype}-spread-over-8", dtype, 0.1, spread(dtype, 4096))
         one = fmt.encode(Fraction(1))
         binade = range(one, one + fmt.normal)
-        first = {"float16": 209, "bfloat16": 37}[dtype]  # found by trying them all
+        first = {"float16": 209, "bfloat16": 37}[dtype]  # an exhaustive search found it
         halfway = list(islice(cycle(binade[first::12]), 64))
         yield output_vector(f"{dtype}-halfway-rate-0.4", dtype, 0.4, halfway)
         yield output_vector(f"{dtype}-halfway-rate-1-over-3", dtype, 1 / 3, binade[1::4][:64])
 
 
 def digest_vectors() -> Iterator[Vector]:
-    """Yield masks that are too long to write down, as what they keep and a digest of their bits.
+    """Yield masks that are too long to write down: the number kept, and a digest of their bits.
 
-    The bits are packed eight a byte, the first highest, and the last byte is filled up with zeros.
+    Each byte packs eight bits, the first one highest. Zeros fill up the last byte.
     """
     shape, p, seed, step = (3, 601, 601), 0.1, 42, 3
     keep = reference.keep_mask(shape, p, reference.fold_in(seed, step))
@@ -472,7 +475,7 @@ def build() -> str:
 
 
 def main() -> int:
-    """Write or check the file; return the exit status."""
+    """Write or check the file, and return the exit status."""
     parser = argparse.ArgumentParser(description="Build the golden vectors.")
     parser.add_argument("--check", action="store_true", help="compare the file, write nothing")
     text = build().encode("ascii")

@@ -1,5 +1,5 @@
-"""The groups of rows: a file a library, and one each for memory and for starting up.
+"""The groups of rows: one module per library, one for memory and one for startup.
 
-Each has a function ``rows(effort)``, and imports its library at its head: where that is missing,
-the group is skipped.
+Each module has a function ``rows(config)``, and imports its library at the top. The runner skips
+the group if this import fails.
 """

@@ -1,6 +1,6 @@
-"""JAX on the CPU, eager and compiled: against a multiply, and `jax.random.bernoulli` with `where`.
+"""JAX on the CPU, eager and compiled, compared with a multiply and with `jax.random.bernoulli`.
 
-What is compiled takes the step as an argument: a constant key would be folded away.
+The compiled functions take the step as an argument, because XLA would fold a constant key away.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ import jax
 from jax import numpy as jnp
 
 import unidrop
-from benchmarks.config import LARGE, MIDDLE, SMALL, Effort, Shape
+from benchmarks.config import LARGE, MIDDLE, SMALL, Config, Shape
 from benchmarks.fixtures import KEEP, SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
 from benchmarks.thresholds import faster
@@ -22,14 +22,17 @@ __all__ = ["rows"]
 _OWN = "bernoulli + where"
 
 
-def rows(effort: Effort) -> Iterator[Row]:
-    """Yield the sweep over sizes, and what is compiled."""
-    for shape in effort.shapes:
+def rows(config: Config) -> Iterator[Row]:
+    """Yield the sweep over sizes, and the compiled functions."""
+    for shape in config.shapes:
         yield Row("jax", "forward", shape, timed(_forward, shape), own=_OWN)
-    for name, work in (("jit forward", _once), ("jit forward + backward", _there_and_back)):
-        for shape in (shape for shape in (SMALL, MIDDLE, LARGE) if shape in effort.shapes):
+    for name, transform in (
+        ("jit forward", _forward_only),
+        ("jit forward + backward", _forward_backward),
+    ):
+        for shape in (shape for shape in (SMALL, MIDDLE, LARGE) if shape in config.shapes):
             targets = () if shape == SMALL else (faster(3, "unidrop", _OWN),)
-            yield Row("jax", name, shape, timed(_compiled, shape, work), targets=targets)
+            yield Row("jax", name, shape, timed(_compiled, shape, transform), targets=targets)
 
 
 def _array(shape: Shape) -> Any:
@@ -51,7 +54,7 @@ def _by_bernoulli(x: Any, step: Any) -> Any:
 
 def _forward(shape: Shape) -> Sequence[Candidate]:
     x = _array(shape)
-    # JAX returns before it has computed.
+    # JAX returns before the result is ready.
     return (
         Candidate("unidrop", lambda step: unidrop.dropout(x, P, key(step)).block_until_ready()),
         Candidate("multiply", lambda step: _by_multiply(x, step).block_until_ready()),
@@ -59,27 +62,27 @@ def _forward(shape: Shape) -> Sequence[Candidate]:
     )
 
 
-def _once(drop: Callable[..., Any]) -> Callable[..., Any]:
+def _forward_only(drop: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, step, upstream: drop(x, step)
 
 
-def _there_and_back(drop: Callable[..., Any]) -> Callable[..., Any]:
-    def work(x: Any, step: Any, upstream: Any) -> Any:
+def _forward_backward(drop: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Any, step: Any, upstream: Any) -> Any:
         y, pullback = jax.vjp(lambda v: drop(v, step), x)
         return y, pullback(upstream)
 
-    return work
+    return call
 
 
 def _compiled(
-    shape: Shape, work: Callable[[Callable[..., Any]], Callable[..., Any]]
+    shape: Shape, transform: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Sequence[Candidate]:
     x = _array(shape)
     upstream = jnp.ones_like(x)
-    ways = {"unidrop": _by_unidrop, "multiply": _by_multiply, _OWN: _by_bernoulli}
+    functions = {"unidrop": _by_unidrop, "multiply": _by_multiply, _OWN: _by_bernoulli}
 
     def candidate(name: str) -> Candidate:
-        run = jax.jit(work(ways[name]))
+        run = jax.jit(transform(functions[name]))
         return Candidate(name, lambda step: jax.block_until_ready(run(x, step, upstream)))
 
-    return [candidate(name) for name in ways]
+    return [candidate(name) for name in functions]

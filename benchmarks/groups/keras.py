@@ -1,4 +1,4 @@
-"""Keras on TensorFlow, on the CPU: against a multiply and `keras.layers.Dropout`, in each mode."""
+"""Keras on TensorFlow on the CPU, compared with a multiply and with `keras.layers.Dropout`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from benchmarks.config import LARGE, MIDDLE, Effort, Shape
+from benchmarks.config import LARGE, MIDDLE, Config, Shape
 from benchmarks.fixtures import SCALE, P, uniform
 from benchmarks.rows import Row, UnavailableError, timed
 from benchmarks.thresholds import faster
@@ -17,23 +17,23 @@ __all__ = ["rows"]
 
 _OWN = "keras.layers.Dropout"
 
-# For which shapes and how a function is run, and how much faster than Keras' own layer ours has to
-# be there. Keras' own takes XLA seconds for a large array.
+# For each mode: its shapes, its options, and the target for the speed-up over Keras's own layer.
+# With XLA, Keras's own layer takes seconds for a large array.
 _COMPILED: dict[str, tuple[tuple[Shape, ...], dict[str, bool], float]] = {
     "tf.function": ((MIDDLE, LARGE), {}, 1.2),
     "XLA": ((MIDDLE,), {"jit_compile": True}, 4),
 }
 
 
-def rows(effort: Effort) -> Iterator[Row]:
-    """Yield the sweep over sizes, and the compiled modes at the sizes that have targets."""
+def rows(config: Config) -> Iterator[Row]:
+    """Yield the sweep over sizes, and the compiled modes for the shapes with targets."""
     backend = keras.backend.backend()
     if backend != "tensorflow":
-        raise UnavailableError(f"Keras runs on {backend}: set KERAS_BACKEND=tensorflow")
-    for shape in effort.shapes:
+        raise UnavailableError(f"Keras uses {backend}: set KERAS_BACKEND=tensorflow")
+    for shape in config.shapes:
         targets = (faster(3, "unidrop", _OWN),) if shape in (MIDDLE, LARGE) else ()
         yield Row("keras", "forward", shape, timed(_forward, shape), own=_OWN, targets=targets)
-    for shape in effort.shapes:
+    for shape in config.shapes:
         for mode, (shapes, _, factor) in _COMPILED.items():
             if shape not in shapes:
                 continue
@@ -62,15 +62,15 @@ def _compiled_both(shape: Shape, mode: str) -> Sequence[Candidate]:
 
 
 def _candidates(
-    shape: Shape, mode: str, wrapped: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
+    shape: Shape, mode: str, wrap: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
 ) -> Sequence[Candidate]:
-    """Return candidates whose step is a layer's state, so that no mask is a constant."""
+    """Return candidates that keep the step in a layer's state, so that no mask is constant."""
     _, options, _ = _COMPILED[mode]
     x = tf.constant(uniform(shape))
     ours, own = Dropout(P, seed=42), keras.layers.Dropout(P, seed=42)
 
     def candidate(name: str, function: Callable[[Any], Any]) -> Candidate:
-        run = tf.function(wrapped(function), **options)
+        run = tf.function(wrap(function), **options)
         return Candidate(name, lambda step: run(x))
 
     return (

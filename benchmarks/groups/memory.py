@@ -1,4 +1,4 @@
-"""Memory: what a call takes at its peak, and what it keeps for the backward call."""
+"""Memory: the peak of a call, and the memory between forward and backward."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from benchmarks.child import get_last_line
-from benchmarks.config import Effort
+from benchmarks.config import Config
 from benchmarks.memory import NUMPY, TORCH
 from benchmarks.rows import Row, UnavailableError
 from benchmarks.thresholds import Target, below
@@ -14,45 +14,45 @@ from benchmarks.thresholds import Target, below
 __all__ = ["rows"]
 
 _UNIT = "B/element"
-_NOTHING = "0 bytes an element kept for backward"
+_NOTHING = "0 bytes per element for backward"
 
-# A page here and there of the process's growth is not the call's; of what is saved, a key is.
+# The process may grow by a few pages for other reasons, and autograd saves the key.
 _SAVED = tuple(below(0.001, name, _NOTHING) for name in TORCH if name.startswith("unidrop"))
-_HELD = tuple(below(0.1, name, _NOTHING) for name in TORCH if name.startswith("unidrop"))
+_RETAINED = tuple(below(0.1, name, _NOTHING) for name in TORCH if name.startswith("unidrop"))
 
 
-def rows(effort: Effort) -> Iterator[Row]:
-    """Yield what autograd saves, what is held in all, and the peaks."""
+def rows(config: Config) -> Iterator[Row]:
+    """Yield the tensors that autograd saves, all retained memory, and the peaks."""
     if not sys.platform.startswith("linux"):
-        raise UnavailableError("the size of a process is read from Linux' /proc")
-    yield _row("torch saved for backward", effort, "torch", TORCH, "saved", _SAVED)
-    yield _row("torch held for backward", effort, "torch", TORCH, "held", _HELD)
-    yield _row("torch peak, forward + backward", effort, "torch", TORCH, "peak")
-    for figure, targets in (("saved", _SAVED), ("held", _HELD), ("peak", ())):
+        raise UnavailableError("the size of a process is available in Linux's /proc only")
+    yield _row("torch saved for backward", config, "torch", TORCH, "saved", _SAVED)
+    yield _row("torch retained for backward", config, "torch", TORCH, "retained", _RETAINED)
+    yield _row("torch peak, forward + backward", config, "torch", TORCH, "peak")
+    for figure, targets in (("saved", _SAVED), ("retained", _RETAINED), ("peak", ())):
         what = "peak, forward + backward" if figure == "peak" else f"{figure} for backward"
-        yield _row(f"torch compiled {what}", effort, "compiled", TORCH, figure, targets)
-    yield _row("numpy peak, forward", effort, "numpy", NUMPY, "peak")
+        yield _row(f"torch compiled {what}", config, "compiled", TORCH, figure, targets)
+    yield _row("numpy peak, forward", config, "numpy", NUMPY, "peak")
 
 
 def _row(
     name: str,
-    effort: Effort,
+    config: Config,
     library: str,
     candidates: tuple[str, ...],
     figure: str,
     targets: tuple[Target, ...] = (),
 ) -> Row:
-    def measure(effort: Effort) -> Mapping[str, float]:
-        return {name: _measured(library, name, effort.elements)[figure] for name in candidates}
+    def measure(config: Config) -> Mapping[str, float]:
+        return {name: _measure(library, name, config.elements)[figure] for name in candidates}
 
     base = "multiply" if figure == "peak" else None
-    shape = (effort.elements,)
+    shape = (config.elements,)
     return Row("memory", name, shape, measure, base=base, unit=_UNIT, targets=targets)
 
 
 @cache
-def _measured(library: str, candidate: str, elements: int) -> Mapping[str, float]:
-    """Return all figures of a candidate: measured once, for unlike time they hardly vary."""
+def _measure(library: str, candidate: str, elements: int) -> Mapping[str, float]:
+    """Measure all figures of a candidate once, because memory hardly varies between calls."""
     printed = get_last_line("-m", "benchmarks.memory", library, candidate, str(elements))
     values: Mapping[str, float] = json.loads(printed)
     return values

@@ -1,11 +1,11 @@
-"""NumPy: against a multiply, the bare random mask, and what people write by hand."""
+"""NumPy, compared with a multiply, a random mask alone, and a hand-written dropout."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 import unidrop
-from benchmarks.config import LARGE, Effort, Shape
+from benchmarks.config import LARGE, Config, Shape
 from benchmarks.fixtures import KEEP, SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
 from benchmarks.thresholds import Target, at_most, faster
@@ -24,12 +24,12 @@ _TARGETS: dict[Shape, tuple[Target, ...]] = {
 }
 
 
-def rows(effort: Effort) -> Iterator[Row]:
+def rows(config: Config) -> Iterator[Row]:
     """Yield the sweep over sizes, layouts, dtypes, and dropout in place."""
-    for shape in effort.shapes:
+    for shape in config.shapes:
         targets = _TARGETS.get(shape, ())
         yield Row("numpy", "forward", shape, timed(_forward, shape), own=_NAIVE, targets=targets)
-    square = (effort.side, effort.side)
+    square = (config.side, config.side)
     for name, measure in (("transposed", _transposed), ("Fortran order", _fortran)):
         yield Row(
             "numpy",
@@ -40,7 +40,7 @@ def rows(effort: Effort) -> Iterator[Row]:
             targets=(at_most(4, name, "contiguous"),),
         )
     yield Row("numpy", "transposed to row-major", square, timed(_to_row_major, square))
-    shape = (effort.elements,)
+    shape = (config.elements,)
     for dtype in ("float64", "float16"):
         yield Row("numpy", dtype, shape, timed(_dtype, shape, dtype))
     yield Row("numpy", "in place", shape, timed(_in_place, shape))
@@ -103,7 +103,7 @@ def _dtype(shape: Shape, dtype: str) -> Sequence[Candidate]:
 
 def _in_place(shape: Shape) -> Sequence[Candidate]:
     dropped, multiplied = uniform(shape), uniform(shape)
-    # A multiply by more than 1 would soon reach infinity, in the same array time and again.
+    # In place, repeated multiplication by more than 1 would soon reach infinity.
     one = np.float32(1)
     return (
         Candidate("unidrop", lambda step: dropout(dropped, P, key=key(step), out=dropped)),

@@ -1,11 +1,11 @@
-"""TensorFlow on the CPU: against a multiply and `tf.nn.dropout`, in each mode."""
+"""TensorFlow on the CPU, in each mode, compared with a multiply and with `tf.nn.dropout`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.config import LARGE, MIDDLE, Effort, Shape
+from benchmarks.config import LARGE, MIDDLE, Config, Shape
 from benchmarks.fixtures import SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
 from benchmarks.timing import Candidate
@@ -17,11 +17,11 @@ _OWN = "tf.nn.dropout"
 _COMPILED: dict[str, dict[str, bool]] = {"tf.function": {}, "XLA": {"jit_compile": True}}
 
 
-def rows(effort: Effort) -> Iterator[Row]:
-    """Yield the sweep over sizes, and the compiled modes at two of them."""
-    for shape in effort.shapes:
+def rows(config: Config) -> Iterator[Row]:
+    """Yield the sweep over sizes, and the compiled modes for two shapes."""
+    for shape in config.shapes:
         yield Row("tensorflow", "forward", shape, timed(_forward, shape), own=_OWN)
-    for shape in effort.shapes:
+    for shape in config.shapes:
         if shape not in (MIDDLE, LARGE):
             continue
         for mode in _COMPILED:
@@ -38,7 +38,7 @@ def _forward(shape: Shape) -> Sequence[Candidate]:
 
 
 def _compiled(shape: Shape, mode: str) -> Sequence[Candidate]:
-    """Return candidates whose step is an argument, so that no mask is a constant."""
+    """Return candidates that take the step as an argument, so that no mask is constant."""
     x = tf.constant(uniform(shape))
 
     def candidate(name: str, function: Callable[[Any, Any], Any]) -> Candidate:

@@ -1,4 +1,4 @@
-"""PyTorch on the CPU, eager and compiled: against a multiply and its own dropout."""
+"""PyTorch on the CPU, eager and compiled, compared with a multiply and with its own dropout."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import unidrop
-from benchmarks.config import LARGE, MIDDLE, SMALL, Effort, Shape
+from benchmarks.config import LARGE, MIDDLE, SMALL, Config, Shape
 from benchmarks.fixtures import SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
 from benchmarks.thresholds import Target, at_most, faster
@@ -38,12 +38,12 @@ _BACKWARD_TARGETS: dict[Shape, tuple[Target, ...]] = {
 }
 
 
-def rows(effort: Effort) -> Iterator[Row]:
+def rows(config: Config) -> Iterator[Row]:
     """Yield the sweep over sizes, forward and backward, channels-last, dtypes, and in place."""
-    for shape in effort.shapes:
+    for shape in config.shapes:
         targets = _FORWARD_TARGETS.get(shape, ())
         yield Row("torch", "forward", shape, timed(_forward, shape), own=_OWN, targets=targets)
-    for shape in effort.shapes:
+    for shape in config.shapes:
         if shape in _BACKWARD_TARGETS:
             yield Row(
                 "torch",
@@ -52,21 +52,21 @@ def rows(effort: Effort) -> Iterator[Row]:
                 timed(_backward, shape),
                 targets=_BACKWARD_TARGETS[shape],
             )
-    for shape in effort.shapes:
+    for shape in config.shapes:
         if shape in _BACKWARD_TARGETS:
             name = "compiled forward + backward"
-            # Of the smallest, what is compiled of a multiply alone takes over half of F.dropout's.
+            # For the smallest shape, even a compiled multiply takes over half of F.dropout's time.
             targets = () if shape == SMALL else (faster(2, "unidrop", _OWN),)
             yield Row("torch", name, shape, timed(_compiled, shape), targets=targets)
     yield Row(
         "torch",
         "channels-last",
-        effort.images,
-        timed(_channels_last, effort.images),
+        config.images,
+        timed(_channels_last, config.images),
         base="contiguous",
         targets=(at_most(4, "channels-last", "contiguous"),),
     )
-    shape = (effort.elements,)
+    shape = (config.elements,)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         yield Row("torch", name, shape, timed(_dtype, shape, dtype))
@@ -76,7 +76,7 @@ def rows(effort: Effort) -> Iterator[Row]:
 def _candidates(
     x: Tensor, finish: Callable[[Tensor], object] = lambda y: None
 ) -> Sequence[Candidate]:
-    """Return all ways to drop from a tensor; each output goes through the same function."""
+    """Return all candidates for a tensor. ``finish`` processes each output."""
     module = Dropout(P, seed=42)
 
     def drop(step: int) -> None:
@@ -107,30 +107,30 @@ def _backward(shape: Shape) -> Sequence[Candidate]:
 
 
 def _compiled(shape: Shape) -> Sequence[Candidate]:
-    """Return what torch.compile makes of each way; the step is an argument, or the call number.
+    """Return the candidates under torch.compile. The step is an argument, or the call number.
 
-    The threads of what it makes wait for each other by spinning. Where other processes take the
-    cores that costs a multiply milliseconds, unless OMP_WAIT_POLICY=passive is set.
+    The threads of compiled code spin while they wait for each other. If other processes use the
+    cores, this costs a multiply milliseconds, unless OMP_WAIT_POLICY=passive is set.
     """
     x = torch.from_numpy(uniform(shape)).requires_grad_()
     gradient = torch.ones(shape)
     site = Key(42)
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "unidrop": torch.compile(lambda x, step: dropout(x, P, key=site.fold_in(step))),
         "multiply": torch.compile(lambda x, step: x * SCALE),
         _OWN: torch.compile(lambda x, step: functional.dropout(x, P)),
     }
     module = torch.compile(Dropout(P, seed=42))
-    ways["unidrop module"] = lambda x, step: module(x)
+    functions["unidrop module"] = lambda x, step: module(x)
 
     def candidate(name: str) -> Candidate:
         def run(step: int) -> None:
             x.grad = None
-            ways[name](x, torch.tensor(step)).backward(gradient)
+            functions[name](x, torch.tensor(step)).backward(gradient)
 
         return Candidate(name, run)
 
-    return [candidate(name) for name in ways]
+    return [candidate(name) for name in functions]
 
 
 def _channels_last(shape: Shape) -> Sequence[Candidate]:
@@ -156,7 +156,7 @@ def _in_place(shape: Shape) -> Sequence[Candidate]:
     x, multiplied, dropped = (torch.from_numpy(uniform(shape)) for _ in range(3))
     return (
         Candidate("unidrop", lambda step: dropout(x, P, inplace=True, key=key(step))),
-        # By 1, since a larger number would soon reach infinity.
+        # By 1, because a larger number would soon reach infinity.
         Candidate("multiply", lambda step: multiplied.mul_(1.0)),
         Candidate(_OWN, lambda step: functional.dropout(dropped, P, inplace=True)),
     )

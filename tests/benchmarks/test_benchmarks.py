@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: that figures follow from what was measured, whatever that was."""
+"""The benchmarks compute their figures correctly from any measured values."""
 
 import gc
 import io
@@ -27,7 +27,7 @@ MACHINE = {
     "python": "3",
     "libraries": {},
     "unidrop": "0",
-    "unidrop_path": "fused: by hand",
+    "unidrop_path": "fused: for the test",
     "load": 0.0,
 }
 
@@ -56,19 +56,19 @@ def make_report(*outcomes, skipped=()):
     return Report(MACHINE, QUICK, outcomes, skipped)
 
 
-def printed(report):
+def render(report):
     console = Console(file=io.StringIO(), width=140)
     report.print(console)
     return console.file.getvalue()
 
 
-def mutant(values, *targets, base="multiply"):
-    row = Row("mutant", "work", (1000,), lambda effort: values, base=base, targets=targets)
+def make_outcome(values, *targets, base="multiply"):
+    row = Row("group", "task", (1000,), lambda config: values, base=base, targets=targets)
     return Outcome(row, [values])
 
 
 class Clock:
-    """Time that passes only where a candidate says so."""
+    """A clock that only advances when a candidate spends time."""
 
     def __init__(self):
         self.now = 0.0
@@ -87,7 +87,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_quick_run_shows_and_writes_every_candidate(quick):
+def test_prints_and_writes_every_candidate(quick):
     shown, written, _ = quick
     (forward,) = (row for row in written["rows"] if row["shape"] == list(SMALL))
     names = [candidate["name"] for candidate in forward["candidates"]]
@@ -98,7 +98,7 @@ def test_a_quick_run_shows_and_writes_every_candidate(quick):
     assert written["skipped"] == []
 
 
-def test_json_tells_the_machine_and_the_libraries(quick):
+def test_writes_the_machine_and_libraries_to_json(quick):
     machine = quick[1]["machine"]
     assert machine["cpus"] >= 1
     assert machine["unidrop_threads"] >= 1
@@ -107,7 +107,7 @@ def test_json_tells_the_machine_and_the_libraries(quick):
     assert machine["python"].startswith(f"{sys.version_info.major}.")
 
 
-def test_ratios_and_verdicts_in_json_follow_from_its_seconds(quick):
+def test_json_ratios_and_verdicts_follow_from_times(quick):
     rows = quick[1]["rows"]
     assert any(row["targets"] for row in rows)
     for row in rows:
@@ -128,11 +128,11 @@ def test_ratios_and_verdicts_in_json_follow_from_its_seconds(quick):
             assert target["reached"] == (target["figure"] <= target["bound"])
 
 
-def test_a_quick_run_draws(quick):
+def test_writes_a_png(quick):
     assert (quick[2] / "figure.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
-def test_a_missing_library_is_told_and_no_crash():
+def test_reports_a_missing_library():
     code = (
         "import sys; sys.modules['torch'] = None; from benchmarks.__main__ import main; "
         "main(['--quick', '--only', 'torch'])"
@@ -142,51 +142,51 @@ def test_a_missing_library_is_told_and_no_crash():
     assert "torch: not measured, torch is not installed" in finished.stdout
 
 
-def test_a_missing_module_of_our_own_is_a_bug_and_no_missing_library(monkeypatch):
+def test_raises_if_an_own_module_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "benchmarks.groups.numpy", None)
     with pytest.raises(ModuleNotFoundError, match="benchmarks"):
         runner.load(["numpy"], QUICK)
 
 
-def test_a_row_that_cannot_be_measured_is_told_and_the_others_are_measured():
-    def nowhere(effort):
-        raise UnavailableError("no such thing here")
+def test_reports_an_unavailable_row_and_measures_others():
+    def nowhere(config):
+        raise UnavailableError("not on this machine")
 
     rows = [
-        Row("mutant", "first", None, nowhere),
-        Row("mutant", "second", None, lambda effort: {"multiply": 1.0}),
+        Row("group", "first", None, nowhere),
+        Row("group", "second", None, lambda config: {"multiply": 1.0}),
     ]
     outcomes, skipped = runner.run(rows, QUICK, 2, lambda row: None)
     assert [outcome.row.name for outcome in outcomes] == ["second"]
-    text = printed(make_report(*outcomes, skipped=skipped))
-    assert text.count("mutant, first: not measured, no such thing here") == 1
+    text = render(make_report(*outcomes, skipped=skipped))
+    assert text.count("group, first: not measured, not on this machine") == 1
 
 
 @pytest.mark.parametrize("arguments", [("--rounds", "0"), ("--only", "abacus"), ("--repeat", "0")])
-def test_bad_arguments_exit_with_2(arguments):
+def test_exits_with_2_on_bad_arguments(arguments):
     assert python("-m", "benchmarks", *arguments).returncode == 2
 
 
-def test_a_path_in_no_folder_is_refused_before_anything_is_measured(tmp_path):
+def test_rejects_a_missing_folder_before_measuring(tmp_path):
     finished = python("-m", "benchmarks", "--json", str(tmp_path / "none" / "figures.json"))
     assert finished.returncode == 2
-    assert "is no folder" in finished.stderr
+    assert "is not a folder" in finished.stderr
 
 
-def test_each_candidate_runs_once_a_round_and_the_order_rotates():
+def test_rotates_the_order_of_candidates_each_round():
     order = []
     samples = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
     interleaved(samples, 4)
     assert "".join(order) == "abcbcacababc"
 
 
-def test_the_median_over_rounds_is_what_counts():
+def test_returns_the_median_over_rounds():
     taken = {"a": iter([1.0, 9.0, 2.0]), "b": iter([5.0, 4.0, 100.0])}
     samples = {name: values.__next__ for name, values in taken.items()}
     assert interleaved(samples, 3) == {"a": 2.0, "b": 5.0}
 
 
-def test_small_candidates_are_called_until_a_block_is_long_enough(clock):
+def test_repeats_small_candidates_until_a_block_is_long(clock):
     calls = []
     candidates = [
         Candidate("small", lambda number: calls.append(number) or clock.spend(1e-5)),
@@ -197,19 +197,19 @@ def test_small_candidates_are_called_until_a_block_is_long_enough(clock):
     assert len(calls) >= 5 * 100
 
 
-def test_no_number_of_a_call_comes_twice(clock):
+def test_never_repeats_a_call_number(clock):
     numbers = []
     candidate = Candidate("a", lambda number: numbers.append(number) or clock.spend(1e-4))
     median_seconds([candidate], rounds=3, block=1e-3)
     assert numbers == list(range(len(numbers)))
 
 
-def test_the_first_call_is_not_timed_since_it_compiles(clock):
+def test_excludes_the_first_call_from_timing(clock):
     candidate = Candidate("a", lambda number: clock.spend(1e-3 if number else 60.0))
     assert median_seconds([candidate], rounds=1, block=1e-3)["a"] == pytest.approx(1e-3)
 
 
-def test_garbage_is_not_collected_while_candidates_run(clock):
+def test_disables_garbage_collection_while_timing(clock):
     seen = set()
     candidate = Candidate("a", lambda number: seen.add(gc.isenabled()) or clock.spend(1.0))
     assert gc.isenabled()
@@ -218,7 +218,7 @@ def test_garbage_is_not_collected_while_candidates_run(clock):
     assert gc.isenabled()
 
 
-def test_a_candidate_runs_within_its_context_which_is_not_timed(clock):
+def test_excludes_the_context_of_a_candidate_from_timing(clock):
     inside = []
 
     @contextmanager
@@ -248,22 +248,22 @@ def test_a_candidate_runs_within_its_context_which_is_not_timed(clock):
         (below(0, "unidrop", "nothing"), 1.0, 1.0, False),
     ],
 )
-def test_a_verdict_follows_from_its_target(target, seconds, figure, reached):
-    outcome = mutant({"unidrop": seconds, "multiply": 1.0, "naive": 16.0}, target)
+def test_judges_a_figure_by_its_target(target, seconds, figure, reached):
+    outcome = make_outcome({"unidrop": seconds, "multiply": 1.0, "naive": 16.0}, target)
     (verdict,) = outcome.verdicts
     assert (verdict.figure, verdict.reached) == (figure, reached)
     word = "reached" if reached else "not reached"
-    assert f"{target.text}: {figure:.3g}, {word}" in printed(make_report(outcome))
+    assert f"{target.text}: {figure:.3g}, {word}" in render(make_report(outcome))
 
 
-def test_the_closing_line_counts_what_was_not_reached():
+def test_counts_missed_targets_in_the_last_line():
     values = {"unidrop": 2.0, "multiply": 1.0}
     targets = (at_most(1.5, "unidrop", "multiply"), at_most(3, "unidrop", "multiply"))
-    report = make_report(mutant(values, *targets))
+    report = make_report(make_outcome(values, *targets))
     assert report.summary() == "1 targets reached, 1 not reached"
 
 
-def test_ratios_are_taken_within_a_run_and_their_median_over_runs():
+def test_computes_ratios_within_each_run():
     runs = iter(
         [
             {"unidrop": 1.0, "multiply": 1.0},
@@ -272,7 +272,7 @@ def test_ratios_are_taken_within_a_run_and_their_median_over_runs():
         ]
     )
     target = at_most(1.5, "unidrop", "multiply")
-    row = Row("mutant", "work", None, lambda effort: next(runs), targets=(target,))
+    row = Row("group", "task", None, lambda config: next(runs), targets=(target,))
     (outcome,), _ = runner.run([row], QUICK, 3, lambda row: None)
     assert outcome.value("unidrop") == 4.0
     assert outcome.ratio("unidrop") == 2.0
@@ -281,19 +281,19 @@ def test_ratios_are_taken_within_a_run_and_their_median_over_runs():
     assert written["candidates"][0]["runs"] == [1.0, 30.0, 4.0]
 
 
-def test_nothing_is_compared_with_a_base_of_0():
-    outcome = mutant({"unidrop": 0.0, "multiply": 0.0})
+def test_omits_ratios_if_the_base_is_0():
+    outcome = make_outcome({"unidrop": 0.0, "multiply": 0.0})
     assert outcome.ratio("unidrop") is None
-    assert "mutant" in printed(make_report(outcome))
+    assert "group" in render(make_report(outcome))
 
 
 @pytest.mark.parametrize(("load", "warns"), [(0.1, False), (1.9, True), (None, False)])
-def test_a_machine_that_was_busy_is_told(load, warns):
+def test_warns_of_a_busy_machine(load, warns):
     report = Report(MACHINE | {"load": load}, QUICK, [], [])
-    assert ("other processes were busy" in printed(report)) == warns
+    assert ("other processes were busy" in render(report)) == warns
 
 
-def test_full_adds_the_largest_size_to_the_sweep():
+def test_full_adds_the_largest_shape():
     assert full(DEFAULT) == replace(DEFAULT, shapes=(*DEFAULT.shapes, (10**8,)))
 
 
@@ -314,20 +314,20 @@ def test_full_adds_the_largest_size_to_the_sweep():
         ("keras", "forward", LARGE, {"≥ 3 x faster than keras.layers.Dropout"}),
     ],
 )
-def test_the_designs_figures_are_targets(group, name, shape, texts):
+def test_has_the_documented_targets(group, name, shape, texts):
     rows, skipped = runner.load([group], DEFAULT)
     assert not skipped
     (row,) = (row for row in rows if (row.name, row.shape) == (name, shape))
     assert texts <= {target.text for target in row.targets}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' /proc")
-def test_the_peak_of_a_process_shows_what_a_call_allocates():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_peak_includes_the_allocations_of_a_call():
     def peak(candidate):
         finished = python("-m", "benchmarks.memory", "numpy", candidate, str(1 << 22))
         assert finished.returncode == 0, finished.stderr
         return json.loads(finished.stdout)["peak"]
 
-    # A float32 output; and beside it float64 random numbers and a mask, not all at once.
+    # A multiply allocates a float32 output. The naive dropout also needs random numbers and a mask.
     assert 3.9 < peak("multiply") < 5
     assert peak("naive") > 7

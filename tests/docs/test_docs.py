@@ -1,6 +1,6 @@
-"""The documentation: its code does what it says, and its links lead somewhere.
+"""The code of the documentation runs and prints the shown output, and every link has a target.
 
-A page is followed as its reader would, from top to bottom, in a folder of its own.
+The tests follow a page as a reader does: from top to bottom, in an empty folder.
 """
 
 import os
@@ -29,17 +29,17 @@ PAGES = ["README.md", *markdown("docs/**/*.md")]
 ALL = [*PAGES, *markdown("C*.md", "examples/**/*.md", "unidrop/**/*.md")]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in ALL}
 
-# One session, of which a block goes on with the names of those before; elsewhere each stands alone.
+# The blocks of this page share one session. On all other pages, each block runs by itself.
 SESSION = "docs/tutorial.md"
 
-# Commands that take minutes or a compiler, and where they are run all the same.
+# Commands that take minutes or a compiler, and the file that runs them.
 RUN_BY = {
     r"python3 -m venv .*": ".ci/run",
     r"pytest --numprocesses .*": ".ci/run",
-    r"python examples/(?P<script>\w+\.py)": "tests/test_examples.py",
-    r"cc .*/(?P<script>\w+\.c) .*": "tests/test_vectors.py",
+    r"python examples/(?P<script>\w+\.py)": "tests/docs/test_examples.py",
+    r"cc .*/(?P<script>\w+\.c) .*": "tests/conformance/test_vectors.py",
 }
-FOLLOWED_BY = {"docs/extending.md": "tests/test_extending.py"}
+FOLLOWED_BY = {"docs/extending.md": "tests/conformance/test_extending.py"}
 
 
 class Block(NamedTuple):
@@ -51,13 +51,13 @@ class Block(NamedTuple):
 
     @property
     def file(self):
-        """The name of the file that its first line says it is, such as ``# plain.py``."""
+        """The file name in its first line, such as ``# plain.py``, or None."""
         match = re.match(r"# (\w+\.py)\n", self.code)
         return match and match[1]
 
     @property
     def commands(self):
-        """The commands of a block of the shell, each with what it prints, if that is shown."""
+        """The shell commands of the block, each with the output that the page shows, or None."""
         if self.language == "sh":
             return [(re.sub(r" +# .*", "", line), None) for line in self.code.splitlines()]
         if self.language == "console":
@@ -74,7 +74,7 @@ BLOCKS = {page: get_blocks(page) for page in PAGES}
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_is_code_that_is_run_or_says_that_it_is_none(page):
+def test_names_a_known_language_for_every_block(page):
     languages = {block.language for block in BLOCKS[page] if block.language[:1] != "{"}
     assert languages <= {"python", "console", "sh", "toml", "text", ""}
 
@@ -88,14 +88,14 @@ WITH_CODE = [
 
 @pytest.mark.parametrize("page", WITH_CODE)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:keras")
-def test_the_code_of_a_page_does_what_it_says(page, tmp_path, monkeypatch):
+def test_runs_the_code_of_a_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     scripts = {command for block in BLOCKS[page] for command, _ in block.commands}
     for block in BLOCKS[page]:
         if page not in FOLLOWED_BY:
             for command, printed in block.commands:
-                follow(command, printed)
+                run_command(command, printed)
         if block.language != "python":
             continue
         if block.file:
@@ -103,14 +103,14 @@ def test_the_code_of_a_page_does_what_it_says(page, tmp_path, monkeypatch):
         if f"python {block.file}" in scripts:
             continue
         if page != SESSION or not names:
-            # A module by name: PyTorch's compiler looks functions up in theirs.
+            # Dynamo looks up functions in their module, so the block needs a module name.
             names = {"__name__": "a_page_of_the_documentation"}
-        # Below as many lines as on the page, so that an error is shown where it stands there.
+        # The empty lines let a traceback show the line of the page.
         exec(compile("\n" * block.line + block.code, ROOT / page, "exec"), names)
 
 
-def follow(command, printed):
-    """Do what a page says to type: it ends well, or prints what is shown."""
+def run_command(command, printed):
+    """Run a command of a page: it succeeds, and prints the output that the page shows."""
     for pattern, path in RUN_BY.items():
         match = re.fullmatch(pattern, command)
         if match:
@@ -140,12 +140,12 @@ def run_process(program, arguments):
     return done.returncode, done.stdout + (done.stderr if done.returncode else "")
 
 
-def test_the_pages_that_are_followed_elsewhere_are():
+def test_runs_the_commands_of_other_pages_elsewhere():
     for page, test in FOLLOWED_BY.items():
         assert Path(page).name in (ROOT / test).read_text(encoding="utf-8")
 
 
-def test_the_commands_are_those_that_ci_runs():
+def test_ci_runs_the_commands_of_the_readme():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert '--constraint constraints.txt ".[test]"' in ci
     install, test = [block.code for block in BLOCKS["README.md"] if block.language == "sh"][:2]
@@ -155,7 +155,7 @@ def test_the_commands_are_those_that_ci_runs():
     assert f"\n{test}" in ci
 
 
-def test_the_extras_that_pages_install_exist():
+def test_installs_only_extras_that_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = re.findall(r'"\.\[([\w,]+)\]"', "\n".join(TEXTS.values()))
     assert named
@@ -166,7 +166,7 @@ IN_THIS_PROCESS = ["torch", "tensorflow", "keras", "jax", "flax"]
 
 
 @pytest.mark.parametrize("name", IN_THIS_PROCESS)
-def test_the_table_of_modes_has_every_mode_of_a_backend(name):
+def test_lists_every_mode_of_a_backend(name):
     rows, backend = {}, ""
     for first, modes in re.findall(
         r"^\| (`\S+` )?\| (`.*?) \|", TEXTS["docs/modes.md"], re.MULTILINE
@@ -185,7 +185,7 @@ def get_slugs(page):
 
 
 def get_links(page):
-    """Yield what a page links to on the machine, outside of code."""
+    """Yield the local targets of a page's links, outside of code."""
     text = re.sub(r"^```.*?^```$|`[^`\n]*`", "`", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)]*)\)", text):
         if not link.startswith("https://"):
@@ -196,7 +196,7 @@ LINKS = [(page, link) for page in TEXTS for link in dict.fromkeys(get_links(page
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS)
-def test_a_link_leads_to_a_file_and_a_heading_that_exist(page, link):
+def test_finds_the_target_of_a_link(page, link):
     path, _, anchor = link.partition("#")
     target = (ROOT / page).parent / path if path else ROOT / page
     assert target.exists()

@@ -1,4 +1,4 @@
-"""Tests of the examples: each runs as a reader would run it, and prints what it promises."""
+"""Each example runs with its documented command, and prints the results that it promises."""
 
 import os
 import re
@@ -11,7 +11,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a folder, able to import the examples as they import one another."""
+    """Run Python in a folder, with the examples on the import path."""
     environment = os.environ | {
         "KERAS_BACKEND": "tensorflow",
         "PYTHONPATH": str(EXAMPLES),
@@ -29,7 +29,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def get_output(folder: Path, script: str, *arguments: str) -> str:
-    """Run an example that has to succeed, and return what it prints."""
+    """Run an example, check that it succeeds, and return its output."""
     finished = run(folder, str(EXAMPLES / script), *arguments)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
@@ -39,20 +39,20 @@ def numbers_after(label: str, output: str) -> list[float]:
     return [float(number) for number in re.findall(rf"{re.escape(label)}: (\S+)", output)]
 
 
-def test_numpy_shows_the_textbook_and_learns(tmp_path: Path) -> None:
+def test_numpy_example_learns(tmp_path: Path) -> None:
     output = get_output(tmp_path, "numpy_dropout.py")
     assert "mean of a million ones: 1.000, after dropout: 1.00" in output
     assert numbers_after("train accuracy", output)[0] > 0.94
     assert numbers_after("test accuracy", output)[0] > 0.92
 
 
-def test_torch_learns_and_counts_its_training_calls(tmp_path: Path) -> None:
+def test_torch_example_learns_and_counts_calls(tmp_path: Path) -> None:
     output = get_output(tmp_path, "torch_net.py", "--epochs", "8")
     assert numbers_after("test accuracy", output)[0] > 0.92
     assert numbers_after("training calls of the dropout", output) == [8 * 22]
 
 
-def test_keras_learns_and_resumes_in_both_kinds_of_model(tmp_path: Path) -> None:
+def test_keras_example_learns_and_resumes(tmp_path: Path) -> None:
     output = get_output(tmp_path, "keras_sequential.py", "--epochs", "8")
     tests = numbers_after("test accuracy", output)
     assert len(tests) == 2
@@ -64,7 +64,7 @@ def test_keras_learns_and_resumes_in_both_kinds_of_model(tmp_path: Path) -> None
     assert max(differences) < 1e-6
 
 
-def test_one_curve_is_one_with_unidrop_and_three_without(tmp_path: Path) -> None:
+def test_one_curve_coincides_only_with_unidrop(tmp_path: Path) -> None:
     output = get_output(tmp_path, "one_curve.py", "--out", "plots/curves.png")
     assert numbers_after("with unidrop", output)[0] < 1e-4
     assert numbers_after("with each framework's own dropout", output)[0] > 1e-2
@@ -73,8 +73,8 @@ def test_one_curve_is_one_with_unidrop_and_three_without(tmp_path: Path) -> None
     assert len(picture) < 150_000
 
 
-# As scripts, because one_curve imports every framework: a process of its own keeps them out of
-# this one. The first plants a defect, the second tests the check by itself.
+# These run in child processes, because one_curve imports every framework. The first script breaks
+# a layer, and the second one calls the check with unequal curves.
 OTHER_ELEMENTS = """
 import one_curve, torch, unidrop.adapters.torch
 one_curve.STEPS = 20
@@ -95,13 +95,13 @@ for wrong in (1e-3, -1e-3, np.nan):
 """
 
 
-def test_one_curve_fails_where_a_framework_drops_other_elements(tmp_path: Path) -> None:
+def test_one_curve_fails_if_a_layer_drops_other_elements(tmp_path: Path) -> None:
     finished = run(tmp_path, "-c", OTHER_ELEMENTS)
     assert finished.returncode == 1, finished.stderr
     assert "the curves are not one: they differ by" in finished.stderr
 
 
-def test_one_curve_tells_unequal_curves(tmp_path: Path) -> None:
+def test_one_curve_rejects_unequal_curves(tmp_path: Path) -> None:
     finished = run(tmp_path, "-c", UNEQUAL_CURVES)
     assert finished.returncode == 0, finished.stderr
 
@@ -120,7 +120,7 @@ RUNS = {
     "JAX jit",
 }
 
-# NumPy's losses are those of another key, and JAX' are compared with them.
+# NumPy trains with another key than JAX, so that the losses differ.
 ANOTHER_KEY = """
 import every_mode
 from unidrop import Key
@@ -130,7 +130,7 @@ every_mode.main()
 """
 
 
-def test_every_mode_has_the_losses_of_numpy_also_when_resumed_in_a_new_process(
+def test_every_mode_matches_numpy_and_resumes(
     tmp_path: Path,
 ) -> None:
     output = get_output(tmp_path, "every_mode.py")
@@ -142,7 +142,7 @@ def test_every_mode_has_the_losses_of_numpy_also_when_resumed_in_a_new_process(
         assert when_resumed < 1e-5, name
 
 
-def test_every_mode_fails_where_other_elements_are_dropped(tmp_path: Path) -> None:
+def test_every_mode_fails_if_other_elements_are_dropped(tmp_path: Path) -> None:
     finished = run(tmp_path, "-c", ANOTHER_KEY)
     assert finished.returncode == 1, finished.stderr
     assert "the losses differ by" in finished.stderr

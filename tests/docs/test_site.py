@@ -1,6 +1,6 @@
-"""The site of docs/: it is made without a warning, lists every public name, and loads nothing.
+"""Sphinx builds the site of docs/ without a warning, and the site needs no network.
 
-Sphinx is of the extra `docs`, so CI runs this after the rest.
+Sphinx is in the extra `docs`, so CI runs this file last.
 """
 
 import importlib
@@ -20,13 +20,14 @@ MODULES = [
     *(f"unidrop.adapters.{framework}" for framework in FRAMEWORKS),
     "unidrop.conformance",
     "unidrop.library",
+    "unidrop.protocols",
     "unidrop.testing",
 ]
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Return the folder of the site that is made as CONTRIBUTING.md says."""
+    """Build the site with the command of CONTRIBUTING.md, and return its folder."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -35,18 +36,18 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_reference_has_every_name_that_a_module_exports(site, name):
+def test_lists_every_public_name_of_a_module(site, name):
     found = inventory.InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     listed = {entry for kind, entries in found.items() if kind[:3] == "py:" for entry in entries}
     exported = {f"{name}.{public}" for public in importlib.import_module(name).__all__}
     assert exported <= listed
 
 
-# What a page loads by itself, beside what its reader may follow.
+# The URLs that a browser loads with a page. Links that a reader may follow don't count.
 LOADED = r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"([^\"]*)|<link\b[^>]*\bhref=\"([^\"]*)"
 
 
-def test_a_page_loads_nothing_from_elsewhere(site):
+def test_loads_no_file_from_another_host(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) >= len(list(DOCS.rglob("*.md")))
     for page in pages:

@@ -59,13 +59,13 @@ class Mutant:
         """Write the changed file into a copy of the repository."""
         path = folder / self.file
         path.write_bytes(self.source())
-        # Python and Numba compile a file anew when its time has changed.
+        # Python and Numba recompile a file if its time has changed.
         changed = (ROOT / self.file).stat().st_mtime + 1 + int(self.id, 16) % 10**6
         os.utime(path, (changed, changed))
 
 
 def places(file: str) -> Iterator[Mutant]:
-    """Yield every mutant of a file, of which few are run."""
+    """Yield every mutant of a file. The tool runs only a few of them."""
     source = (ROOT / file).read_bytes()
     begins = [0, *(match.end() for match in re.finditer(b"\n", source))]
 

@@ -7,10 +7,10 @@
 
 Mutants are chosen from the syntax trees of the core, the kernels and the adapters: a share of each
 file's places, the same ones at each run. Each mutant runs in a copy of the repository that is
-installed into an environment of its own. The everyday tests run first, a folder at a time, and
+installed into its own environment. The everyday tests run first, a folder at a time, and
 those that mirror the changed file before the others. If all pass, the matrix of one backend runs.
 A test that fails without any mutant is left out. Results are appended to ``results.jsonl`` in the
-folder of ``--work``; delete a line to run its mutant again, and begin with an empty folder when
+folder of ``--work``; delete a line to rerun its mutant, and begin with an empty folder when
 the tests have changed. A run of every mutant takes hours.
 """
 
@@ -58,7 +58,7 @@ FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 class Copy:
-    """A copy of the repository in an environment of its own, which runs one command at a time."""
+    """A copy of the repository with its own environment. It runs one command at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder / "repository", folder / "environment" / "bin"
