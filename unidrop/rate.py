@@ -22,7 +22,8 @@ def checked_probability(p: Any, name: str = "p") -> float:
             f"got {p!r} of type {type(p).__name__}{_ARRAY_HINT if hasattr(p, 'shape') else ''}"
         )
     if not 0 <= p <= 1:
-        raise ValueError(f"dropout probability {name} has to be between 0 and 1, but got {p}")
+        # The message of the frameworks.
+        raise ValueError(rf"dropout probability {name} has to be between 0 and 1, but got {p}")
     return float(p)
 
 

@@ -10,15 +10,8 @@ PENDING = (
     "tests/core/",
     "tests/fused/",
     "tests/support/",
-    "unidrop/dispatch.py",
-    "unidrop/dtypes.py",
     "unidrop/fused/",
-    "unidrop/key.py",
-    "unidrop/library.py",
-    "unidrop/protocols.py",
-    "unidrop/rate.py",
     "unidrop/threads.py",
-    "unidrop/window.py",
 )
 
 
