@@ -1,8 +1,8 @@
-"""The choice between fused kernels and portable operations; the only module that makes it.
+"""The choice between fused kernels and portable operations, and the calls of the kernels.
 
 The path changes the time, but never a bit. Fused kernels serve arrays whose elements are in this
-process's memory, if Numba is installed to compile them. All other arrays use the operations of
-their own library. So do traced arrays, unless their library records dropout as one operator, which
+process's memory, if Numba is installed to compile them. All other arrays, traced ones included, use
+the operations of their own library. A library may record dropout as one operator; that operator
 chooses a path when it runs.
 """
 
@@ -52,7 +52,9 @@ class PathChoice:
 
 
 def explain_path(x: Any) -> PathChoice:
-    """Return the path that `dropout` now chooses for an array, and the reason.
+    """Return the path that `dropout` would choose now for an array, and the reason.
+
+    Under ``force_path("fused")``, dropout raises RuntimeError if this path is "portable".
 
     Parameters
     ----------
@@ -63,7 +65,7 @@ def explain_path(x: Any) -> PathChoice:
     -------
     PathChoice
         ``name`` is "fused" for single-pass kernels and "portable" for the operations of x's own
-        library; ``reason`` is a sentence. Both paths return the same bits.
+        library; ``reason`` is a phrase. Both paths return the same bits.
 
     Raises
     ------
@@ -229,7 +231,7 @@ def _has_traced(key: Key, window: Window | None) -> bool:
 
 def _get_numbers(key: Key, window: Window) -> tuple[int, int]:
     """Return the key and the number of the window's first element as integers below 2^64."""
-    lo, hi = key._words
+    lo, hi = key._words  # without the call of a property: every call comes here
     number = (int(hi) & MASK32) << 32 | (int(lo) & MASK32)
     if window.start is None:
         return number, 0
@@ -238,7 +240,7 @@ def _get_numbers(key: Key, window: Window) -> tuple[int, int]:
 
 
 def _read(start: Any) -> int:
-    """Return the value of a window's start that is an array."""
+    """Return the value of a start that is an array."""
     hi, lo = get_library(start).split(start, "start")
     return int(hi) << 32 | int(lo)
 

@@ -91,8 +91,8 @@ def dropout(
     -------
     y : array
         Of x's shape, dtype and device. Kept elements are x times the scale, computed in float32
-        (float64 for float64 and complex128) and then rounded to x's dtype; dropped ones are +0, NaN
-        and infinities included. x itself if p is 0 or training is False.
+        (float64 for float64 and complex128) and then rounded to x's dtype. Dropped elements are +0,
+        even if x is NaN or infinite there. x itself if p is 0 or training is False.
     mask : array of bool
         Only with ``return_mask``: True for kept elements, with length 1 along ``broadcast_axes``.
 
@@ -104,11 +104,14 @@ def dropout(
     ValueError
         If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
         of keys.
+    RuntimeError
+        If `force_path` demands fused kernels, and they cannot run.
 
     Notes
     -----
-    If the library has gradients, the gradient is this function of the upstream gradient. The
-    backward pass recomputes the mask from the key, so nothing of the size of x is kept for it.
+    The gradient is dropout of the upstream gradient with the same arguments. If the adapter of the
+    library defines it, as ours do, the backward pass recomputes the mask from the key and keeps
+    nothing of the size of x.
 
     Examples
     --------

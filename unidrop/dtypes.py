@@ -40,7 +40,7 @@ def dtype_name(dtype: Any) -> str:
 
 @lru_cache(maxsize=64)
 def _get_numpy_name(dtype: Any) -> str:
-    """Return the name of a NumPy dtype, which NumPy composes at every access."""
+    """Return the name of a NumPy dtype, cached, because NumPy builds it at every access."""
     name: str = dtype.name
     return name
 

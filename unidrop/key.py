@@ -1,4 +1,4 @@
-"""Keys: the 64-bit numbers that name masks, and folding data into them."""
+"""Keys: the 64-bit numbers that name masks, and how data is folded into them."""
 
 import hashlib
 from typing import Any, Self
@@ -22,8 +22,8 @@ class Key:
     """The key of a mask: one 64-bit number, immutable and hashable.
 
     Fold in the site in the network, the rank (if replicas must differ) and the step, in this
-    order. Use each key once: masks of one key at two rates are nested, and a longer mask begins
-    with the shorter one.
+    order. Use each key once: under one key, a lower rate keeps all that a higher rate keeps, and a
+    longer mask begins with the shorter one.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Key:
     Key(0x4569f48a8d0f18c9)
     """
 
-    # (lo, hi), or one array of both that a library keeps.
+    # Two words, or one array of shape (2,) if a library packs them.
     __slots__ = ("_words",)
     _words: Any
 
@@ -124,7 +124,8 @@ class Key:
         -------
         Key
             The first two words of Philox4x32-10 of ``(data.lo, data.hi, 0, tag)`` under this
-            key, with tag 1 for integers and 2 for strings (BLAKE2b, 8 bytes, little-endian).
+            key, with tag 1 for integers and 2 for strings. The data of a string is the 8-byte
+            BLAKE2b digest of its UTF-8 bytes, read little-endian.
 
         Raises
         ------
@@ -175,7 +176,7 @@ class Key:
 
     def __int__(self) -> int:
         if self.is_traced:
-            raise TypeError("a traced Key has no value yet: use its .words")
+            raise TypeError("the number of a Key made of arrays is not read: use its .words")
         lo, hi = self._words
         return int(hi) << 32 | int(lo)
 
@@ -236,8 +237,8 @@ def _is_index(value: object) -> bool:
     Arrays of other libraries stay unread even if they have a value: reading one would stop a trace
     or wait for a device.
     """
-    # A subclass of int may have a dtype: it stands for a constant of a trace. Compilers can trace
-    # these questions, in this order.
+    # Keep this order, which compilers can trace. A subclass of int with a dtype stands for a
+    # constant of a trace.
     if isinstance(value, int):
         return True
     if hasattr(value, "dtype"):
@@ -246,7 +247,7 @@ def _is_index(value: object) -> bool:
 
 
 def _as_array_word(word: int, array: Any) -> Any:
-    """Return a Python word as an array like another word."""
+    """Return a Python word as an array, with the dtype and on the device of another word."""
     library = get_library(array)
     xp, device = library.arrays.namespace(array), library.arrays.device(array)
     return (array & 0) | library.words.arithmetic(xp, device).constant(word)
@@ -277,8 +278,8 @@ def _as_word(value: Any, name: str) -> Any:
 
 def _get_integer_library(value: Any, name: str) -> ArrayLibrary:
     if not hasattr(value, "dtype"):
-        raise TypeError(
-            f"{name} must be an integer, a string or a 0-d integer array, "
-            f"got {value!r} of type {type(value).__name__}"
-        )
+        accepted = "an integer, a string or a 0-d integer array"
+        if name != "data":
+            accepted = "an integer or a 0-d integer array"
+        raise TypeError(f"{name} must be {accepted}, got {value!r} of type {type(value).__name__}")
     return get_library(value)

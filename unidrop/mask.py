@@ -1,9 +1,10 @@
 """The mask: the elements of an array that a key keeps.
 
 Elements are numbered by their logical C-order index i in the mask's shape, whatever the strides.
-Block ``i // 8`` of Philox consists of four words; word ``(i // 2) % 4`` is the number u of an even
-element, and times `ODD_MULTIPLIER` modulo 2^32 the number u of the odd element after it. An element
-is kept if u is at least the threshold. docs/spec.md defines the rest.
+Block ``i // 8`` of Philox consists of four words, and elements 2j and 2j + 1 share word ``j % 4``.
+The number u of the even element is the word; the number u of the odd one is the word times
+`ODD_MULTIPLIER`, modulo 2^32. An element is kept if u is at least the threshold of the rate
+(`unidrop.philox.keep_flags`). docs/spec.md defines the rest.
 """
 
 import math
@@ -107,7 +108,7 @@ def keep_mask(
 def make_mask(
     library: ArrayLibrary, like: Any, key: Key, window: Window, rate: Rate, device: Any
 ) -> Any:
-    """Return the mask of a window on a device, by the path of the array ``like``.
+    """Return the mask of a window on a device, by the path that the array ``like`` would have.
 
     Beyond the mask, eager libraries need about 10 MiB if items can be assigned (40 bytes for each
     of `PIECE` elements), and once or twice the mask if not.
@@ -140,7 +141,7 @@ def portable_mask(
         return _piece_mask(library, xp, words, piece, offsets, rate.threshold, key_words, device)
 
     is_traced = library.arrays.is_traced
-    arrays = (like, *key_words, *(start for start, _ in offsets))
+    arrays = (*key_words, *(start for start, _ in offsets))
     if is_traced(like) or any(is_traced(a) for a in arrays if not isinstance(a, int)):
         return xp.reshape(decide(window.whole), window.shape)
     pieces = list(window.pieces(_piece_size(window)))
@@ -158,7 +159,7 @@ def portable_mask(
 
 
 def _piece_size(window: Window) -> int:
-    """Return how many elements to decide at a time, so that `PIECE` flags are computed for them.
+    """Return how many elements to decide at a time, such that about `PIECE` flags are computed.
 
     A row that begins or ends inside a block needs the flags of the whole block.
     """
@@ -216,7 +217,7 @@ def _row_indices(
 ) -> SplitInteger:
     """Return the index of the first element of each row, as words of shape (rows, 1).
 
-    A single row has shape (), because native generators number a single run of blocks.
+    A single row has shape (), because a native generator accepts one run of consecutive blocks.
     """
     # Even a base of 0 becomes an array: the mask belongs on this device, not on a start's.
     hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in split64(base))

@@ -16,7 +16,10 @@ __all__ = ["select"]
 
 
 def select(library: ArrayLibrary, x: Any, mask: Any, rate: Rate) -> Any:
-    """Return x times the scale for kept elements, and +0 for the others, in bounded memory."""
+    """Return x times the scale for kept elements, and +0 for the others.
+
+    Beyond the output, eager libraries with item assignment need memory for a piece only.
+    """
     xp = library.arrays.namespace(x)
     if rate.keeps_nothing:
         return xp.zeros_like(x)
@@ -33,7 +36,7 @@ def select(library: ArrayLibrary, x: Any, mask: Any, rate: Rate) -> Any:
 
 
 def _select_and_join(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
-    """Run `select` for a library without item assignment, which takes the memory of two outputs."""
+    """Run `select` for a library without item assignment, with the memory of two outputs."""
     if mask.shape == x.shape and x.ndim > 1:
         x_flat, mask_flat = xp.reshape(x, (-1,)), xp.reshape(mask, (-1,))
         return xp.reshape(_select_and_join(library, xp, x_flat, mask_flat, rate), x.shape)
@@ -79,7 +82,7 @@ def _select_part(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) 
     def scaled(component: Any) -> Any:
         return xp.where(mask, component * scale, zero)
 
-    # The output rule asks for infinity on overflow, and dropped elements never overflow.
+    # Overflow to infinity is the output rule, and the products of dropped elements are discarded.
     with numpy.errstate(over="ignore", invalid="ignore"):
         if kind.startswith("complex"):
             y = library.arrays.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
@@ -87,5 +90,7 @@ def _select_part(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) 
             y = scaled(xp.astype(x, dtype, copy=False))
         y = xp.astype(y, x.dtype, copy=False)
     if y.dtype != x.dtype:
-        raise TypeError(f"x has dtype {x.dtype}, which {xp.__name__} does not support now")
+        raise TypeError(
+            f"x has dtype {x.dtype}, which {xp.__name__} does not support with its present settings"
+        )
     return y

@@ -14,7 +14,7 @@ ROUNDS: Final = 10
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS: Final = (0x9E3779B9, 0xBB67AE85)
 
-#: One word serves two elements of a mask: as itself for the even one, times this for the odd one.
+#: One word serves two elements of a mask: as it is for the even one, times this for the odd one.
 ODD_MULTIPLIER: Final = 0x6C078965
 
 PhiloxBlock = tuple[Any, Any, Any, Any]
@@ -63,7 +63,8 @@ def philox(
 def _philox_of_integers(counter: PhiloxBlock, key: tuple[int, int], rounds: int) -> PhiloxBlock:
     """Run `philox` on Python integers, whose products are exact.
 
-    A layer folds its call number into its key at every call, and this takes a third of the time.
+    A layer folds its call number into its key at every call; the generic code takes three times as
+    long.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -1,4 +1,4 @@
-"""The plan: the validated arguments of one dropout call, before its key is known."""
+"""The plan: the validated arguments of a call, which lack only the key, and their execution."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ __all__ = ["DropoutPlan"]
 
 @dataclass(frozen=True, slots=True)
 class DropoutPlan:
-    """The arguments of a call: valid, and complete but for the key.
+    """The validated arguments of a call; only the key is missing.
 
     An adapter makes the plan before it draws a key or counts a call. So a call that raises changes
     no state, and a call that drops nothing uses no key.
@@ -32,6 +32,7 @@ class DropoutPlan:
     window : Window
         The block of the mask that belongs to the array.
     rate : Rate
+        The probability of dropping an element, its threshold and its scale.
     drops : bool
         Whether the call drops anything: it is in training, at a rate above 0.
     """
@@ -68,8 +69,7 @@ class DropoutPlan:
         return cls(library, window, rate, drops)
 
     @classmethod
-    # Models call few layers with few shapes, again and again.
-    @lru_cache(maxsize=1024)
+    @lru_cache(maxsize=1024)  # models call few layers with few shapes, again and again
     def for_whole(
         cls,
         library: ArrayLibrary,
@@ -93,19 +93,19 @@ class DropoutPlan:
         return xp.ones(self.window.shape, dtype=xp.bool, device=device)
 
     def mask(self, x: Any, key: Key) -> Any:
-        """Return the mask of a key for x: traced if x is, else computed at once."""
+        """Return the mask of a key for x: recorded if x is traced, otherwise computed now."""
         device = self.library.arrays.device(x)
         return make_mask(self.library, x, key, self.window, self.rate, device)
 
     def apply(self, x: Any, key: Key, mask: Any = None) -> Any:
-        """Return the output under a key, by one differentiable operator of x's library.
+        """Return the output under a key, by the operator of x's library, and so differentiable.
 
         ``mask`` is the mask of the key if the caller has it.
         """
         return self.library.operator.dropout(x, key, self, mask)
 
     def run(self, x: Any, key: Key, mask: Any = None, out: Any = None) -> Any:
-        """Compute the output under a key without recording a gradient.
+        """Compute the output under a key: the values inside the operator of a library.
 
         ``out`` is an array of x's shape and dtype to write and return; it may be x.
         """

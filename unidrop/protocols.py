@@ -53,7 +53,7 @@ class Arrays:
     def is_traced(self, x: Any) -> bool:
         """Return whether operations on x are recorded rather than run.
 
-        The core records one expression, but computes eagerly in cache-sized pieces.
+        If True, the core writes one expression; if False, it computes in cache-sized pieces.
         """
         return bool(array_api_compat.is_lazy_array(x))
 
@@ -140,7 +140,7 @@ class Words:
         threshold : int
             0 < threshold < 2^32.
         """
-        # A native generator of the library numbers a single run of blocks.
+        # A native generator of the library accepts one run of consecutive blocks.
         is_one_run = isinstance(first[0], int) or tuple(first[0].shape) == ()
         arguments = (xp, device, first, count, key, 0)
         block = self.generate(*arguments) if is_one_run else Words.generate(self, *arguments)
@@ -250,7 +250,7 @@ class Buffers:
         out[...] = x
 
     def from_numpy(self, mask: "numpy.ndarray[Any, Any]", device: Any) -> Any:
-        """Return a NumPy array without other references as an array on a device of the CPU."""
+        """Return a new NumPy array as an array on a device of the CPU; its memory may be reused."""
         return mask
 
 

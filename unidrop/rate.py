@@ -53,7 +53,7 @@ class Rate:
         ----------
         p : int or float
             In [0, 1]. ``numpy.float64`` is a float. A narrower float is another number: its masks
-            would differ once in 10^9 elements.
+            would differ in one of 10^8 elements or so.
         name : str, default "p"
             The name of the argument in error messages.
 
@@ -78,7 +78,7 @@ class Rate:
         Raises
         ------
         TypeError, ValueError
-            As `of`, naming ``keep_prob``.
+            As `from_p`, naming ``keep_prob``.
 
         Examples
         --------
@@ -98,7 +98,7 @@ class Rate:
         return self.threshold == KEEP_NOTHING
 
     def scale_in(self, dtype: str) -> float:
-        """Return the scale in a compute type: "float64", or "float32" (ties to even)."""
+        """Return the scale rounded to a compute dtype: "float64", or "float32" (ties to even)."""
         return self.scale if dtype == "float64" else _to_float32(self.scale)
 
 

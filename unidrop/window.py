@@ -1,4 +1,4 @@
-"""Windows: the block of a mask that an array gets, its broadcast axes and its pieces.
+"""Windows: the block of a mask that belongs to an array, its broadcast axes and its pieces.
 
 A window is a block of a larger mask. A shard computes its own window without communication, and a
 large mask is computed piece by piece in bounded memory.
@@ -71,13 +71,13 @@ class Window:
 
     @property
     def strides(self) -> tuple[Any, ...]:
-        """The distance between neighbors along each axis in the numbering; 0 if they share."""
+        """The distance between neighbors along each axis in the numbering; 0 if neighbors share."""
         strides = _row_major(self.shape if self.global_shape is None else self.global_shape)
         return _zero_along(strides, self.broadcast_axes) if self.broadcast_axes else strides
 
     @property
     def whole(self) -> Piece:
-        """The window itself, as its own only piece."""
+        """The window as a single piece."""
         if self.global_shape is None:
             return Piece(0, (Axis(self.size, 1),))
         base = sum(start * stride for start, stride in self._terms() if isinstance(start, int))
@@ -157,7 +157,7 @@ def _pieces(piece: Piece, most: int) -> Iterator[Piece]:
     at = next(i for i, axis in enumerate(axes) if axis.length > 1)
     length, stride = axes[at]
     inner = math.prod(axis.length for axis in axes[at + 1 :])
-    # Prefer parts of about equal length, of whole blocks, over a small remainder.
+    # Parts of about equal length, rounded down to whole blocks: no small last part.
     part = math.ceil(length / math.ceil(length / max(1, most // inner)))
     if part > 8:
         part -= part % 8
@@ -261,7 +261,7 @@ def _starts(
         first = s if isinstance(s, int) else 0
         if first < 0 or first + n > whole:
             raise ValueError(
-                f"the window must fit into global_shape, got start {first} and {n} elements along "
+                f"the window must fit into global_shape, got start {s} and {n} elements along "
                 f"axis {axis} of length {whole}"
             )
     return starts

@@ -4,7 +4,7 @@ Requirements this design meets, each because of a library that has an adapter:
 
 * No operation overflows: the array API standard leaves overflow to the implementation, and a
   compiler may treat it as undefined.
-* No unsigned 64-bit arithmetic: some libraries lack it. ``int64`` is complete wherever it exists.
+* No unsigned 64-bit arithmetic: some libraries lack it. Every operation works on ``int64``.
 * No 64-bit integers at all if a library lacks them.
 
 A `SplitInteger` is a 64-bit number as ``(hi, lo)``, two 32-bit words.
@@ -40,7 +40,7 @@ class Int64Words:
     """Words in ``int64`` arrays.
 
     Multipliers of 2^31 or more enter as themselves minus 2^32, which keeps every product of a word
-    and a multiplier between -2^63 and 2^63. The word is then added to the high half.
+    and a multiplier between -2^63 and 2^63. `mulhilo` corrects the high half by adding the word.
     """
 
     #: Whether ``a + b`` is the sum of two words modulo 2^32 without further operations.
@@ -63,7 +63,7 @@ class Int64Words:
         return self.xp.bitwise_right_shift(a, n)
 
     def shift_left(self, a: Any, n: int) -> Any:
-        """Return ``a << n`` if the result still is a word."""
+        """Return ``a << n`` ; the result must fit in a word."""
         return self.xp.bitwise_left_shift(a, n)
 
     def add(self, a: Any, b: Any) -> SplitInteger:
@@ -113,7 +113,7 @@ class Uint32Words:
         return self.xp.bitwise_right_shift(a, n)
 
     def shift_left(self, a: Any, n: int) -> Any:
-        """Return ``a << n`` if the result still is a word."""
+        """Return ``a << n`` ; the result must fit in a word."""
         return self.xp.bitwise_left_shift(a, n)
 
     def add(self, a: Any, b: Any) -> SplitInteger:

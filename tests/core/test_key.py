@@ -306,7 +306,7 @@ def test_folding_in_an_array_that_is_not_0_d_raises_and_names_its_shape(scalar, 
 
 def test_the_number_of_a_traced_key_is_not_there_and_says_so(scalar):
     key = SITE.fold_in(scalar(7, "int32"))
-    with pytest.raises(TypeError, match=r"traced Key.*words"):
+    with pytest.raises(TypeError, match=r"Key made of arrays.*words"):
         int(key)
 
 
