@@ -165,7 +165,7 @@ def test_rejects_deleting_attributes(name):
     assert key == Key(42)
 
 
-def test_folding_in_leaves_key_as_it_was():
+def test_leaves_key_as_it_was_when_folding():
     key = Key(42)
     key.fold_in("a").fold_in(1)
     assert key == Key(42)
@@ -186,7 +186,7 @@ def test_finds_itself_in_dictionary():
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**64 - 1])
-def test_repr_evaluates_to_key(seed):
+def test_has_repr_that_evaluates_to_key(seed):
     assert eval(repr(Key(seed))) == Key(seed)
 
 
