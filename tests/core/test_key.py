@@ -115,13 +115,13 @@ NOT_INTEGERS = [
 
 @pytest.mark.parametrize("seed", [*NOT_INTEGERS, "1"], ids=repr)
 def test_rejects_non_integer_seed(seed):
-    with pytest.raises(TypeError, match=re.escape("seed has to be an integer, 0 <= seed < 2**64")):
+    with pytest.raises(TypeError, match=re.escape("seed must be an integer, 0 <= seed < 2**64")):
         Key(seed)
 
 
 @pytest.mark.parametrize("data", NOT_INTEGERS, ids=repr)
 def test_rejects_data_that_is_not_integer_or_string(data):
-    with pytest.raises(TypeError, match=r"^data has to be an integer"):
+    with pytest.raises(TypeError, match=r"^data must be an integer"):
         SITE.fold_in(data)
 
 
@@ -135,7 +135,7 @@ def test_shows_value_of_wrong_type(make, value):
 @pytest.mark.parametrize("value", [-1, 2**64, np.int64(-1), -(2**70)], ids=repr)
 @pytest.mark.parametrize(("make", "name"), [(Key, "seed"), (SITE.fold_in, "data")])
 def test_rejects_integer_outside_64_bits(make, name, value):
-    message = f"{name} has to be 0 <= {name} < 2**64, but got {int(value)}"
+    message = f"{name} must be 0 <= {name} < 2**64, got {int(value)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         make(value)
 
@@ -246,7 +246,7 @@ def test_is_traced_only_with_array():
 
 @pytest.mark.parametrize("dtype", ["bool", "float32", "float64"])
 def test_rejects_array_of_other_dtype(dtype):
-    with pytest.raises(TypeError, match=rf"data has to be an integer.*{dtype}"):
+    with pytest.raises(TypeError, match=rf"data must be an integer.*{dtype}"):
         SITE.fold_in(scalar(1, dtype))
 
 
@@ -309,17 +309,17 @@ def test_accepts_numpy_integers_as_words(dtype):
 @pytest.mark.parametrize("word", [-1, 2**32])
 @pytest.mark.parametrize("name", ["lo", "hi"])
 def test_rejects_word_outside_32_bits(name, word):
-    with pytest.raises(ValueError, match=rf"{name} has to be .*but got {word}"):
+    with pytest.raises(ValueError, match=rf"{name} must be .*got {word}"):
         Key.from_words(**{"lo": 0, "hi": 0, name: word})
 
 
 @pytest.mark.parametrize("word", [True, 1.0, "1", None], ids=repr)
 @pytest.mark.parametrize("name", ["lo", "hi"])
 def test_rejects_non_integer_word(name, word):
-    with pytest.raises(TypeError, match=rf"^{name} has to be an integer"):
+    with pytest.raises(TypeError, match=rf"^{name} must be an integer"):
         Key.from_words(**{"lo": 0, "hi": 0, name: word})
 
 
 def test_rejects_word_that_is_not_0_d():
-    with pytest.raises(ValueError, match=r"hi has to be 0-d"):
+    with pytest.raises(ValueError, match=r"hi must be 0-d"):
         Key.from_words(scalar(1, "int64"), scalar([1], "int64"))

@@ -162,7 +162,8 @@ def test_compiles_without_folder_for_numba_cache(monkeypatch):
         assert_bits(fused(x, 0.4), portable(x, 0.4))
     finally:
         kernels._function.cache_clear()
-        FUSED._compiled.cache_clear()
+        FUSED._compile.cache_clear()
+        FUSED.prepare.cache_clear()
     names = [name for name, cached in asked if cached]
     assert {"select_float32", "rows"} < set(names)
     assert asked == [(name, cached) for name in names for cached in (True, False)]

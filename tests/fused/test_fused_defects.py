@@ -1,4 +1,4 @@
-"""Defects mutant in the kernels: the matrix must turn red."""
+"""Defects planted in the kernels: the matrix must turn red."""
 
 import importlib
 import importlib.util

@@ -88,13 +88,13 @@ def test_explains_that_plain_arrays_are_fused_and_their_dtype(name):
 
 @pytest.mark.parametrize("x", [[1.0], 3.0, None, "text"], ids=repr)
 def test_rejects_non_array_in_explain_path(x):
-    with pytest.raises(TypeError, match="x has to be an array"):
+    with pytest.raises(TypeError, match="x must be an array"):
         unidrop.explain_path(x)
 
 
 @pytest.mark.parametrize("dtype", ["int64", "bool", "longdouble"])
 def test_rejects_dtype_without_dropout_in_explain_path(dtype):
-    with pytest.raises(TypeError, match="x has to be of a floating-point dtype"):
+    with pytest.raises(TypeError, match="x must be of a floating-point dtype"):
         unidrop.explain_path(np.ones(3, dtype))
 
 

@@ -117,13 +117,13 @@ def test_is_nnx_dropout_that_shows_seed_and_calls():
 
 @pytest.mark.parametrize("rate", [True, "0.5", np.float32(0.5)], ids=repr)
 def test_rejects_non_python_rate(rate):
-    with pytest.raises(TypeError, match="rate has to be a Python int or float"):
+    with pytest.raises(TypeError, match="rate must be a Python int or float"):
         Dropout(rate)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_rejects_seed_outside_64_bits(seed):
-    with pytest.raises(ValueError, match="seed has to be"):
+    with pytest.raises(ValueError, match="seed must be"):
         Dropout(0.5, seed=seed)
 
 

@@ -90,7 +90,7 @@ def test_accepts_python_number():
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], "x", None], ids=str)
 def test_rejects_non_array(x):
-    with pytest.raises(TypeError, match=r"x has to be a jax\.Array"):
+    with pytest.raises(TypeError, match=r"x must be a jax\.Array"):
         dropout(x, RATE, KEY)
 
 
@@ -112,10 +112,10 @@ def test_returns_mask_of_its_output():
 
 @pytest.mark.parametrize("rate", [float("nan"), -0.1, 1.1])
 def test_rejects_bad_rate(rate):
-    with pytest.raises(ValueError, match="rate has to be between 0 and 1"):
+    with pytest.raises(ValueError, match="rate must be between 0 and 1"):
         dropout(jnp.ones(3), rate, KEY)
 
 
 def test_rejects_traced_rate():
-    with pytest.raises(TypeError, match="rate has to be a Python int or float"):
+    with pytest.raises(TypeError, match="rate must be a Python int or float"):
         jax.jit(lambda rate: dropout(jnp.ones(3), rate, KEY))(0.5)

@@ -59,7 +59,7 @@ def test_rejects_batch_of_keys_in_core(transform, function):
 
 @pytest.mark.parametrize("key", [42, None, jnp.ones(2), "key", np.uint32(3)], ids=repr)
 def test_rejects_non_key(key):
-    with pytest.raises(TypeError, match=r"key has to be a unidrop\.Key"):
+    with pytest.raises(TypeError, match=r"key must be a unidrop\.Key"):
         dropout(jnp.ones(3), RATE, key)
 
 

@@ -58,7 +58,7 @@ def test_makes_mask_once_by_its_operation(function):
 
 
 def test_refuses_mask_in_program_on_fused_path():
-    with unidrop.force_path("fused"), pytest.raises(RuntimeError, match="only fused kernels"):
+    with unidrop.force_path("fused"), pytest.raises(RuntimeError, match="demands fused kernels"):
         jax.jit(lambda: unidrop.keep_mask((33,), RATE, KEY, xp=jnp))()
 
 

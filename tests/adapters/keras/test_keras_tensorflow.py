@@ -253,7 +253,7 @@ def test_rolls_back_call_that_fails(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(unidrop.adapters.keras.DropoutPlan, "drop", out_of_memory)
+        patch.setattr(unidrop.adapters.keras.DropoutPlan, "apply", out_of_memory)
         with pytest.raises(MemoryError):
             layer(np.ones((4, 4), np.float32), training=True)
     assert layer.calls == 0

@@ -282,7 +282,7 @@ def test_rejects_bad_out_and_leaves_it(function, out, error, message):
 
 
 def test_rejects_read_only_out(function):
-    with pytest.raises(ValueError, match=r"^out has to be writeable"):
+    with pytest.raises(ValueError, match=r"^out must be writeable"):
         function(X, out=readonly(X))
 
 
@@ -310,14 +310,14 @@ def test_leaves_out_in_call_that_raises(function, options, error):
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), 2], ids=repr)
 @pytest.mark.parametrize("name", ["p", "keep_prob"])
 def test_rejects_rate_outside_0_and_1(function, name, value, training):
-    with pytest.raises(ValueError, match=rf"{name} has to be between 0 and 1, but got {value}"):
+    with pytest.raises(ValueError, match=rf"{name} must be between 0 and 1, got {value}"):
         function(X, training=training, **{name: value})
 
 
 @pytest.mark.parametrize("value", [True, np.float32(0.5), "0.5", np.asarray(0.5)], ids=repr)
 @pytest.mark.parametrize("name", ["p", "keep_prob"])
 def test_rejects_non_python_rate(function, name, value):
-    with pytest.raises(TypeError, match=rf"{name} has to be .*but got {re.escape(repr(value))}"):
+    with pytest.raises(TypeError, match=rf"{name} must be .*got {re.escape(repr(value))}"):
         function(X, **{name: value})
 
 
@@ -329,24 +329,24 @@ def test_rejects_p_beside_keep_prob(function):
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int64", "uint32"])
 @pytest.mark.parametrize("training", [True, False])
 def test_rejects_integers(function, dtype, training):
-    with pytest.raises(TypeError, match=rf"^(x|grad) has to be of a floating.*{dtype}"):
+    with pytest.raises(TypeError, match=rf"^(x|grad) must be of a floating.*{dtype}"):
         function(np.ones(3, dtype), training=training)
 
 
 @pytest.mark.parametrize("x", [[1, 2], 3, "text", None, [True]], ids=repr)
 def test_rejects_non_float_input(x):
-    with pytest.raises(TypeError, match=r"^x has to be of a floating-point dtype"):
+    with pytest.raises(TypeError, match=r"^x must be of a floating-point dtype"):
         dropout(x, key=KEY)
 
 
 def test_names_grad_in_backward():
-    with pytest.raises(TypeError, match=r"^grad has to be of a floating-point dtype"):
+    with pytest.raises(TypeError, match=r"^grad must be of a floating-point dtype"):
         dropout_backward([1, 2], key=KEY)
 
 
 @pytest.mark.parametrize("key", [42, "encoder", 0.5], ids=repr)
 def test_rejects_non_key(function, key):
-    with pytest.raises(TypeError, match=rf"key has to be a unidrop.Key.*{re.escape(repr(key))}"):
+    with pytest.raises(TypeError, match=rf"key must be a unidrop.Key.*{re.escape(repr(key))}"):
         function(X, key=key)
 
 
@@ -417,7 +417,7 @@ def test_requires_either_key_or_mask(options, message):
 
 @pytest.mark.parametrize("dtype", ["int64", "float64", "uint8"])
 def test_rejects_mask_of_another_dtype(dtype):
-    with pytest.raises(TypeError, match=rf"^mask has to be of bool, but got dtype {dtype}"):
+    with pytest.raises(TypeError, match=rf"^mask must be of bool, got dtype {dtype}"):
         dropout_backward(X, mask=MASK.astype(dtype))
 
 
@@ -427,9 +427,7 @@ def test_rejects_mask_of_another_dtype(dtype):
     ids=["transposed", "too short", "without the broadcast axis", "with another axis"],
 )
 def test_rejects_mask_of_another_shape(mask, axes):
-    with pytest.raises(
-        ValueError, match=rf"^mask has to have shape .*{re.escape(str(mask.shape))}"
-    ):
+    with pytest.raises(ValueError, match=rf"^mask must have shape .*{re.escape(str(mask.shape))}"):
         dropout_backward(X, mask=mask, broadcast_axes=axes)
 
 
@@ -440,5 +438,5 @@ def test_rejects_bool_as_rng(rng):
 
 
 def test_rejects_array_of_rates():
-    with pytest.raises(TypeError, match=r"probability p has to be a Python int or float"):
+    with pytest.raises(TypeError, match=r"probability p must be a Python int or float"):
         dropout(X, np.array([0.1, 0.2]), keep_prob=0.5, key=Key(1))

@@ -365,13 +365,13 @@ def test_rejects_bad_noise_shape(noise_shape, error):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, 2, float("nan")])
 def test_rejects_rate_outside_0_and_1(rate):
-    with pytest.raises(ValueError, match=rf"rate has to be between 0 and 1, but got {rate}"):
+    with pytest.raises(ValueError, match=rf"rate must be between 0 and 1, got {rate}"):
         dropout(X, rate, key=KEY)
 
 
 @pytest.mark.parametrize("rate", [True, "0.5", None, np.float32(0.1), tf.constant(0.1)], ids=repr)
 def test_rejects_non_python_rate(rate):
-    with pytest.raises(TypeError, match=rf"probability rate .*but got {re.escape(repr(rate))}"):
+    with pytest.raises(TypeError, match=rf"probability rate .*got {re.escape(repr(rate))}"):
         dropout(X, rate, key=KEY)
 
 
@@ -383,7 +383,7 @@ def test_rejects_traced_rate():
 @pytest.mark.parametrize("rate", [0, 0.1])
 @pytest.mark.parametrize("key", [42, "encoder", None, tf.constant(42)], ids=repr)
 def test_rejects_non_key(rate, key):
-    with pytest.raises(TypeError, match=rf"key has to be a unidrop.Key.*{re.escape(repr(key))}"):
+    with pytest.raises(TypeError, match=rf"key must be a unidrop.Key.*{re.escape(repr(key))}"):
         dropout(X, rate, key=key)
 
 
@@ -395,7 +395,7 @@ def test_requires_key():
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 @pytest.mark.parametrize("rate", [0, 0.1])
 def test_rejects_integers(dtype, rate):
-    with pytest.raises(TypeError, match=rf"^x has to be of a floating.*{dtype}"):
+    with pytest.raises(TypeError, match=rf"^x must be of a floating.*{dtype}"):
         dropout(tf.ones(3, dtype), rate, key=KEY)
 
 

@@ -275,7 +275,7 @@ def test_continues_after_region_that_raised(run, raises):
 
 
 def test_shifts_no_mask_by_caught_error_in_region(run, monkeypatch):
-    from unidrop.dropout import DropoutPlan
+    from unidrop.plan import DropoutPlan
 
     layer, x, drop, fails = Dropout(seed=SITE), numbers(), DropoutPlan.run, [True]
 

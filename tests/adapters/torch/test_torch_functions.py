@@ -339,7 +339,7 @@ def test_rejects_rate_outside_0_and_1_as_torch_does(entry, p):
 
 
 def test_rejects_rate_of_nan(entry):
-    with pytest.raises(ValueError, match=r"probability p has to be between 0 and 1, but got nan"):
+    with pytest.raises(ValueError, match=r"probability p must be between 0 and 1, got nan"):
         entry(float("nan"))
 
 
@@ -347,7 +347,7 @@ def test_rejects_rate_of_nan(entry):
     "p", [True, "0.5", None, np.float32(0.1), torch.tensor(0.1), (0.1,)], ids=repr
 )
 def test_rejects_non_python_rate(entry, p):
-    with pytest.raises(TypeError, match=rf"probability p .*but got {re.escape(repr(p))}"):
+    with pytest.raises(TypeError, match=rf"probability p .*got {re.escape(repr(p))}"):
         entry(p)
 
 
@@ -357,7 +357,7 @@ def test_rejects_integers_and_changes_nothing(dtype, how):
     module = Dropout(seed=SITE if how == "seeded module" else None)
     call = module if "module" in how else dropout
     x, state = torch.ones(3, dtype=dtype), torch.get_rng_state()
-    with pytest.raises(TypeError, match=rf"^input has to be of a floating.*{dtype}"):
+    with pytest.raises(TypeError, match=rf"^input must be of a floating.*{dtype}"):
         call(x)
     assert torch.equal(torch.get_rng_state(), state)
     assert getattr(module, "calls", 0) == 0
@@ -365,14 +365,14 @@ def test_rejects_integers_and_changes_nothing(dtype, how):
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], np.ones(3), 1.0, None], ids=repr)
 def test_rejects_non_tensor(x):
-    with pytest.raises(TypeError, match=r"^input has to be"):
+    with pytest.raises(TypeError, match=r"^input must be"):
         dropout(x, key=KEY)
 
 
 @pytest.mark.parametrize("key", [42, "encoder", torch.tensor(42)], ids=repr)
 @pytest.mark.parametrize("training", [True, False])
 def test_rejects_non_key(key, training):
-    with pytest.raises(TypeError, match=rf"key has to be a unidrop.Key.*{re.escape(repr(key))}"):
+    with pytest.raises(TypeError, match=rf"key must be a unidrop.Key.*{re.escape(repr(key))}"):
         dropout(torch.ones(3), key=key, training=training)
 
 

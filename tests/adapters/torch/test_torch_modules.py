@@ -25,7 +25,7 @@ from torch_tensors import (
 import unidrop.adapters.torch as ours
 from unidrop import Key
 from unidrop.adapters.torch import Dropout, Dropout1d, Dropout2d, Dropout3d, dropout
-from unidrop.dropout import DropoutPlan
+from unidrop.plan import DropoutPlan
 
 MODULES = [Dropout, Dropout1d, Dropout2d, Dropout3d]
 
@@ -169,7 +169,7 @@ def test_leaves_tensor_that_set_call_number():
 def test_rejects_bad_call_number_and_keeps_old(value, error):
     module = Dropout(seed=SITE)
     module.calls = 3
-    with pytest.raises(error, match=rf"^calls has to be .*{re.escape(str(value))}"):
+    with pytest.raises(error, match=rf"^calls must be .*{re.escape(str(value))}"):
         module.calls = value
     assert module.calls == 3
     assert module.calls.dtype == torch.int64
@@ -365,16 +365,14 @@ def test_rolls_back_call_that_fails(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(DropoutPlan, "drop", out_of_memory)
+        patch.setattr(DropoutPlan, "apply", out_of_memory)
         with pytest.raises(MemoryError):
             module(torch.ones(3))
     assert module.calls == 0
 
 
 def test_rejects_seed_in_place_of_inplace():
-    with pytest.raises(
-        TypeError, match=r"inplace has to be a bool, but got 42; seed= goes by name"
-    ):
+    with pytest.raises(TypeError, match=r"inplace must be a bool, got 42; seed= goes by name"):
         Dropout(0.2, 42)
 
 
@@ -384,7 +382,7 @@ def test_rejects_seed_in_place_of_inplace():
 def test_rejects_bad_rate_assigned_later():
     module = Dropout(seed=SITE)
     module.p = 1.5
-    with pytest.raises(ValueError, match=r"probability p has to be .*got 1\.5"):
+    with pytest.raises(ValueError, match=r"probability p must be .*got 1\.5"):
         module(torch.ones(3))
     assert module.calls == 0
 
@@ -403,7 +401,7 @@ def test_rejects_bad_rate_assigned_later():
     ids=repr,
 )
 def test_rejects_non_seed(module, seed, error):
-    with pytest.raises(error, match=rf"^seed has to be .*{re.escape(str(seed))}"):
+    with pytest.raises(error, match=rf"^seed must be .*{re.escape(str(seed))}"):
         module(seed=seed)
 
 

@@ -87,9 +87,9 @@ def test_drops_by_each_key_of_a_batch(in_dims):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        ((torch.ones(()), torch.tensor(1)), TypeError, "lo has to be an integer"),
-        ((torch.tensor(1), torch.ones(())), TypeError, "hi has to be an integer"),
-        ((torch.tensor(1), torch.ones(2, dtype=torch.int64)), ValueError, "hi has to be 0-d"),
+        ((torch.ones(()), torch.tensor(1)), TypeError, "lo must be an integer"),
+        ((torch.tensor(1), torch.ones(())), TypeError, "hi must be an integer"),
+        ((torch.tensor(1), torch.ones(2, dtype=torch.int64)), ValueError, "hi must be 0-d"),
     ],
 )
 def test_rejects_non_words_where_keys_are_recorded(words, error, message):
