@@ -310,7 +310,7 @@ def test_leaves_out_in_call_that_raises(function, options, error):
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), 2], ids=repr)
 @pytest.mark.parametrize("name", ["p", "keep_prob"])
 def test_rejects_rate_outside_0_and_1(function, name, value, training):
-    with pytest.raises(ValueError, match=rf"{name} must be between 0 and 1, got {value}"):
+    with pytest.raises(ValueError, match=rf"{name} has to be between 0 and 1, but got {value}"):
         function(X, training=training, **{name: value})
 
 

@@ -356,7 +356,7 @@ def test_accepts_none_for_unknown_length_in_noise_shape(xla):
     ids=repr,
 )
 def test_rejects_bad_noise_shape(noise_shape, error):
-    with pytest.raises(error, match=r"noise_shape has to"):
+    with pytest.raises(error, match=r"noise_shape must"):
         dropout(X, 0.1, noise_shape, key=KEY)
 
 
@@ -365,7 +365,7 @@ def test_rejects_bad_noise_shape(noise_shape, error):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, 2, float("nan")])
 def test_rejects_rate_outside_0_and_1(rate):
-    with pytest.raises(ValueError, match=rf"rate must be between 0 and 1, got {rate}"):
+    with pytest.raises(ValueError, match=rf"rate has to be between 0 and 1, but got {rate}"):
         dropout(X, rate, key=KEY)
 
 

@@ -339,7 +339,7 @@ def test_rejects_rate_outside_0_and_1_as_torch_does(entry, p):
 
 
 def test_rejects_rate_of_nan(entry):
-    with pytest.raises(ValueError, match=r"probability p must be between 0 and 1, got nan"):
+    with pytest.raises(ValueError, match=r"probability p has to be between 0 and 1, but got nan"):
         entry(float("nan"))
 
 

@@ -382,7 +382,7 @@ def test_rejects_seed_in_place_of_inplace():
 def test_rejects_bad_rate_assigned_later():
     module = Dropout(seed=SITE)
     module.p = 1.5
-    with pytest.raises(ValueError, match=r"probability p must be .*got 1\.5"):
+    with pytest.raises(ValueError, match=r"probability p has to be .*got 1\.5"):
         module(torch.ones(3))
     assert module.calls == 0
 

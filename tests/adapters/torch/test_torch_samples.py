@@ -106,7 +106,7 @@ def test_equals_torch_but_for_choice_of_elements(name, dtype, keys):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_rejects_rate_as_torch_does(name, p):
     x = torch.ones(2, 3, 4, 5)
-    message = f"^dropout probability .*must be between 0 and 1, got {p}$"
+    message = f"^dropout probability .*has to be between 0 and 1, but got {p}$"
     for function, keys in ((getattr(functional, name), {}), (getattr(adapter, name), {"key": KEY})):
         with pytest.raises(ValueError, match=message):
             function(x, p, **keys)

@@ -50,7 +50,7 @@ def test_records_key_of_two_tensors_as_operators():
     (graph,) = graphs
     graph.graph.eliminate_dead_code()  # the question whether torch.func transforms is a node too
     called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    assert called == ["unidrop.joined", "unidrop.fold_in", "unidrop.dropout"]
+    assert called == ["unidrop.pack_key", "unidrop.fold_in", "unidrop.dropout"]
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint64", "uint32", "int32"])
