@@ -1,8 +1,7 @@
-"""What tests share: third parties' backends as their packages install them, and libraries."""
+"""What tests share: third parties' backends, installed as their packages would be."""
 
 import os
 import textwrap
-from contextlib import nullcontext
 
 import pytest
 
@@ -24,13 +23,3 @@ def install(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(f"[unidrop.backends]\n{name} = {name}:make\n")
 
     return install
-
-
-@pytest.fixture(params=["numpy", "torch", "tensorflow", "jax"])
-def library(request):
-    """Return how arrays of each library in turn are made, JAX with 64-bit numbers."""
-    import jax
-    from fused_arrays import LIBRARIES
-
-    with jax.enable_x64(True) if request.param == "jax" else nullcontext():
-        yield LIBRARIES[request.param]

@@ -50,12 +50,12 @@ def golden() -> dict[str, Any]:
         ),
     ],
 )
-def test_philox_gives_the_known_answers_of_random123(counter, key, answer):
+def test_gives_known_answers_of_random123(counter, key, answer):
     """They pin the rounds, the multipliers and the order of the words."""
     assert list(reference.philox(words(counter), words(key))) == words(answer)
 
 
-def test_keys_are_those_of_the_specification():
+def test_gives_keys_of_specification_in_reference():
     """They pin both tags, the digest and its byte order, and the upper half of seeds and data."""
     assert reference.fold_in(reference.fold_in(42, "encoder/0"), 7) == KEY
     assert reference.fold_in(0, "") == 0x916CF6162038707F
@@ -63,14 +63,14 @@ def test_keys_are_those_of_the_specification():
 
 
 @pytest.mark.parametrize("data", [True, 1.0, None])
-def test_folding_in_neither_an_integer_nor_a_string_raises(data):
+def test_rejects_data_of_other_types(data):
     """A bool is an integer to Python, but not here."""
     with pytest.raises(TypeError):
         reference.fold_in(0, data)
 
 
 @pytest.mark.parametrize("data", [-1, 2**64, "\ud800"])
-def test_folding_in_what_has_no_number_raises(data):
+def test_rejects_data_without_number(data):
     """Nothing wraps, and a lone surrogate has no UTF-8 bytes."""
     with pytest.raises(ValueError, match=r"in \[0, 2\*\*64\)|surrogates"):
         reference.fold_in(0, data)
@@ -83,12 +83,12 @@ def test_folding_in_what_has_no_number_raises(data):
         (2**35, "82244d05 fcad0ff9 e37313b7 0ff4b633 93f587cb 20173617 492d5fa5 60990919"),
     ],
 )
-def test_u_is_that_of_the_specification(first, answer):
+def test_gives_u_of_specification(first, answer):
     """The second block is the first whose number needs the counter's second word."""
     assert [reference.u(KEY, first + j) for j in range(8)] == words(answer)
 
 
-def test_decisions_are_those_of_the_specification():
+def test_gives_decisions_of_specification():
     """One block decides eight elements; these are three."""
     keep = reference.keep_mask([24], 0.5, KEY)
     assert "".join(map(str, keep)) == "100110011000101101101100"
@@ -109,19 +109,19 @@ def test_decisions_are_those_of_the_specification():
         (1, 2**32),
     ],
 )
-def test_threshold_rounds_half_to_even(p, t):
+def test_rounds_threshold_half_to_even(p, t):
     """T is p in units of 2**-32."""
     assert reference.threshold(p) == t
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
-def test_threshold_of_no_probability_raises(p):
+def test_rejects_threshold_of_no_probability(p):
     """NaN is in no interval."""
     with pytest.raises(ValueError, match="between 0 and 1"):
         reference.threshold(p)
 
 
-def test_broadcast_masks_are_numbered_by_their_own_shape():
+def test_numbers_broadcast_masks_by_their_own_shape():
     """The array's lengths along the broadcast axes do not matter."""
     keep = reference.keep_mask([3, 5, 7, 2], 0.5, KEY, broadcast_axes=[1, -1])
     assert reference.mask_shape([3, 5, 7, 2], [1, -1]) == (3, 1, 7, 1)
@@ -140,7 +140,7 @@ def test_broadcast_masks_are_numbered_by_their_own_shape():
         ([4, 7, 11], [3, 2, 4], [0, 2]),
     ],
 )
-def test_windows_tile_the_whole(whole, tile, axes):
+def test_tiles_whole_with_windows(whole, tile, axes):
     """Blocks of unequal sizes, put where they begin, give the mask of the whole array."""
     shape = reference.mask_shape(whole, axes)
     expected = np.reshape(reference.keep_mask(whole, 0.5, KEY, broadcast_axes=axes), shape)
@@ -162,7 +162,7 @@ def test_windows_tile_the_whole(whole, tile, axes):
     np.testing.assert_array_equal(tiled, expected)
 
 
-def test_a_window_that_leaves_the_whole_raises():
+def test_rejects_window_that_leaves_whole():
     """It would hold decisions of other rows."""
     with pytest.raises(ValueError, match="axis 1"):
         reference.keep_mask([1, 2], 0.5, KEY, global_shape=[4, 5], start=[0, 4])
@@ -182,7 +182,7 @@ def random_patterns(dtype: np.dtype[Any], size: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("p", RATES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_exact_rounding_agrees_with_the_arithmetic_of_numpy(dtype, p):
+def test_rounds_exactly_as_numpy_does(dtype, p):
     """Its products in the compute type and its casts are those of IEEE 754, subnormals included."""
     patterns = random_patterns(dtype, 3000)
     compute = np.result_type(dtype, np.float32)
@@ -201,7 +201,7 @@ def test_exact_rounding_agrees_with_the_arithmetic_of_numpy(dtype, p):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_encode_inverts_decode(dtype):
+def test_inverts_decode_by_encode(dtype):
     """Every finite value of a format is its own nearest value."""
     fmt = reference.FORMATS[dtype.name]
     magnitudes = [x % fmt.sign for x in random_patterns(dtype, 3000).tolist()]
@@ -209,7 +209,7 @@ def test_encode_inverts_decode(dtype):
     assert [fmt.encode(fmt.decode(x)) for x in finite] == finite
 
 
-def test_encode_halfway_goes_to_the_even_neighbour():
+def test_encodes_halfway_to_even_neighbor():
     """Halfway beyond the largest finite number is infinity, halfway below the smallest is 0."""
     fmt = reference.FORMATS["float16"]
     one, least = fmt.encode(Fraction(1)), fmt.decode(1)
@@ -221,7 +221,7 @@ def test_encode_halfway_goes_to_the_even_neighbour():
     assert fmt.encode(least * 3 / 2) == 2
 
 
-def test_complex_numbers_are_dropped_whole_and_scaled_by_component():
+def test_drops_complex_numbers_whole():
     """A complex product would make NaN of an infinite component's neighbour."""
     inf, one, two, minus_zero = 0x7F800000, 0x3F800000, 0x40000000, 0x80000000
     x = [inf, one, one, one, one, minus_zero]
@@ -229,25 +229,25 @@ def test_complex_numbers_are_dropped_whole_and_scaled_by_component():
     assert y == [inf, two, 0, 0, two, minus_zero]
 
 
-def test_rate_0_returns_x_and_rate_1_returns_zeros():
+def test_returns_x_at_rate_0_and_zeros_at_rate_1():
     """Neither forms a product: the NaN keeps its payload."""
     x = [0xFFFF, 0x7C00, 0x8001]
     assert reference.dropout_bits(x, "float16", [1, 1, 1], 0) == x
     assert reference.dropout_bits(x, "float16", [0, 0, 0], 1) == [0, 0, 0]
 
 
-def test_golden_file_is_what_make_golden_builds():
+def test_commits_golden_file_that_tool_builds():
     """Run tools/make_golden.py where this fails, unless a bit of the stream changed."""
     assert GOLDEN.read_text(encoding="ascii") == make_golden.build()
 
 
-def test_golden_names_are_unique():
+def test_names_each_golden_vector_once():
     """A failure names its vector."""
     names = [vector["name"] for vector in golden()["masks"] + golden()["outputs"]]
     assert len(set(names)) == len(names)
 
 
-def test_golden_integers_are_exact_in_any_json_reader():
+def test_keeps_golden_integers_exact_in_any_json_reader():
     """Beyond 2**53 a reader whose only numbers are doubles would round them."""
     for vector in golden()["masks"]:
         lists = [vector[name] or [] for name in ("shape", "global_shape", "start", "mask_shape")]
@@ -258,7 +258,7 @@ def test_golden_integers_are_exact_in_any_json_reader():
     ("relation", "decisions"),
     [("equals-u", {"1"}), ("is-u-plus-1", {"0"}), ("half-above-u", {"0", "1"})],
 )
-def test_golden_thresholds_decide_even_and_odd_elements(relation, decisions):
+def test_decides_even_and_odd_elements_by_golden_thresholds(relation, decisions):
     """T = u keeps, T = u + 1 drops, and halfway between the two both occur."""
     seen = {"even": set(), "odd": set()}
     for vector in golden()["masks"]:
@@ -268,7 +268,7 @@ def test_golden_thresholds_decide_even_and_odd_elements(relation, decisions):
     assert seen == {"even": decisions, "odd": decisions}
 
 
-def test_golden_threshold_between_two_elements_drops_the_even_and_keeps_the_odd_one():
+def test_separates_two_elements_by_golden_threshold():
     """Of the even one T is u + 1, and of the odd one u."""
     (vector,) = (v for v in golden()["masks"] if v["name"].startswith("threshold-between-"))
     even, odd = (int(part) for part in vector["name"].split("-") if part.isdigit())
@@ -280,7 +280,7 @@ def test_golden_threshold_between_two_elements_drops_the_even_and_keeps_the_odd_
     assert odd % 2 == 1
 
 
-def test_golden_extremes_decide_the_element_in_the_middle():
+def test_decides_middle_element_by_golden_extremes():
     """Their names say which u it has and whether it is kept."""
     extremes = [v for v in golden()["masks"] if v["name"].endswith(("-keeps", "-drops"))]
     assert len(extremes) == 12
@@ -292,7 +292,7 @@ def test_golden_extremes_decide_the_element_in_the_middle():
 
 @pytest.mark.parametrize("dtype", [*reference.FORMATS, *reference.COMPONENTS])
 @pytest.mark.parametrize("rate", ["0.5", "1/3"])
-def test_golden_outputs_keep_and_drop_each_special_value(dtype, rate):
+def test_keeps_and_drops_each_special_value_in_golden_outputs(dtype, rate):
     """In complex numbers either component does."""
     p = make_golden.RATES[rate]
     name = f"{dtype}-rate-{rate.replace('/', '-over-')}"
@@ -313,7 +313,7 @@ def test_golden_outputs_keep_and_drop_each_special_value(dtype, rate):
         ("halfway-rate-0.4", "float32"),
     ],
 )
-def test_golden_outputs_show_a_scale_or_product_that_is_not_float32(dtype, case, scale_dtype):
+def test_shows_scale_that_is_not_float32_in_golden_outputs(dtype, case, scale_dtype):
     """A scale in x's dtype, one in float64 and an unrounded product each give other bits."""
     (vector,) = [v for v in golden()["outputs"] if v["name"] == f"{dtype}-{case}"]
     fmt, scale_fmt = reference.FORMATS[dtype], reference.FORMATS[scale_dtype or dtype]

@@ -49,33 +49,33 @@ def get_imports(path):
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
-def test_core_names_no_framework(path):
+def test_names_no_framework_in_core(path):
     assert re.findall(FRAMEWORKS, path.read_text(), re.IGNORECASE) == []
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_core_imports_only_lower_layers(name):
+def test_imports_lower_layers_alone(name):
     lower = {f"unidrop.{layer}" for layer in LAYERS[: LAYERS.index(name)]}
     assert get_imports(ROOT / f"{name}.py") <= lower
 
 
-def test_every_core_module_has_a_layer():
+def test_has_layer_for_every_core_module():
     assert {path.stem for path in CORE} - {"__init__"} == set(LAYERS)
 
 
 @pytest.mark.parametrize("path", FUSED, ids=lambda path: path.stem)
-def test_fused_knows_no_library(path):
+def test_knows_no_library_in_fused(path):
     assert {"unidrop.library", "unidrop.dispatch", "unidrop.plan"}.isdisjoint(get_imports(path))
 
 
 @pytest.mark.parametrize("path", [*CORE, *FUSED], ids=lambda path: path.stem)
-def test_first_line_is_one_sentence(path):
+def test_begins_with_one_sentence(path):
     first = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
     assert first.endswith(".")
     assert first.count(".") == 1
 
 
-def test_classes_made_at_run_time_are_freed():
+def test_frees_classes_made_at_run_time():
     references = []
     for _ in range(300):
         local = type("Local", (np.ndarray,), {})

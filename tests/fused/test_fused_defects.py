@@ -1,4 +1,4 @@
-"""Defects mutant in the kernels: the matrix must turn red."""
+"""Defects planted in the kernels: the matrix must turn red."""
 
 import importlib
 import importlib.util
@@ -82,13 +82,13 @@ DEFECTS = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_of_the_kernels_turns_the_matrix_red(plant, defect):
+def test_turns_matrix_red_by_defect_of_kernels(plant, defect):
     old, new, contract, dtype = DEFECTS[defect]
     plant(replaced(SOURCE, old, new))
     assert failed(contract, dtype)
 
 
-def test_a_round_fewer_in_the_kernels_turns_the_matrix_red(plant, tmp_path, monkeypatch):
+def test_turns_matrix_red_by_one_round_fewer(plant, tmp_path, monkeypatch):
     source = replaced(CORES_PHILOX, *TENTH_ROUND)
     monkeypatch.setitem(
         sys.modules, "planted_philox", get_module("planted_philox", source, tmp_path)
@@ -98,13 +98,13 @@ def test_a_round_fewer_in_the_kernels_turns_the_matrix_red(plant, tmp_path, monk
 
 
 @pytest.mark.parametrize("blocks", ["32", "_BLOCKS"])
-def test_however_many_blocks_are_made_at_a_time_nothing_turns_red(plant, blocks):
+def test_stays_green_with_any_number_of_blocks_at_a_time(plant, blocks):
     chosen = '32 if get_host_cpu_features().get("avx512f") else _BLOCKS'
     plant(replaced(SOURCE, f"_MANY_BLOCKS = {chosen}", f"_MANY_BLOCKS = {blocks}"))
     assert not any(failed(name) for name in ("mask", "windows"))
 
 
-def test_kernels_of_the_same_source_turn_nothing_red(plant):
+def test_stays_green_with_kernels_of_same_source(plant):
     plant(SOURCE)
     assert not any(failed(name) for name in ("mask", "threshold", "windows"))
     assert not any(failed(name, "float32") for name in ("layout", "output", "dropped-is-zero"))

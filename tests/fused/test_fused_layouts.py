@@ -3,29 +3,23 @@
 import itertools
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from fused_arrays import (
     DTYPES,
     KEY,
     assert_bits,
-    from_torch,
     fused,
     laid_out,
     portable,
     random_patterns,
     specified,
     subsets,
-    to_torch,
     values,
 )
 
 import unidrop
 import unidrop.adapters.numpy
-import unidrop.adapters.torch
 from unidrop import Key
 
 # --- Memory layouts -------------------------------------------------------------------------------
@@ -39,7 +33,7 @@ PERMUTED = [(57, 3, 67), (3, 7, 5, 9), (11, 1, 60, 3), (4, 2, 9)]
     [(shape, order) for shape in PERMUTED for order in itertools.permutations(range(len(shape)))],
     ids=str,
 )
-def test_any_order_of_axes_in_memory_and_any_broadcast_axes_give_the_portable_bits(shape, order):
+def test_gives_portable_bits_in_any_order_of_axes(shape, order):
     x = values(shape)
     turned = laid_out(x, order)
     for axes in subsets(len(shape)):
@@ -47,23 +41,20 @@ def test_any_order_of_axes_in_memory_and_any_broadcast_axes_give_the_portable_bi
         assert_bits(y, portable(x, 0.4, broadcast_axes=axes))
 
 
-@pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
 @pytest.mark.parametrize("name", DTYPES)
-def test_any_order_of_axes_gives_the_portable_bits_of_every_dtype(order, name):
+def test_gives_portable_bits_of_every_dtype_in_any_order_of_axes(name):
     x = random_patterns((13, 70, 9), name)
-    turned = laid_out(x, order)
     for axes in ((), (0,), (2,)):
-        y = fused(turned, 0.4, broadcast_axes=axes)
-        assert_bits(y, portable(x, 0.4, broadcast_axes=axes))
-        tensor = fused(to_torch(turned), 0.4, broadcast_axes=axes)
-        assert_bits(from_torch(tensor), portable(x, 0.4, broadcast_axes=axes))
+        expected = portable(x, 0.4, broadcast_axes=axes)
+        for order in itertools.permutations(range(3)):
+            assert_bits(fused(laid_out(x, order), 0.4, broadcast_axes=axes), expected)
 
 
-@pytest.mark.parametrize("axes", subsets(4), ids=str)
-def test_any_broadcast_axes_of_any_library_are_those_of_the_specification(library, axes):
+def test_gives_specified_bits_along_any_broadcast_axes():
     x = values((3, 4, 5, 6))
-    y = library.back(fused(library.array(x), 0.4, broadcast_axes=axes))
-    assert_bits(y, specified(x, 0.4, broadcast_axes=axes))
+    for axes in subsets(4):
+        y = fused(x, 0.4, broadcast_axes=axes)
+        assert_bits(y, specified(x, 0.4, broadcast_axes=axes))
 
 
 VIEWS = {
@@ -89,64 +80,21 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("axes", [(), (0,), (-1,)], ids=str)
-def test_views_give_the_portable_bits_and_are_left_as_they_are(view, axes):
+def test_gives_portable_bits_of_views_and_leaves_them(view):
     x = VIEWS[view]()
     if x.flags.writeable:
         x.flags.writeable = False
     before = x.tobytes()
-    assert_bits(fused(x, 0.4, broadcast_axes=axes), portable(x, 0.4, broadcast_axes=axes))
+    for axes in ((), (0,), (-1,)):
+        assert_bits(fused(x, 0.4, broadcast_axes=axes), portable(x, 0.4, broadcast_axes=axes))
     assert x.tobytes() == before
 
 
-def test_the_output_has_the_layout_that_empty_like_gives():
+def test_has_layout_of_empty_like():
     x = values((3, 4, 5))
     for order in itertools.permutations(range(3)):
         turned = laid_out(x, order)
         assert fused(turned, 0.4).strides == np.empty_like(turned).strides
-        tensor = to_torch(turned)
-        assert fused(tensor, 0.4).stride() == torch.empty_like(tensor).stride()
-
-
-TENSOR_VIEWS = {
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "expanded": lambda x: x[:1, :, :1].expand(4, 5, 6, 7),
-    "transposed": lambda x: x.transpose(1, 3),
-    "sliced": lambda x: x[:, ::2, 1:, ::3],
-    "offset": lambda x: x.flatten()[5:],
-    "diagonal": lambda x: x.diagonal(dim1=2, dim2=3),
-    "unfolded": lambda x: x.flatten().unfold(0, 9, 4),
-}
-
-
-@pytest.mark.parametrize("view", TENSOR_VIEWS)
-@pytest.mark.parametrize("axes", [(), (0,), (-1,), (-1, -2)], ids=str)
-def test_views_of_tensors_give_the_portable_bits(view, axes):
-    x = TENSOR_VIEWS[view](torch.from_numpy(values((4, 5, 6, 7))))
-    if len(axes) > x.dim():
-        axes = axes[:1]
-    y = fused(x, 0.4, broadcast_axes=axes)
-    assert_bits(y.numpy(), portable(x.numpy(), 0.4, broadcast_axes=axes))
-    assert y.stride() == torch.empty_like(x).stride()
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_channels_dropped_in_channels_last_are_those_of_the_contiguous_tensor(rank):
-    x = torch.from_numpy(values((2, 5, *(3, 4, 2)[:rank])))
-    drop = getattr(unidrop.adapters.torch, f"dropout{rank}d")
-    turned = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    with unidrop.force_path("fused"):
-        assert torch.equal(drop(turned, 0.4, key=KEY), drop(x, 0.4, key=KEY))
-
-
-def test_an_array_of_jax_in_another_order_gives_the_same_bits():
-    layout = pytest.importorskip("jax.experimental.layout", reason="this JAX sets no layouts")
-    x = jnp.asarray(values((6, 5)))
-    turned = jax.device_put(x, layout.Format(layout.Layout((1, 0)), x.sharding))
-    for axes in subsets(2):
-        for seed in range(3):
-            y = unidrop.dropout(turned, 0.5, Key(seed), broadcast_axes=axes)
-            assert_bits(np.asarray(y), portable(x, 0.5, Key(seed), broadcast_axes=axes))
 
 
 # --- out= -----------------------------------------------------------------------------------------
@@ -168,10 +116,9 @@ INTO = {
 
 @pytest.mark.parametrize("into", INTO)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
-@pytest.mark.parametrize("axes", subsets(3), ids=str)
-def test_out_of_any_layout_gets_the_portable_bits(into, order, axes):
+def test_writes_portable_bits_to_out_of_any_layout(into, order):
     # The first and the last axis are of one length, so that their places can be mistaken.
-    for seed in range(3):
+    for seed, axes in itertools.product(range(3), subsets(3)):
         x = laid_out(values((7, 9, 7)), order)
         expected = portable(x, 0.5, Key(seed), broadcast_axes=axes)
         out = INTO[into](x)
@@ -181,9 +128,8 @@ def test_out_of_any_layout_gets_the_portable_bits(into, order, axes):
 
 
 @pytest.mark.parametrize("shift", [-77, -9, -1, 1, 9, 77])
-@pytest.mark.parametrize("shape", [(500,), (20, 25)], ids=str)
-@pytest.mark.parametrize("turn", [False, True], ids=["straight", "transposed"])
-def test_out_that_overlaps_x_gets_the_bits_of_x_before(shift, shape, turn):
+@pytest.mark.parametrize(("shape", "turn"), [((500,), False), ((20, 25), False), ((20, 25), True)])
+def test_writes_bits_of_x_before_to_out_that_overlaps_x(shift, shape, turn):
     memory = values((1000,), "float64")
     size = math.prod(shape)
     x = memory[200 : 200 + size].reshape(shape)
@@ -198,13 +144,13 @@ def test_out_that_overlaps_x_gets_the_bits_of_x_before(shift, shape, turn):
     assert_bits(memory[others], before)
 
 
-def test_out_that_is_the_transpose_of_x_gets_the_bits_of_x_before():
+def test_writes_bits_of_x_before_to_its_transpose():
     x = values((40, 40))
     expected = portable(x, 0.4)
     assert_bits(unidrop.adapters.numpy.dropout(x, 0.4, key=KEY, out=x.T), expected)
 
 
-def test_nothing_is_written_outside_the_output():
+def test_writes_nothing_outside_output():
     for size in (1, 7, 33, 2049):
         for name in DTYPES:
             memory = values((size + 64,), name)
@@ -215,7 +161,7 @@ def test_nothing_is_written_outside_the_output():
             assert_bits(memory[32 + size :], before[32 + size :])
 
 
-def test_out_gets_the_mask_of_the_call_too():
+def test_returns_mask_beside_out():
     x = values((33, 5))
     out = np.empty_like(x)
     y, mask = unidrop.adapters.numpy.dropout(x, 0.4, key=KEY, out=out, return_mask=True)

@@ -1,4 +1,4 @@
-"""What the tests of the fused path share: arrays of each library, and what is right."""
+"""NumPy arrays of many bits and layouts, and their outputs by kernels and by the specification."""
 
 import importlib
 import itertools
@@ -6,15 +6,11 @@ import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import reference
-import tensorflow as tf
-import torch
 
 import unidrop
 from unidrop import Key
@@ -31,28 +27,8 @@ DTYPES = {
 RATES = [2.0**-40, 0.1, 0.5, 0.9, 1 - 2.0**-20, 1]
 
 
-def to_torch(x):
-    """Return a tensor of the same memory layout; PyTorch takes no bfloat16 from NumPy."""
-    x = np.array(x, order="K")
-    if x.dtype == BFLOAT16:
-        return torch.from_numpy(x.view("int16")).view(torch.bfloat16)
-    return torch.from_numpy(x)
-
-
-def from_torch(x):
-    x = x.detach()
-    return x.view(torch.int16).numpy().view(BFLOAT16) if x.dtype == torch.bfloat16 else x.numpy()
-
-
-LIBRARIES = {
-    "numpy": SimpleNamespace(xp=np, array=np.asarray, back=np.asarray),
-    "torch": SimpleNamespace(xp=torch, array=to_torch, back=from_torch),
-    "tensorflow": SimpleNamespace(xp=tf, array=tf.constant, back=lambda y: np.asarray(y.numpy())),
-    "jax": SimpleNamespace(xp=jnp, array=jnp.asarray, back=np.asarray),
-}
-
-
 def rng(*seed):
+    """Return a generator of NumPy."""
     return np.random.default_rng(seed)
 
 
@@ -69,7 +45,7 @@ def random_patterns(shape, name, seed=0):
 
 
 def values(shape, name="float32"):
-    """Return ordinary values, all different as far as the dtype allows, none of them 0."""
+    """Return ordinary values, all different as far as the dtype allows, not 0."""
     x = np.arange(1, math.prod(shape) + 1, dtype="float64").reshape(shape)
     return (x - 1j * x if name.startswith("complex") else x).astype(DTYPES[name])
 
@@ -94,13 +70,13 @@ def assert_bits(y, expected):
 
 
 def portable(x, p, key=KEY, **options):
-    """Return what NumPy's portable operations make of a C-contiguous copy."""
+    """Return the output of NumPy's operations on a C-contiguous copy."""
     with unidrop.force_path("portable"):
         return unidrop.dropout(np.array(x, order="C", subok=False), p, key, **options)
 
 
 def fused(x, p, key=KEY, **options):
-    """Return what kernels make of an array, which they must take."""
+    """Return the output of kernels, which must take the array."""
     with unidrop.force_path("fused"):
         return unidrop.dropout(x, p, key, **options)
 
@@ -118,25 +94,18 @@ def specified(x, p, key=KEY, **options):
 
 
 def laid_out(x, order):
-    """Return a copy of an array whose axes lie in memory in an order, outermost first."""
+    """Return a copy of an array with its axes in an order in memory, outermost first."""
     inverse = np.argsort(order)
     return np.ascontiguousarray(x.transpose(order)).transpose(inverse)
 
 
 def subsets(ndim):
+    """Return all sets of axes."""
     return [axes for n in range(ndim + 1) for axes in itertools.combinations(range(ndim), n)]
 
 
-def kept_by(key, shape=(9,), p=0.5):
-    keep = reference.keep_mask(shape, p, int(key))
-    return torch.tensor(keep, dtype=torch.bool).reshape(shape)
-
-
-def dropped(x, key=KEY):
-    return unidrop.dropout(x, 0.5, key)
-
-
 def get_output(program, cwd=None, **environment):
+    """Return the lines that a program prints in a process of its own."""
     run = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

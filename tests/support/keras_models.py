@@ -5,12 +5,37 @@ import numpy as np
 
 import unidrop
 from unidrop import Key
+from unidrop.adapters.keras import Dropout, SpatialDropout1D, SpatialDropout2D, SpatialDropout3D
 
-__all__ = ["BACKEND", "SITE", "Record", "X", "assert_bits", "dropped", "recording"]
+__all__ = [
+    "BACKEND",
+    "LAYERS",
+    "SITE",
+    "SPATIAL_SHAPES",
+    "Record",
+    "X",
+    "assert_bits",
+    "dropped",
+    "native",
+    "recording",
+]
 
 BACKEND = keras.backend.backend()
 SITE = Key(42).fold_in("encoder/0")
 X = np.random.default_rng(0).standard_normal((4, 10)).astype("float32")
+
+
+SPATIAL_SHAPES = {
+    SpatialDropout1D: (2, 3, 4),
+    SpatialDropout2D: (2, 3, 5, 4),
+    SpatialDropout3D: (2, 3, 5, 2, 4),
+}
+LAYERS = [Dropout, *SPATIAL_SHAPES]
+
+
+def native(layer):
+    """Return the layer of Keras that a layer of ours stands for."""
+    return getattr(keras.layers, layer.__name__)
 
 
 def dropped(x, n, rate=0.5, site=SITE, axes=()):
@@ -27,8 +52,9 @@ def assert_bits(actual, expected):
     assert actual.astype(expected.dtype).tobytes() == expected.tobytes()
 
 
+@keras.saving.register_keras_serializable(package="tests")
 class Record(keras.layers.Layer):
-    """Keep the last training batch that actual by."""
+    """Keep the last training batch that passes by."""
 
     def build(self, input_shape):
         self.seen = self.add_weight(shape=(4, *input_shape[1:]), trainable=False)

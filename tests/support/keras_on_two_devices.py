@@ -43,7 +43,7 @@ def run(drop, parts, compiled):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("shape", [(4, 3), (5, 8), (6, 2, 3), (3,)], ids=str)
 @pytest.mark.parametrize("cut", [0, 2])
-def test_each_replica_has_its_window_of_the_batch_however_that_is_cut(shape, cut, compiled):
+def test_gives_each_replica_its_window_of_batch(shape, cut, compiled):
     layer = made(TWO)
     for n in range(2):
         x = RNG.standard_normal(shape).astype("float32")
@@ -53,14 +53,14 @@ def test_each_replica_has_its_window_of_the_batch_however_that_is_cut(shape, cut
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
-def test_whole_feature_maps_and_decisions_shared_by_the_batch_are_those_of_one_device(compiled):
+def test_shares_decisions_as_one_device_does(compiled):
     x = RNG.standard_normal((5, 4, 3)).astype("float32")
     for layer, axes in ((made(TWO, SpatialDropout1D), (1,)), (made(TWO, Dropout, (1, 4, 3)), (0,))):
         actual = np.concatenate(run(layer, (x[:2], x[2:]), compiled))
         assert actual.tobytes() == dropped(x, 0, axes=axes).tobytes()
 
 
-def test_replicas_whose_parts_have_no_known_window_have_masks_of_their_own():
+def test_gives_replicas_their_masks_at_unknown_lengths():
     layer, ones = made(TWO), np.ones((4, 100), "float32")
 
     def of_unknown_lengths(part, training):
@@ -72,7 +72,7 @@ def test_replicas_whose_parts_have_no_known_window_have_masks_of_their_own():
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
-def test_the_gradient_of_a_replica_is_by_the_mask_of_its_window(compiled):
+def test_gives_gradient_by_mask_of_replica_window(compiled):
     layer = made(TWO)
 
     def gradient(part):
@@ -101,7 +101,7 @@ def network(strategy, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
-def test_two_replicas_train_as_one_device_does(options):
+def test_trains_two_replicas_as_one_device(options):
     losses, weights = [], []
     for strategy in (ONE, TWO):
         model = network(strategy, **options)
@@ -113,7 +113,7 @@ def test_two_replicas_train_as_one_device_does(options):
     np.testing.assert_allclose(*weights, rtol=1e-4, atol=1e-6)
 
 
-def test_the_call_number_is_saved_once_for_all_replicas(tmp_path):
+def test_saves_call_number_once_for_all_replicas(tmp_path):
     model = network(TWO)
     model.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
     model.save_weights(tmp_path / "model.weights.h5")
@@ -126,7 +126,7 @@ def test_the_call_number_is_saved_once_for_all_replicas(tmp_path):
     assert actual.tobytes() == dropped(np.ones((5, 10), "float32"), 3).tobytes()
 
 
-def test_the_call_number_is_set_in_all_replicas():
+def test_sets_call_number_in_all_replicas():
     layer = made(TWO)
     layer.calls = 5
     actual = np.concatenate(run(layer, (X[:4], X[4:]), compiled=False))

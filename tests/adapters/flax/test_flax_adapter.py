@@ -33,7 +33,7 @@ def made(**options):
 
 
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
-def test_evaluation_is_the_identity_however_it_is_asked_for(kind):
+def test_returns_input_in_evaluation_of_any_kind(kind):
     module = kind(0.5, rngs=nnx.Rngs(0))
     assert module(X, deterministic=True) is X
     module.eval()
@@ -49,7 +49,7 @@ def test_evaluation_is_the_identity_however_it_is_asked_for(kind):
 
 
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
-def test_a_stream_gives_a_key_at_each_training_call(kind):
+def test_draws_key_of_stream_at_each_training_call(kind):
     module = kind(0.5, rngs=nnx.Rngs(dropout=1))
     first, second = module(X), module(X)
     assert (np.asarray(first) != np.asarray(second)).any()
@@ -62,40 +62,40 @@ def test_a_stream_gives_a_key_at_each_training_call(kind):
 @pytest.mark.parametrize(
     "rngs", [nnx.Rngs(dropout=3), nnx.Rngs(dropout=3).dropout, jax.random.key(3)], ids=type
 )
-def test_a_call_takes_its_own_rngs(kind, rngs):
+def test_accepts_rngs_of_call(kind, rngs):
     y = kind(0.5)(jnp.ones((64, 64)), rngs=rngs)
     assert 0.4 < np.mean(np.asarray(y) == 0) < 0.6
 
 
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
-def test_a_stream_of_the_name_asked_for_is_taken_from_a_calls_rngs(kind):
+def test_draws_from_named_stream_of_call(kind):
     module = kind(0.5, rng_collection="noise")
     alone = module(X, rngs=nnx.Rngs(noise=1))
     assert_bits(module(X, rngs=nnx.Rngs(dropout=2, noise=1)), np.asarray(alone))
 
 
-def test_a_variable_is_taken_as_its_value():
+def test_accepts_variable():
     y = made()(nnx.Variable(jnp.asarray(X)))
     assert isinstance(y, jax.Array)
     assert_bits(y, wanted(0))
 
 
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
-def test_dimensions_that_are_broadcast_share_a_decision(kind):
+def test_shares_decisions_along_broadcast_dims(kind):
     y = np.asarray(kind(0.5, broadcast_dims=(1,), rngs=nnx.Rngs(0))(jnp.ones((64, 8))))
     assert (y == y[:, :1]).all()
     assert len(np.unique(y)) == 2
 
 
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
-def test_rate_1_gives_zeros_and_a_gradient_of_zeros(kind):
+def test_gives_zeros_and_zero_gradient_at_rate_1(kind):
     module = kind(1.0, rngs=nnx.Rngs(0))
     assert not np.asarray(module(X)).any()
     assert not np.asarray(jax.grad(lambda x: kind(1.0, rngs=nnx.Rngs(0))(x).sum())(X)).any()
 
 
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
-def test_what_is_missing_raises_value_error(kind):
+def test_rejects_missing_rngs_and_deterministic(kind):
     with pytest.raises(ValueError, match="rngs"):
         kind(0.5)(X)
     with pytest.raises(ValueError, match="deterministic"):
@@ -106,7 +106,7 @@ def test_what_is_missing_raises_value_error(kind):
         kind(0.5)(X, rngs="key")
 
 
-def test_it_is_an_nnx_dropout_and_shows_its_seed_and_calls():
+def test_is_nnx_dropout_that_shows_seed_and_calls():
     assert isinstance(made(), nnx.Dropout)
     shown = repr(made())
     assert "rate=0.5" in shown
@@ -116,13 +116,13 @@ def test_it_is_an_nnx_dropout_and_shows_its_seed_and_calls():
 
 
 @pytest.mark.parametrize("rate", [True, "0.5", np.float32(0.5)], ids=repr)
-def test_a_rate_that_is_no_python_number_raises(rate):
+def test_rejects_non_python_rate(rate):
     with pytest.raises(TypeError, match="rate must be a Python int or float"):
         Dropout(rate)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
-def test_a_seed_outside_64_bits_raises(seed):
+def test_rejects_seed_outside_64_bits(seed):
     with pytest.raises(ValueError, match="seed must be"):
         Dropout(0.5, seed=seed)
 
@@ -130,7 +130,7 @@ def test_a_seed_outside_64_bits_raises(seed):
 # --- Call numbers ---------------------------------------------------------------------------------
 
 
-def test_training_calls_are_counted_and_others_are_not():
+def test_counts_training_calls_alone():
     module = made()
     for call in range(3):
         assert int(module.calls) == call
@@ -145,7 +145,7 @@ def test_training_calls_are_counted_and_others_are_not():
     assert int(idle.calls) == 0
 
 
-def test_a_call_that_is_interrupted_is_not_counted(monkeypatch):
+def test_rolls_back_interrupted_call(monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
@@ -158,12 +158,12 @@ def test_a_call_that_is_interrupted_is_not_counted(monkeypatch):
     assert_bits(module(X), wanted(0))
 
 
-def test_a_key_given_to_a_call_is_the_one_used():
+def test_uses_key_given_to_call():
     assert_bits(made()(X, rngs=Key(1).fold_in(5)), wanted(5, key=Key(1)))
 
 
 @pytest.mark.parametrize("value", [7, np.int64(7), jnp.int32(7), np.uint32(7)], ids=type)
-def test_calls_may_be_set(value):
+def test_accepts_call_number(value):
     module = made()
     module.calls = value
     assert isinstance(module.calls, DropoutCalls)
@@ -171,7 +171,7 @@ def test_calls_may_be_set(value):
     assert int(module.calls) == 8
 
 
-def test_calls_may_be_set_from_a_traced_step():
+def test_accepts_traced_step_as_call_number():
     @nnx.jit
     def run(module, step):
         module.calls = step
@@ -193,7 +193,7 @@ def test_calls_may_be_set_from_a_traced_step():
         (jnp.float32(1), TypeError),
     ],
 )
-def test_calls_that_are_no_number_raise_and_leave_it(value, error):
+def test_rejects_bad_call_number_and_keeps_old(value, error):
     module = made()
     with pytest.raises(error, match="calls"):
         module.calls = value
@@ -201,7 +201,7 @@ def test_calls_that_are_no_number_raise_and_leave_it(value, error):
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "jit"])
-def test_after_2_to_the_32_calls_the_number_begins_again(transform):
+def test_restarts_call_number_after_2_to_the_32(transform):
     run = transform(lambda module, x: module(x))
     module = made()
     module.calls = 2**32 - 1
@@ -210,7 +210,7 @@ def test_after_2_to_the_32_calls_the_number_begins_again(transform):
     assert_bits(run(module, X), wanted(0))
 
 
-def test_a_module_without_a_seed_has_no_calls_and_says_what_to_do():
+def test_explains_that_calls_need_a_seed():
     module = Dropout(0.5, rngs=nnx.Rngs(0))
     taught = "made without a seed, .* make it with seed=, an int or a unidrop.Key"
     with pytest.raises(AttributeError, match=taught):
@@ -222,7 +222,7 @@ def test_a_module_without_a_seed_has_no_calls_and_says_what_to_do():
         _ = module.other
 
 
-def test_nnx_jit_carries_the_calls_and_traces_once():
+def test_carries_calls_through_nnx_jit_and_traces_once():
     traces = []
 
     @nnx.jit
@@ -239,7 +239,7 @@ def test_nnx_jit_carries_the_calls_and_traces_once():
 
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.remat], ids=["plain", "remat"])
 @pytest.mark.parametrize("outer", [lambda f: f, nnx.jit], ids=["eager", "jit"])
-def test_a_gradient_counts_one_call_and_is_by_its_mask(transform, outer):
+def test_counts_gradient_once_and_uses_its_mask(transform, outer):
     run = transform(lambda module, x: module(x))
     gradient = outer(nnx.grad(lambda module, x: (run(module, x) * X).sum(), argnums=1))
     module = made()
@@ -248,7 +248,7 @@ def test_a_gradient_counts_one_call_and_is_by_its_mask(transform, outer):
         assert int(module.calls) == call + 1
 
 
-def test_a_module_used_twice_in_a_rematerialised_block_counts_both_calls_once():
+def test_counts_both_calls_in_remat_once():
     block = nnx.remat(lambda module, x: module(module(x)))
     module = made()
     y, gradient = nnx.value_and_grad(lambda m, x: block(m, x).sum(), argnums=1)(module, X)
@@ -257,7 +257,7 @@ def test_a_module_used_twice_in_a_rematerialised_block_counts_both_calls_once():
     np.testing.assert_allclose(y, wanted(1, wanted(0)).sum(), rtol=1e-5)
 
 
-def test_nnx_scan_carries_the_calls():
+def test_carries_calls_through_nnx_scan():
     @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
     def run(module, x):
         return module, module(x)
@@ -268,7 +268,7 @@ def test_nnx_scan_carries_the_calls():
     assert int(module.calls) == 4
 
 
-def test_layers_made_under_vmap_have_keys_and_calls_of_their_own():
+def test_gives_layers_made_in_vmap_keys_and_calls():
     layers = nnx.vmap(lambda i: Dropout(0.5, seed=Key(7).fold_in(i)))(jnp.arange(3))
     ys = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, X)
     for i, y in enumerate(ys):
@@ -276,14 +276,14 @@ def test_layers_made_under_vmap_have_keys_and_calls_of_their_own():
     assert np.asarray(layers.calls[...]).tolist() == [1, 1, 1]
 
 
-def test_split_and_merged_it_continues():
+def test_continues_after_split_and_merge():
     module = made()
     module(X)
     merged = nnx.merge(*nnx.split(module))
     assert_bits(merged(X), wanted(1))
 
 
-def test_the_state_holds_the_call_number_alone_and_resumes():
+def test_resumes_from_state_of_call_number_alone():
     module = made()
     for _ in range(3):
         module(X)
@@ -298,7 +298,7 @@ def test_the_state_holds_the_call_number_alone_and_resumes():
     assert_bits(resumed(X), wanted(3))
 
 
-def test_an_optimizer_of_parameters_leaves_the_calls_alone():
+def test_keeps_calls_out_of_parameters():
     module = made()
     assert not jax.tree.leaves(nnx.state(module, nnx.Param))
     assert jax.tree.leaves(nnx.state(module, DropoutCalls))
@@ -307,7 +307,7 @@ def test_an_optimizer_of_parameters_leaves_the_calls_alone():
 # --- State that is saved --------------------------------------------------------------------------
 
 
-def test_a_stream_of_nnx_dropout_continues_in_ours_and_back():
+def test_continues_stream_of_nnx_dropout_and_back():
     theirs = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
     theirs(X)
     ours, straight = (Dropout(0.5, rngs=nnx.Rngs(dropout=1)) for _ in range(2))
@@ -320,12 +320,12 @@ def test_a_stream_of_nnx_dropout_continues_in_ours_and_back():
     assert_bits(back(X), np.asarray(theirs(X)))
 
 
-def test_a_stream_does_not_fit_a_module_with_a_seed():
+def test_rejects_state_of_stream_with_seed():
     with pytest.raises(ValueError, match="count"):
         nnx.update(made(), nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
 
 
-def test_a_state_without_calls_leaves_the_number():
+def test_keeps_calls_if_state_has_none():
     module = made()
     module.calls = 5
     own = nnx.state(module)
@@ -334,13 +334,13 @@ def test_a_state_without_calls_leaves_the_number():
     assert_bits(module(X), wanted(5))
 
 
-def test_a_key_is_saved_as_its_words_by_name():
+def test_saves_key_as_its_named_words():
     saved = serialization.to_state_dict(Key(5 << 32 | 7))
     assert {name: int(word) for name, word in saved.items()} == {"lo": 7, "hi": 5}
 
 
 @pytest.mark.parametrize("key", [Key(2**64 - 3), jax.tree.map(jnp.asarray, KEY)], ids=type)
-def test_a_key_is_saved_and_loaded_by_flax(key):
+def test_saves_and_loads_key(key):
     state = {"key": key, "step": 3}
     loaded = serialization.from_bytes(state, serialization.to_bytes(state))["key"]
     assert [int(word) for word in loaded.words] == [int(word) for word in key.words]

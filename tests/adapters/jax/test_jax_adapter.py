@@ -13,7 +13,7 @@ from unidrop.adapters.jax import dropout
 
 # Around the sizes at which the program changes: a block, a word of blocks, few blocks and many.
 @pytest.mark.parametrize("size", [1, 7, 8, 33, 16383, 16384, 16385, 16416, 20001])
-def test_the_mask_is_the_specifications_at_any_size(size):
+def test_gives_specified_mask_at_any_size(size):
     y = jax.jit(step_function)(jnp.ones(size), 5)
     mask = reference.keep_mask((size,), RATE, int(KEY.fold_in(5)))
     assert (np.asarray(y) != 0).astype(int).tolist() == mask
@@ -31,7 +31,7 @@ def test_the_mask_is_the_specifications_at_any_size(size):
     ],
     ids=str,
 )
-def test_windows_and_broadcast_axes_are_the_cores(x64, shape, options):
+def test_gives_windows_and_broadcast_axes_of_core(x64, shape, options):
     x = values(shape)
     with jax.enable_x64(x64):
         own = {("broadcast_dims" if n == "broadcast_axes" else n): v for n, v in options.items()}
@@ -40,7 +40,7 @@ def test_windows_and_broadcast_axes_are_the_cores(x64, shape, options):
 
 
 @pytest.mark.parametrize("whole", [(64, 24), (64, 13)], ids=["whole blocks", "odd rows"])
-def test_a_start_may_be_traced(whole):
+def test_accepts_traced_start(whole):
     x = values((4, whole[1]))
     f = jax.jit(lambda x, row: dropout(x, RATE, KEY, global_shape=whole, start=(row, 0)))
     for row in (0, 3, 60):
@@ -48,7 +48,7 @@ def test_a_start_may_be_traced(whole):
 
 
 @pytest.mark.parametrize("row", [0, 2**33 + 5, 2**39 + 1])
-def test_a_traced_start_may_have_64_bits_where_there_are_those(row):
+def test_accepts_traced_start_of_64_bits(row):
     x, whole = values((4, 11)), (2**40, 11)
     with jax.enable_x64(True):
         f = jax.jit(lambda x, row: dropout(x, RATE, KEY, global_shape=whole, start=(row, 0)))
@@ -57,7 +57,7 @@ def test_a_traced_start_may_have_64_bits_where_there_are_those(row):
 
 
 @pytest.mark.parametrize("size", [34, 20000])
-def test_the_bits_are_the_same_with_64_bit_numbers_and_without(size):
+def test_gives_same_bits_with_64_bit_numbers_and_without(size):
     x = values((size,))
     with jax.enable_x64(True):
         wide = np.asarray(jax.jit(step_function)(x, 3))
@@ -68,7 +68,7 @@ def test_the_bits_are_the_same_with_64_bit_numbers_and_without(size):
     assert_bits(narrow, wide != 0)
 
 
-def test_a_double_lowered_outside_the_world_it_was_traced_in_keeps_its_dtype():
+def test_keeps_float64_lowered_where_it_is_disabled():
     x = values((100,), "float64")
     with jax.enable_x64(True):
         traced = jax.jit(lambda x: dropout(x, RATE, KEY)).trace(jnp.asarray(x))
@@ -77,24 +77,24 @@ def test_a_double_lowered_outside_the_world_it_was_traced_in_keeps_its_dtype():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
-def test_numpy_arrays_are_taken_as_jax_numpy_takes_them(dtype):
+def test_accepts_numpy_arrays(dtype):
     x = values((33,)).astype(dtype)
     y = dropout(x, RATE, KEY)
     assert isinstance(y, jax.Array)
     assert_bits(y, wanted(x))
 
 
-def test_a_python_number_is_a_0_d_array():
+def test_accepts_python_number():
     assert dropout(1.0, 0.999999, KEY).shape == ()
 
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], "x", None], ids=str)
-def test_what_is_no_array_raises(x):
+def test_rejects_non_array(x):
     with pytest.raises(TypeError, match=r"x must be a jax\.Array"):
         dropout(x, RATE, KEY)
 
 
-def test_deterministic_and_rate_0_return_x_and_need_no_key():
+def test_returns_x_without_key_if_nothing_is_dropped():
     x = jnp.ones(3)
     assert dropout(x, RATE, deterministic=True) is x
     assert dropout(x, 0.0) is x
@@ -103,7 +103,7 @@ def test_deterministic_and_rate_0_return_x_and_need_no_key():
     assert mask.all()
 
 
-def test_the_mask_that_is_returned_is_the_one_applied():
+def test_returns_mask_of_its_output():
     x = jnp.ones((5, 7))
     y, mask = jax.jit(lambda x: dropout(x, RATE, KEY, return_mask=True))(x)
     assert_bits(np.asarray(y) != 0, np.asarray(mask))
@@ -111,11 +111,11 @@ def test_the_mask_that_is_returned_is_the_one_applied():
 
 
 @pytest.mark.parametrize("rate", [float("nan"), -0.1, 1.1])
-def test_a_bad_rate_raises_and_is_named(rate):
+def test_rejects_bad_rate(rate):
     with pytest.raises(ValueError, match="rate has to be between 0 and 1"):
         dropout(jnp.ones(3), rate, KEY)
 
 
-def test_a_traced_rate_raises():
+def test_rejects_traced_rate():
     with pytest.raises(TypeError, match="rate must be a Python int or float"):
         jax.jit(lambda rate: dropout(jnp.ones(3), rate, KEY))(0.5)

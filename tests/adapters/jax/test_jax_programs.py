@@ -17,7 +17,7 @@ from unidrop.adapters.jax import dropout
 
 @pytest.mark.parametrize("size", [1000, 40000])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_the_backward_pass_keeps_nothing_of_the_arrays_size(size, mapped):
+def test_keeps_nothing_of_array_size_for_backward_pass(size, mapped):
     f = step_function
     if mapped:
         f = jax.vmap(f)
@@ -30,7 +30,7 @@ def test_the_backward_pass_keeps_nothing_of_the_arrays_size(size, mapped):
     assert max(np.size(leaf) for leaf in kept) <= 2
 
 
-def test_a_backward_pass_in_a_program_of_its_own_is_given_the_key_alone():
+def test_passes_key_alone_to_separate_backward_pass():
     @jax.jit
     def forward(x, step):
         return jax.vjp(lambda v: step_function(v, step), x)
@@ -48,7 +48,7 @@ def test_a_backward_pass_in_a_program_of_its_own_is_given_the_key_alone():
     ],
     ids=["returned mask", "keep_mask"],
 )
-def test_a_mask_is_made_once_and_by_the_operation(function):
+def test_makes_mask_once_by_its_operation(function):
     operations = [
         equation.primitive.name
         for equation in jax.make_jaxpr(function)(jnp.ones((3, 70)), KEY).eqns
@@ -57,7 +57,7 @@ def test_a_mask_is_made_once_and_by_the_operation(function):
     assert len(operations) < 20  # the generator alone has some hundred
 
 
-def test_a_mask_in_a_program_is_refused_where_only_kernels_are_allowed():
+def test_refuses_mask_in_program_on_fused_path():
     with unidrop.force_path("fused"), pytest.raises(RuntimeError, match="demands fused kernels"):
         jax.jit(lambda: unidrop.keep_mask((33,), RATE, KEY, xp=jnp))()
 
@@ -74,7 +74,7 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("transform", [lambda f: f, jax.grad], ids=["forward", "gradient"])
-def test_nothing_is_traced_again_over_100_steps(name, transform):
+def test_traces_100_steps_once(name, transform):
     function, argument = STEPS[name]
     traces = []
 
@@ -90,7 +90,7 @@ def test_nothing_is_traced_again_over_100_steps(name, transform):
     assert len(sums) > 10
 
 
-def test_eager_calls_compile_one_program_for_all_steps():
+def test_compiles_one_program_for_eager_steps():
     from unidrop.adapters.jax import primitive
 
     x = jnp.ones((3, 11))
@@ -103,7 +103,7 @@ def test_eager_calls_compile_one_program_for_all_steps():
 
 
 @pytest.mark.parametrize("size", [100, 40000])
-def test_a_program_holds_the_generator_once_for_the_key_and_once_for_the_mask(size):
+def test_holds_generator_once_for_key_and_once_for_mask(size):
     program = jax.jit(step_function).lower(jnp.ones(size), 0).compile().as_text()
     # 20 of the mask's rounds, a few more of its elements, and those of one round of the key's loop.
     assert 20 <= program.count(" multiply(") <= 50
@@ -111,7 +111,7 @@ def test_a_program_holds_the_generator_once_for_the_key_and_once_for_the_mask(si
     assert program.count(" fusion(") <= 25
 
 
-def test_layers_of_one_shape_and_their_gradients_share_what_is_lowered():
+def test_shares_lowered_code_between_layers_of_one_shape():
     def layers(x, number):
         for site in range(number):
             x = jnp.sin(dropout(x, RATE, KEY.fold_in(site)))
@@ -123,13 +123,13 @@ def test_layers_of_one_shape_and_their_gradients_share_what_is_lowered():
     assert often == once > 0
 
 
-def test_an_exported_function_may_be_of_several_platforms():
+def test_exports_function_of_several_platforms():
     x = values((33,))
     exported = jax.export.export(jax.jit(step_function), platforms=["cpu", "cuda", "tpu"])(x, 3)
     assert_bits(exported.call(x, 3), wanted(x, KEY.fold_in(3)))
 
 
-def test_threads_get_the_masks_of_their_keys():
+def test_gives_threads_masks_of_their_keys():
     x = values((50, 3))
     f = jax.jit(step_function)
     with ThreadPoolExecutor(8) as pool:
@@ -137,7 +137,7 @@ def test_threads_get_the_masks_of_their_keys():
             assert_bits(y, wanted(x, KEY.fold_in(step)))
 
 
-def test_ahead_of_time_compilation_gives_the_same():
+def test_gives_same_bits_compiled_ahead_of_time():
     x = values((40, 512))
     compiled = jax.jit(step_function).lower(x, 0).compile()
     assert_bits(compiled(x, 3), wanted(x, KEY.fold_in(3)))
@@ -154,7 +154,8 @@ assert "unidrop" not in sys.modules
 """
 
 
-def test_an_exported_function_runs_where_unidrop_is_not_imported(tmp_path):
+@pytest.mark.slow
+def test_runs_exported_function_without_unidrop(tmp_path):
     x = values((33, 600))
     exported = jax.export.export(jax.jit(step_function))(x, 3)
     (tmp_path / "f").write_bytes(exported.serialize(vjp_order=1))

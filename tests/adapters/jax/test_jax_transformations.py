@@ -38,19 +38,19 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients_are_by_the_mask_of_the_key(name):
+def test_gives_gradients_by_mask_of_key(name):
     x = values((23,))
     np.testing.assert_allclose(GRADIENTS[name](x, 3), twice(x, 3), rtol=1e-6)
 
 
-def test_forward_mode_is_dropout_of_the_tangent():
+def test_drops_tangent_in_forward_mode():
     x, t = values((33,)), values((33,))[::-1].copy()
     y, tangent = jax.jvp(lambda v: step_function(v, 2), (x,), (t,))
     assert_bits(y, wanted(x, KEY.fold_in(2)))
     assert_bits(tangent, wanted(t, KEY.fold_in(2)))
 
 
-def test_the_hessian_of_half_the_squares_is_diagonal_with_the_squared_scale():
+def test_gives_diagonal_hessian_of_squared_scale():
     hessian = jax.hessian(lambda v: squares(v, 4))(jnp.asarray(values((9,))))
     np.testing.assert_allclose(hessian, np.diag(twice(np.ones(9, "float32"), 4)), rtol=1e-6)
 
@@ -58,7 +58,7 @@ def test_the_hessian_of_half_the_squares_is_diagonal_with_the_squared_scale():
 @pytest.mark.parametrize("size", [9, 20001])
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 0)], ids=str)
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_vmap_over_arrays_and_keys_is_each_call_by_itself(size, axes, transform):
+def test_gives_each_call_of_vmap_its_mask(size, axes, transform):
     xs, steps = values((3, size)), np.arange(3, dtype=np.int32)
     x = {0: xs, 1: xs.T, None: xs[0]}[axes[0]]
     step = steps if axes[1] == 0 else steps[1]
@@ -68,7 +68,7 @@ def test_vmap_over_arrays_and_keys_is_each_call_by_itself(size, axes, transform)
         assert_bits(ys[i], wanted(row, KEY.fold_in(number)))
 
 
-def test_vmap_of_vmap_and_its_gradient_are_each_call_by_itself():
+def test_gives_each_call_of_nested_vmap_its_mask():
     xs, steps = values((2, 3, 17)), jnp.arange(6).reshape(2, 3)
     ys = jax.vmap(jax.vmap(step_function))(xs, steps)
     gradients = jax.jit(jax.grad(lambda x: jax.vmap(jax.vmap(squares))(x, steps).sum()))(xs)
@@ -79,7 +79,7 @@ def test_vmap_of_vmap_and_its_gradient_are_each_call_by_itself():
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("mapped", ["outer", "inner"])
-def test_in_nested_maps_a_key_differs_along_the_axis_it_is_mapped_along(mapped, transform):
+def test_varies_key_along_its_mapped_axis_alone(mapped, transform):
     xs, steps = values((2, 2, 17)), jnp.arange(2)
     outer, inner = (0, None) if mapped == "outer" else (None, 0)
     f = jax.vmap(jax.vmap(step_function, in_axes=(0, inner)), in_axes=(0, outer))
@@ -88,7 +88,7 @@ def test_in_nested_maps_a_key_differs_along_the_axis_it_is_mapped_along(mapped, 
         assert_bits(ys[i, j], wanted(xs[i, j], KEY.fold_in(i if mapped == "outer" else j)))
 
 
-def test_a_window_whose_start_is_mapped_is_each_window_by_itself():
+def test_gives_each_mapped_start_its_window():
     x, whole = values((4, 13)), (12, 13)
     f = jax.vmap(lambda row: dropout(x, RATE, KEY, global_shape=whole, start=(row, 0)))
     for i, y in enumerate(f(jnp.arange(3) * 4)):
@@ -108,7 +108,7 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_in_a_loop_each_turn_has_the_mask_of_its_step(name):
+def test_gives_each_turn_of_loop_mask_of_its_step(name):
     x = expected = values((64,)) + np.float32(3)
     for step in range(4):
         expected = wanted(expected, KEY.fold_in(step))
@@ -116,7 +116,7 @@ def test_in_a_loop_each_turn_has_the_mask_of_its_step(name):
 
 
 @pytest.mark.parametrize("name", ["scan", "scan of checkpoint"])
-def test_the_gradient_of_a_loop_is_by_all_its_masks(name):
+def test_gives_gradient_of_loop_by_all_its_masks(name):
     x = values((16,))
     expected = np.ones(16, "float32")
     for step in reversed(range(4)):
@@ -124,12 +124,12 @@ def test_the_gradient_of_a_loop_is_by_all_its_masks(name):
     assert_bits(jax.grad(lambda x: LOOPS[name](x).sum())(x), expected)
 
 
-def test_a_donated_array_is_dropped_from():
+def test_accepts_donated_array():
     x = values((64,))
     y = jax.jit(step_function, donate_argnums=0)(jnp.array(x), 3)
     assert_bits(y, wanted(x, KEY.fold_in(3)))
 
 
-def test_shapes_are_known_without_computing():
+def test_evaluates_shape_without_computing():
     shape = jax.eval_shape(step_function, jax.ShapeDtypeStruct((3, 4), jnp.bfloat16), 1)
     assert (shape.shape, shape.dtype) == ((3, 4), jnp.bfloat16)

@@ -7,6 +7,8 @@ import pytest
 from keras_process import TESTS, run_python
 from small_network import HALF, STEPS, expected_losses
 
+pytestmark = pytest.mark.slow  # six processes import Keras, and train
+
 WAYS = {"tensorflow": 3, "jax": 2, "torch": 1}
 BACKENDS = list(WAYS)
 
@@ -35,13 +37,13 @@ def assert_losses(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
-def test_the_network_learns_and_forgets_without_its_masks():
+def test_learns_from_network_of_expected_losses():
     expected = expected_losses()
     assert expected[-1] < expected[0] / 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_losses_are_the_same_in_every_way_to_train(whole_runs, backend):
+def test_has_same_losses_in_every_way_to_train(whole_runs, backend):
     ways = whole_runs[backend]
     assert len(ways) == WAYS[backend] + (backend == "jax")  # where there are stateless calls too
     for losses in ways.values():
@@ -49,7 +51,7 @@ def test_losses_are_the_same_in_every_way_to_train(whole_runs, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_run_goes_on_in_a_new_process_whatever_backend_saved_it(whole_runs, folder, backend):
+def test_resumes_in_new_process_from_every_backend(whole_runs, folder, backend):
     resumed = get_losses(backend, "resume", folder)
     assert len(resumed) == len(BACKENDS) + WAYS[backend]
     for losses in resumed.values():

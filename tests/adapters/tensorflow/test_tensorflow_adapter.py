@@ -47,48 +47,48 @@ def compiled(request):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("rate", [1 / 3, 1])
-def test_the_output_is_the_cores_on_numpy(compiled, dtype, rate):
+def test_gives_output_of_core_on_numpy(compiled, dtype, rate):
     x = X.astype(dtype)
     assert_bits(compiled(lambda x: dropout(x, rate, key=KEY))(tf.constant(x)), x, rate)
 
 
-def test_the_decisions_are_those_of_the_specification(compiled):
+def test_gives_specified_decisions(compiled):
     y = compiled(lambda x: dropout(x, 0.1, key=KEY))(tf.ones(370))
     keep = reference.keep_mask((370,), 0.1, int(KEY))
     np.testing.assert_array_equal(y.numpy() != 0, np.asarray(keep, bool))
 
 
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
-def test_all_64_bits_of_a_key_count(compiled, seed):
+def test_depends_on_all_bits_of_key(compiled, seed):
     y = compiled(lambda x: dropout(x, 0.1, key=Key(seed)))(tf.constant(X))
     assert_bits(y, X, 0.1, Key(seed))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (2, 3, 5)], ids=str)
-def test_any_shape_is_kept(compiled, shape):
+def test_keeps_any_shape(compiled, shape):
     x = np.ones(shape, "float32")
     assert_bits(compiled(lambda x: dropout(x, 0.5, key=KEY))(tf.constant(x)), x, 0.5)
 
 
-def test_a_large_tensor_has_the_same_mask():
+def test_gives_large_tensor_same_mask():
     x = np.ones((3, 300_001), "float32")
     assert_bits(dropout(tf.constant(x), 0.5, key=KEY), x, 0.5)
 
 
-def test_dropped_nan_and_infinities_are_positive_zeros(compiled):
+def test_replaces_dropped_nan_and_infinities_by_zeros(compiled):
     x = tf.constant([np.nan, np.inf, -np.inf, -1.0])
     y = compiled(lambda x: dropout(x, 1, key=KEY))(x)
     assert y.numpy().tobytes() == bytes(16)
 
 
 @pytest.mark.parametrize("rate", [0, 0.0])
-def test_at_rate_0_the_tensor_itself_is_returned(rate):
+def test_returns_tensor_itself_at_rate_0(rate):
     x = tf.constant(X)
     assert dropout(x, rate, key=KEY) is x
 
 
 @pytest.mark.parametrize("x", [X, X.tolist(), tf.Variable(X)], ids=lambda x: type(x).__name__)
-def test_what_tensorflow_converts_is_a_tensor(x):
+def test_accepts_what_tensorflow_converts(x):
     assert_bits(dropout(x, 0.1, key=KEY), X, 0.1)
 
 
@@ -99,7 +99,7 @@ def test_what_tensorflow_converts_is_a_tensor(x):
 @pytest.mark.parametrize(
     "signature", [(None, 37), (3, None), (None, None)], ids=["rows", "columns", "both"]
 )
-def test_lengths_may_be_unknown(signature, xla):
+def test_accepts_unknown_lengths(signature, xla):
     @tf.function(input_signature=[tf.TensorSpec(signature)], jit_compile=xla)
     def drop(x):
         return dropout(x, 0.1, key=KEY)
@@ -110,7 +110,7 @@ def test_lengths_may_be_unknown(signature, xla):
 
 
 @pytest.mark.parametrize("xla", [False, True])
-def test_a_length_that_is_unknown_keeps_its_place_in_the_static_shape(xla):
+def test_keeps_unknown_length_in_static_shape(xla):
     drop = tf.function(lambda x: dropout(x, 0.1, key=KEY), jit_compile=xla)
     concrete = drop.get_concrete_function(tf.TensorSpec((None, 37)))
     assert concrete.structured_outputs.shape.as_list() == [None, 37]
@@ -118,7 +118,7 @@ def test_a_length_that_is_unknown_keeps_its_place_in_the_static_shape(xla):
 
 @pytest.mark.parametrize("xla", [False, True])
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint32"])
-def test_a_step_moves_without_retracing(xla, dtype):
+def test_moves_step_without_retracing(xla, dtype):
     drop = tf.function(lambda x, step: dropout(x, 0.1, key=SITE.fold_in(step)), jit_compile=xla)
     for step in range(5):
         y = drop(tf.constant(X), tf.constant(step, dtype))
@@ -126,7 +126,7 @@ def test_a_step_moves_without_retracing(xla, dtype):
     assert drop.experimental_get_tracing_count() == 1
 
 
-def test_a_step_may_be_a_variable_that_the_function_advances():
+def test_accepts_variable_that_function_advances_as_step():
     step = tf.Variable(0, dtype=tf.int64)
 
     @tf.function
@@ -139,7 +139,7 @@ def test_a_step_may_be_a_variable_that_the_function_advances():
         assert_bits(drop(tf.constant(X)), X, 0.1, SITE.fold_in(n))
 
 
-def test_a_step_beyond_32_bits_is_whole(compiled):
+def test_accepts_step_beyond_32_bits(compiled):
     drop = compiled(lambda x, step: dropout(x, 0.1, key=SITE.fold_in(step)))
     assert_bits(drop(tf.constant(X), tf.constant(2**40 + 3)), X, 0.1, SITE.fold_in(2**40 + 3))
 
@@ -149,7 +149,7 @@ def test_a_step_beyond_32_bits_is_whole(compiled):
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
 @pytest.mark.parametrize("rate", [0.1, 1])
-def test_the_gradient_is_the_same_function_of_the_upstream_gradient(compiled, dtype, rate):
+def test_gives_gradient_as_output_of_upstream_gradient(compiled, dtype, rate):
     x, upstream = X.astype(dtype), X[::-1].astype(dtype)
 
     def gradient(x, upstream):
@@ -163,7 +163,7 @@ def test_the_gradient_is_the_same_function_of_the_upstream_gradient(compiled, dt
 
 
 @pytest.mark.parametrize("xla", [False, True])
-def test_the_gradient_with_unknown_lengths_and_a_traced_step_has_the_forward_calls_mask(xla):
+def test_gives_gradient_by_mask_at_unknown_lengths(xla):
     @tf.function(input_signature=[tf.TensorSpec((None, 37)), tf.TensorSpec((), "int64")])
     def gradient(x, step):
         with tf.GradientTape() as tape:
@@ -175,7 +175,7 @@ def test_the_gradient_with_unknown_lengths_and_a_traced_step_has_the_forward_cal
     assert_bits(actual, np.ones_like(X), 0.1)
 
 
-def test_a_persistent_tape_gives_the_gradient_twice():
+def test_gives_gradient_twice_from_persistent_tape():
     x = tf.constant(X)
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(x)
@@ -184,7 +184,7 @@ def test_a_persistent_tape_gives_the_gradient_twice():
         assert_bits(tape.gradient(y, x), np.ones_like(X), 0.1)
 
 
-def test_nested_tapes_give_the_second_derivative_with_the_same_mask(compiled):
+def test_gives_second_derivative_from_nested_tapes(compiled):
     def second(x):
         with tf.GradientTape() as outer:
             outer.watch(x)
@@ -197,7 +197,7 @@ def test_nested_tapes_give_the_second_derivative_with_the_same_mask(compiled):
     assert_bits(compiled(second)(tf.constant(X)), np.full_like(X, 4), 0.5)
 
 
-def test_a_persistent_tape_inside_a_function_gives_the_gradient_twice(compiled):
+def test_gives_gradient_twice_from_tape_inside_function(compiled):
     def gradients(x, step):
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
@@ -209,7 +209,7 @@ def test_a_persistent_tape_inside_a_function_gives_the_gradient_twice(compiled):
     assert_bits(thrice, np.full_like(X, 3), 0.1)
 
 
-def test_a_graph_makes_the_mask_again_in_the_backward_pass_and_keeps_none():
+def test_recomputes_mask_in_backward_pass_of_graph():
     @tf.function
     def gradient(x, step):
         with tf.GradientTape() as tape:
@@ -228,7 +228,7 @@ def test_a_graph_makes_the_mask_again_in_the_backward_pass_and_keeps_none():
     assert sum(node.op == "GreaterEqual" for nodes in bodies for node in nodes) == 2
 
 
-def test_a_recomputed_function_has_the_mask_of_its_key_again(compiled):
+def test_recomputes_mask_in_recompute_grad(compiled):
     def run(x, step):
         recomputed = tf.recompute_grad(lambda x: 3 * dropout(x, 0.1, key=SITE.fold_in(step)))
         with tf.GradientTape() as tape:
@@ -241,7 +241,7 @@ def test_a_recomputed_function_has_the_mask_of_its_key_again(compiled):
     assert_bits(gradient, np.full_like(X, 3), 0.1)
 
 
-def test_forward_mode_pushes_a_tangent_through_the_mask(compiled):
+def test_gives_tangent_in_forward_mode_by_mask(compiled):
     def tangent(x):
         with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
             y = dropout(x, 0.1, key=KEY)
@@ -250,7 +250,7 @@ def test_forward_mode_pushes_a_tangent_through_the_mask(compiled):
     assert_bits(compiled(tangent)(tf.constant(X)), np.ones_like(X), 0.1)
 
 
-def test_forward_over_reverse_gives_the_second_derivative():
+def test_gives_second_derivative_forward_over_reverse():
     x = tf.constant(X)
     with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
         with tf.GradientTape() as tape:
@@ -261,7 +261,7 @@ def test_forward_over_reverse_gives_the_second_derivative():
 
 
 @pytest.mark.parametrize("rows", ["jacobian", "batch_jacobian"])
-def test_a_jacobian_has_the_masks_scale_on_its_diagonal(rows):
+def test_gives_jacobian_with_scaled_mask_as_diagonal(rows):
     x = tf.constant(X)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -276,7 +276,7 @@ def test_a_jacobian_has_the_masks_scale_on_its_diagonal(rows):
 
 @pytest.mark.parametrize("apply", [dropout, unidrop.dropout], ids=["the adapter's", "the core's"])
 @pytest.mark.parametrize("each", [tf.map_fn, tf.vectorized_map], ids=lambda each: each.__name__)
-def test_a_map_over_rows_and_steps_has_the_key_of_each(compiled, each, apply):
+def test_gives_each_row_of_map_its_key(compiled, each, apply):
     options = {"fn_output_signature": tf.float32} if each is tf.map_fn else {}
 
     def rows(x):
@@ -288,7 +288,7 @@ def test_a_map_over_rows_and_steps_has_the_key_of_each(compiled, each, apply):
 
 
 @pytest.mark.parametrize("xla", [False, True], ids=["graph", "XLA"])
-def test_a_hundred_steps_are_one_trace_with_a_mask_each(xla):
+def test_traces_100_steps_once(xla):
     drop = tf.function(lambda x, step: dropout(x, 0.1, key=SITE.fold_in(step)), jit_compile=xla)
     x, masks = tf.constant(X), set()
     for step in range(100):
@@ -297,14 +297,14 @@ def test_a_hundred_steps_are_one_trace_with_a_mask_each(xla):
     assert len(masks) == 100
 
 
-def test_a_variable_has_a_gradient():
+def test_gives_gradient_of_variable():
     x = tf.Variable(X)
     with tf.GradientTape() as tape:
         y = dropout(x, 0.1, key=KEY)
     assert_bits(tape.gradient(y, x), np.ones_like(X), 0.1)
 
 
-def test_the_gradient_has_the_numerical_slope():
+def test_has_numerical_gradient():
     x = tf.constant(X.astype("float64"))
     theoretical, numerical = tf.test.compute_gradient(
         lambda x: dropout(x, 0.3, key=KEY), [x[:, :5]]
@@ -327,13 +327,13 @@ NOISE = [
 
 
 @pytest.mark.parametrize(("noise_shape", "axes"), NOISE)
-def test_noise_shape_shares_decisions(compiled, noise_shape, axes):
+def test_shares_decisions_by_noise_shape(compiled, noise_shape, axes):
     y = compiled(lambda x: dropout(x, 0.1, noise_shape, key=KEY))(tf.constant(X))
     assert_bits(y, X, 0.1, axes=axes)
 
 
 @pytest.mark.parametrize("xla", [False, True])
-def test_noise_shape_may_name_an_unknown_length_by_none(xla):
+def test_accepts_none_for_unknown_length_in_noise_shape(xla):
     @tf.function(input_signature=[tf.TensorSpec((None, 37))], jit_compile=xla)
     def drop(x):
         return dropout(x, 0.1, (None, 1), key=KEY)
@@ -355,7 +355,7 @@ def test_noise_shape_may_name_an_unknown_length_by_none(xla):
     ],
     ids=repr,
 )
-def test_a_noise_shape_that_does_not_fit_raises_and_is_named(noise_shape, error):
+def test_rejects_bad_noise_shape(noise_shape, error):
     with pytest.raises(error, match=r"noise_shape must"):
         dropout(X, 0.1, noise_shape, key=KEY)
 
@@ -364,49 +364,49 @@ def test_a_noise_shape_that_does_not_fit_raises_and_is_named(noise_shape, error)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, 2, float("nan")])
-def test_a_rate_outside_0_and_1_raises_and_is_named(rate):
+def test_rejects_rate_outside_0_and_1(rate):
     with pytest.raises(ValueError, match=rf"rate has to be between 0 and 1, but got {rate}"):
         dropout(X, rate, key=KEY)
 
 
 @pytest.mark.parametrize("rate", [True, "0.5", None, np.float32(0.1), tf.constant(0.1)], ids=repr)
-def test_a_rate_that_is_no_python_number_raises_and_is_named(rate):
+def test_rejects_non_python_rate(rate):
     with pytest.raises(TypeError, match=rf"probability rate .*got {re.escape(repr(rate))}"):
         dropout(X, rate, key=KEY)
 
 
-def test_a_traced_rate_raises_and_is_named():
+def test_rejects_traced_rate():
     with pytest.raises(TypeError, match=r"probability rate .*Tensor"):
         tf.function(lambda rate: dropout(X, rate, key=KEY))(tf.constant(0.1))
 
 
 @pytest.mark.parametrize("rate", [0, 0.1])
 @pytest.mark.parametrize("key", [42, "encoder", None, tf.constant(42)], ids=repr)
-def test_a_key_that_is_none_raises_and_is_named(rate, key):
+def test_rejects_non_key(rate, key):
     with pytest.raises(TypeError, match=rf"key must be a unidrop.Key.*{re.escape(repr(key))}"):
         dropout(X, rate, key=key)
 
 
-def test_a_key_has_to_be_given():
+def test_requires_key():
     with pytest.raises(TypeError, match="key"):
         dropout(X, 0.1)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 @pytest.mark.parametrize("rate", [0, 0.1])
-def test_integers_raise_and_the_argument_and_its_dtype_are_named(dtype, rate):
+def test_rejects_integers(dtype, rate):
     with pytest.raises(TypeError, match=rf"^x must be of a floating.*{dtype}"):
         dropout(tf.ones(3, dtype), rate, key=KEY)
 
 
-def test_a_tensor_of_unknown_rank_raises_and_is_named():
+def test_rejects_unknown_rank():
     drop = tf.function(lambda x: dropout(x, 0.1, key=KEY), input_signature=[tf.TensorSpec(None)])
     with pytest.raises(ValueError, match=r"x must have a known rank"):
         drop(X)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_sparse_upstream_gradient_passes_through(compiled):
+def test_accepts_sparse_upstream_gradient(compiled):
     table = tf.Variable(tf.ones((10, 4)))
 
     def gradient():
@@ -421,12 +421,12 @@ def test_a_sparse_upstream_gradient_passes_through(compiled):
 
 
 @pytest.mark.parametrize("x", [tf.Variable(tf.ones(37)), np.ones(37, np.float32)], ids=type)
-def test_what_converts_to_a_tensor_is_taken(x):
+def test_accepts_variable_and_numpy_array(x):
     expected = unidrop.dropout(np.ones(37, np.float32), 0.5, Key(1))
     np.testing.assert_array_equal(dropout(x, 0.5, key=Key(1)).numpy(), expected)
 
 
-def test_the_core_takes_a_variable():
+def test_accepts_variable_in_core():
     expected = unidrop.dropout(np.ones(37, np.float32), 0.5, Key(1))
     actual = unidrop.dropout(tf.Variable(tf.ones(37)), 0.5, Key(1))
     np.testing.assert_array_equal(actual.numpy(), expected)
@@ -434,7 +434,7 @@ def test_the_core_takes_a_variable():
 
 @pytest.mark.parametrize("columns", [11, 16])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_a_window_of_unknown_length_gets_its_block(rows, columns):
+def test_gives_window_of_unknown_length_its_block(rows, columns):
     @tf.function(input_signature=[tf.TensorSpec([None, 5]), tf.TensorSpec([], tf.int64)])
     def window(x, start):
         options = {"global_shape": (2**33, columns), "start": (start, 3)}
@@ -446,7 +446,7 @@ def test_a_window_of_unknown_length_gets_its_block(rows, columns):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_length_of_noise_shape_may_be_a_tensor(compiled):
+def test_accepts_tensor_as_length_in_noise_shape(compiled):
     def run(x):
         return dropout(x, 0.5, noise_shape=[tf.shape(x)[0], 1], key=Key(1))
 

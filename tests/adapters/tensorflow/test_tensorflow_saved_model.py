@@ -13,6 +13,8 @@ from unidrop import Key
 from unidrop.adapters.keras import Dropout
 from unidrop.adapters.tensorflow import dropout
 
+pytestmark = pytest.mark.slow  # a further process imports TensorFlow
+
 SITE = Key(42).fold_in("encoder/0")
 X = np.random.default_rng(0).standard_normal((4, 10)).astype("float32")
 BATCH = tf.TensorSpec((None, 10))
@@ -69,17 +71,17 @@ def actual(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["export", "serve"])
-def test_inference_is_the_identity(actual, name):
+def test_returns_input_in_inference(actual, name):
     assert actual[name].tobytes() == X.tobytes()
 
 
 @pytest.mark.parametrize(("name", "rows"), [("train_3", 4), ("train_4", 2)])
-def test_a_training_signature_goes_on_counting_where_the_layer_was(actual, name, rows):
+def test_continues_counting_in_training_signature(actual, name, rows):
     key = SITE.fold_in(int(name[-1]))
     assert actual[name].tobytes() == unidrop.dropout(X[:rows], 0.5, key).tobytes()
 
 
 @pytest.mark.parametrize(("name", "rows"), [("step_7", 4), ("step_8", 2)])
-def test_a_signature_of_the_function_has_the_mask_of_its_step(actual, name, rows):
+def test_gives_mask_of_step_in_signature_of_function(actual, name, rows):
     key = SITE.fold_in(int(name[-1]))
     assert actual[name].tobytes() == unidrop.dropout(X[:rows], 0.5, key).tobytes()

@@ -72,7 +72,7 @@ def run(request, reentrant):
     return run
 
 
-def test_a_recomputation_has_the_first_mask_and_is_not_counted(run):
+def test_recomputes_first_mask_uncounted(run):
     layer, x = Dropout(seed=SITE), numbers()
     y = run(region(layer), x)
     assert layer.calls == 1
@@ -81,7 +81,7 @@ def test_a_recomputation_has_the_first_mask_and_is_not_counted(run):
     assert layer.calls == 1
 
 
-def test_a_call_without_a_seed_has_the_first_mask_too(run):
+def test_recomputes_first_mask_without_seed(run):
     layer, x, seen = Dropout(), numbers(), []
 
     def function(x):
@@ -95,7 +95,7 @@ def test_a_call_without_a_seed_has_the_first_mask_too(run):
     assert_gradient(x, seen[0] * 2.0)
 
 
-def test_where_the_generator_is_preserved_a_drawn_key_leaves_it_to_the_others_as_it_was(reentrant):
+def test_leaves_preserved_generator_to_others(reentrant):
     seen, x = [], numbers()
 
     def function(x):
@@ -113,7 +113,7 @@ def test_where_the_generator_is_preserved_a_drawn_key_leaves_it_to_the_others_as
 
 
 @pytest.mark.parametrize("latest_first", [False, True])
-def test_each_of_several_forwards_that_wait_has_its_own_mask(run, latest_first):
+def test_gives_each_waiting_forward_its_mask(run, latest_first):
     layer, inputs = Dropout(seed=SITE), [numbers() for _ in range(4)]
     outputs = [run(region(layer), x) for x in inputs]
     waiting = list(enumerate(outputs))
@@ -123,7 +123,7 @@ def test_each_of_several_forwards_that_wait_has_its_own_mask(run, latest_first):
     assert layer.calls == 4
 
 
-def test_accumulated_in_one_backward_pass_each_forward_has_its_own_mask(run):
+def test_gives_accumulated_forwards_their_masks(run):
     layer, inputs = Dropout(seed=SITE), [numbers() for _ in range(3)]
     sum(run(region(layer), x).sum() for x in inputs).backward()
     for call, x in enumerate(inputs):
@@ -131,7 +131,7 @@ def test_accumulated_in_one_backward_pass_each_forward_has_its_own_mask(run):
     assert layer.calls == 3
 
 
-def test_one_graph_through_several_regions_has_each_regions_mask(run):
+def test_gives_regions_of_one_graph_their_masks(run):
     layer, x = Dropout(seed=SITE), numbers()
     y = run(region(layer), run(region(layer), x))
     y.sum().backward()
@@ -139,14 +139,14 @@ def test_one_graph_through_several_regions_has_each_regions_mask(run):
     assert layer.calls == 2
 
 
-def test_a_layer_that_is_used_twice_in_a_region_has_the_masks_in_order(run):
+def test_gives_layer_used_twice_its_masks_in_order(run):
     layer, x = Dropout(seed=SITE), numbers()
     run(lambda x: region(layer)(region(layer)(x)), x).sum().backward()
     assert_gradient(x, mask(0), mask(1))
     assert layer.calls == 2
 
 
-def test_two_layers_in_a_region_have_their_own_numbers(run):
+def test_counts_two_layers_in_region_apart(run):
     other = SITE.fold_in("another")
     layers, x = (Dropout(seed=SITE), Dropout(seed=other)), numbers()
     layers[1].calls = 9
@@ -158,7 +158,7 @@ def test_two_layers_in_a_region_have_their_own_numbers(run):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # inside
 @pytest.mark.parametrize("inner", [False, True], ids=["in non-reentrant", "in reentrant"])
 @pytest.mark.parametrize("depth", [2, 3])
-def test_nested_regions_have_the_first_masks(run, inner, depth):
+def test_recomputes_first_masks_of_nested_regions(run, inner, depth):
     layer, x = Dropout(seed=SITE), numbers()
 
     def nested(depth):
@@ -173,7 +173,7 @@ def test_nested_regions_have_the_first_masks(run, inner, depth):
     assert layer.calls == count
 
 
-def test_two_backward_passes_of_one_graph_have_the_same_mask(run):
+def test_recomputes_same_mask_in_further_backward_passes(run):
     layer, x = Dropout(seed=SITE), numbers()
     y = run(region(layer), x).sum()
     layer(torch.ones(3))
@@ -184,7 +184,7 @@ def test_two_backward_passes_of_one_graph_have_the_same_mask(run):
     assert layer.calls == 2
 
 
-def test_a_backward_pass_that_runs_after_further_calls_has_the_mask_of_its_own(run):
+def test_recomputes_its_mask_after_further_calls(run):
     layer, x = Dropout(seed=SITE), numbers()
     y = run(region(layer), x)
     for _ in range(5):
@@ -196,7 +196,7 @@ def test_a_backward_pass_that_runs_after_further_calls_has_the_mask_of_its_own(r
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_a_recomputation_that_stops_early_or_not_has_the_first_masks(early):
+def test_recomputes_first_masks_with_early_stop_and_without(early):
     layer, x = Dropout(seed=SITE), numbers()
 
     def function(x):
@@ -211,7 +211,7 @@ def test_a_recomputation_that_stops_early_or_not_has_the_first_masks(early):
     assert layer.calls == 2
 
 
-def test_checkpoint_sequential_has_the_first_masks(reentrant):
+def test_recomputes_first_masks_in_checkpoint_sequential(reentrant):
     layers = [Dropout(seed=SITE) for _ in range(4)]
     x = numbers()
     model = nn.Sequential(*(Region(layer) for layer in layers))
@@ -229,7 +229,7 @@ class Region(nn.Module):
         return region(self.layer)(x)
 
 
-def test_a_module_that_is_checkpointed_by_its_hooks_has_the_first_masks():
+def test_recomputes_first_masks_in_composable_checkpoint():
     layer, x = Dropout(seed=SITE), numbers()
     model = nn.Sequential(composable(Region(layer)), composable(Region(layer)))
     y = model(x)
@@ -240,7 +240,7 @@ def test_a_module_that_is_checkpointed_by_its_hooks_has_the_first_masks():
 
 
 @pytest.mark.parametrize("idle", ["evaluation", "rate 0"])
-def test_a_layer_that_drops_nothing_in_a_region_takes_no_number(run, idle):
+def test_counts_no_idle_layer_in_region(run, idle):
     layer, x = Dropout(seed=SITE), numbers()
     other = Dropout(0 if idle == "rate 0" else 0.5, seed=1).train(idle == "rate 0")
     run(lambda x: region(layer)(other(x)), x).sum().backward()
@@ -248,7 +248,7 @@ def test_a_layer_that_drops_nothing_in_a_region_takes_no_number(run, idle):
     assert (layer.calls, other.calls) == (1, 0)
 
 
-def test_a_region_of_which_nothing_needs_a_gradient_counts_once(run, reentrant):
+def test_counts_region_without_gradient_once(run, reentrant):
     layer = Dropout(seed=SITE)
     with torch.no_grad():
         y = run(region(layer), numbers())
@@ -257,7 +257,7 @@ def test_a_region_of_which_nothing_needs_a_gradient_counts_once(run, reentrant):
 
 
 @pytest.mark.parametrize("raises", ["before", "after", "in the call"])
-def test_after_a_region_that_raised_the_next_has_the_next_mask(run, raises):
+def test_continues_after_region_that_raised(run, raises):
     layer, x = Dropout(seed=SITE), numbers()
 
     def function(x):
@@ -274,7 +274,7 @@ def test_after_a_region_that_raised_the_next_has_the_next_mask(run, raises):
     assert_gradient(x, mask(taken))
 
 
-def test_a_call_that_raises_and_is_caught_in_a_region_shifts_no_mask(run, monkeypatch):
+def test_shifts_no_mask_by_caught_error_in_region(run, monkeypatch):
     from unidrop.plan import DropoutPlan
 
     layer, x, drop, fails = Dropout(seed=SITE), numbers(), DropoutPlan.run, [True]
@@ -298,7 +298,7 @@ def test_a_call_that_raises_and_is_caught_in_a_region_shifts_no_mask(run, monkey
     assert layer.calls == 1
 
 
-def test_regions_in_threads_have_their_own_masks(run):
+def test_gives_regions_in_threads_their_masks(run):
     layer = Dropout(seed=SITE)
 
     def work(_):
@@ -314,7 +314,7 @@ def test_regions_in_threads_have_their_own_masks(run):
     assert layer.calls == 32
 
 
-def test_a_region_whose_backward_pass_runs_in_another_thread_has_the_first_mask(run):
+def test_recomputes_first_mask_in_another_thread(run):
     layer, x = Dropout(seed=SITE), numbers()
     y = run(region(layer), x)
     with ThreadPoolExecutor(1) as pool:
@@ -322,7 +322,7 @@ def test_a_region_whose_backward_pass_runs_in_another_thread_has_the_first_mask(
     assert_gradient(x, mask(0))
 
 
-def test_a_gradient_that_is_taken_inside_a_region_shifts_no_mask():
+def test_shifts_no_mask_by_gradient_inside_region():
     layer, x = Dropout(seed=SITE), numbers()
 
     def function(x):
@@ -337,7 +337,7 @@ def test_a_gradient_that_is_taken_inside_a_region_shifts_no_mask():
     assert layer.calls == 2
 
 
-def test_gradients_that_are_on_inside_a_reentrant_region_change_nothing():
+def test_recomputes_first_mask_with_enable_grad_inside():
     layer, x = Dropout(seed=SITE), numbers()
 
     @torch.enable_grad()
@@ -350,7 +350,7 @@ def test_gradients_that_are_on_inside_a_reentrant_region_change_nothing():
     assert_gradient(x, mask(0))
 
 
-def test_hooks_of_others_inside_a_region_hide_no_mask():
+def test_recomputes_first_mask_under_hooks_of_others():
     layer, x = Dropout(seed=SITE), numbers()
 
     def function(x):
@@ -363,7 +363,7 @@ def test_hooks_of_others_inside_a_region_hide_no_mask():
     assert_gradient(x, mask(0))
 
 
-def test_a_saved_tensor_that_is_looked_at_shifts_no_mask():
+def test_shifts_no_mask_by_look_at_saved_tensor():
     layer, x = Dropout(seed=SITE), numbers()
     y = checkpoint(region(layer), x, use_reentrant=False)
     layer(torch.ones(3))
@@ -373,7 +373,7 @@ def test_a_saved_tensor_that_is_looked_at_shifts_no_mask():
     assert layer.calls == 2
 
 
-def test_a_gradient_of_a_gradient_through_a_region_has_the_first_mask():
+def test_recomputes_first_mask_for_second_gradient():
     def second(y, x):
         (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         return torch.autograd.grad((gradient**2).sum(), x)[0]
@@ -384,14 +384,14 @@ def test_a_gradient_of_a_gradient_through_a_region_has_the_first_mask():
     assert layer.calls == 1
 
 
-def test_a_key_that_is_given_is_that_of_the_recomputation(run):
+def test_recomputes_mask_of_given_key(run):
     x = numbers()
     key = SITE.fold_in(torch.tensor(5))
     run(region(lambda x: dropout(x, key=key)), x).sum().backward()
     assert_gradient(x, mask(5))
 
 
-def test_training_that_is_switched_on_between_forward_and_backward_raises_and_says_so(run):
+def test_rejects_training_switched_on_before_backward(run):
     layer, x = Dropout(seed=SITE).eval(), numbers()
     y = run(region(layer), x)
     layer.train()
@@ -401,7 +401,7 @@ def test_training_that_is_switched_on_between_forward_and_backward_raises_and_sa
     assert layer.calls == 0
 
 
-def test_a_copy_of_a_layer_made_between_forward_and_backward_counts_by_itself(run):
+def test_counts_copy_made_before_backward_apart(run):
     layer, x = Dropout(seed=SITE), numbers()
     y = run(region(layer), x)
     twin = copy.deepcopy(layer)
@@ -410,7 +410,7 @@ def test_a_copy_of_a_layer_made_between_forward_and_backward_counts_by_itself(ru
     assert (layer.calls, twin.calls) == (1, 1)
 
 
-def test_under_debug_a_region_has_the_first_mask():
+def test_recomputes_first_mask_under_debug():
     layer, x = Dropout(seed=SITE), numbers()
     checkpoint(region(layer), x, use_reentrant=False, debug=True).sum().backward()
     assert_gradient(x, mask(0))
@@ -418,7 +418,7 @@ def test_under_debug_a_region_has_the_first_mask():
 
 
 @pytest.mark.parametrize("saved", [(), (torch.ops.aten.exp.default,)], ids=["nothing", "exp"])
-def test_selective_checkpoints_have_the_first_masks(saved):
+def test_recomputes_first_masks_in_selective_checkpoints(saved):
     layer, x = Dropout(seed=SITE), numbers()
 
     def contexts():
@@ -434,7 +434,7 @@ def test_selective_checkpoints_have_the_first_masks(saved):
 # --- What is kept, and what it costs -------------------------------------------------------------
 
 
-def test_nothing_outlives_its_graph(run):
+def test_keeps_nothing_beyond_its_graph(run):
     layer, x = Dropout(seed=SITE), numbers()
     records, make = [], torch_checkpoint._Record
 
@@ -456,7 +456,7 @@ def test_nothing_outlives_its_graph(run):
 
 
 @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.enable_grad])
-def test_where_no_checkpoint_is_in_force_nothing_is_walked(context, monkeypatch):
+def test_walks_nothing_outside_checkpoints(context, monkeypatch):
     def walked():
         raise AssertionError("walked")
 
@@ -473,7 +473,7 @@ def test_where_no_checkpoint_is_in_force_nothing_is_walked(context, monkeypatch)
 # --- The private parts of torch that are named ----------------------------------------------------
 
 
-def test_torch_still_says_which_region_runs_for_the_first_time_and_which_again(reentrant):
+def test_relies_on_frames_that_torch_still_has(reentrant):
     """Fails first where PyTorch has changed what `torch_checkpoint` goes by."""
     seen = []
 
@@ -488,7 +488,7 @@ def test_torch_still_says_which_region_runs_for_the_first_time_and_which_again(r
     assert seen == [False, True, None]
 
 
-def test_the_hooks_of_a_region_are_put_back_as_they_were():
+def test_restores_hooks_of_region():
     top = torch._C._autograd._top_saved_tensors_default_hooks
 
     def function(x):

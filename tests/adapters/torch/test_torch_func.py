@@ -48,20 +48,20 @@ def layer():
 # --- Derivatives ---------------------------------------------------------------------------------
 
 
-def test_grad_has_the_calls_mask_and_counts_once(layer):
+def test_gives_grad_by_mask_of_its_call(layer):
     for call in range(3):
         assert torch.equal(grad(lambda x: layer(x).sum())(numbers()), mask(call))
         assert layer.calls == call + 1
 
 
-def test_the_gradient_of_a_gradient_has_the_calls_mask(layer):
+def test_gives_second_gradient_by_mask_of_its_call(layer):
     first = grad(lambda x: (layer(x) ** 3).sum())
     second = grad(lambda x: first(x).sum())
     torch.testing.assert_close(second(numbers()), 6 * numbers() * mask(0) ** 3)
     assert layer.calls == 1
 
 
-def test_vjp_has_one_mask_however_often_its_function_is_called(layer):
+def test_gives_vjp_one_mask_however_often_called(layer):
     y, pullback = vjp(layer, numbers())
     layer(numbers())
     assert torch.equal(y, numbers() * mask(0))
@@ -70,7 +70,7 @@ def test_vjp_has_one_mask_however_often_its_function_is_called(layer):
     assert layer.calls == 2
 
 
-def test_jvp_has_the_mask_for_value_and_tangent(layer):
+def test_gives_jvp_same_mask_for_value_and_tangent(layer):
     y, tangent = jvp(layer, (numbers(),), (torch.ones(WIDTH),))
     assert torch.equal(y, numbers() * mask(0))
     assert torch.equal(tangent, mask(0))
@@ -78,19 +78,19 @@ def test_jvp_has_the_mask_for_value_and_tangent(layer):
 
 
 @pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
-def test_a_jacobian_is_the_diagonal_of_one_mask(jacobian, layer):
+def test_gives_jacobian_with_mask_as_diagonal(jacobian, layer):
     assert torch.equal(jacobian(layer)(numbers()), torch.diag(mask(0)))
     assert layer.calls == 1
 
 
-def test_a_hessian_has_one_mask(layer):
+def test_gives_hessian_of_one_mask(layer):
     actual = hessian(lambda x: (layer(x) ** 2).sum())(numbers())
     torch.testing.assert_close(actual, torch.diag(2 * mask(0) ** 2))
     assert layer.calls == 1
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_function_without_a_key_has_one_mask_in_value_and_gradient(inplace):
+def test_draws_one_mask_for_value_and_gradient(inplace):
     def value(x):
         y = dropout(x * 1, inplace=inplace)
         return y.sum(), y
@@ -100,7 +100,7 @@ def test_a_function_without_a_key_has_one_mask_in_value_and_gradient(inplace):
     assert 0 < (y == 0).sum() < WIDTH
 
 
-def test_a_call_that_raises_is_not_counted(layer):
+def test_counts_no_call_that_raises(layer):
     with pytest.raises(TypeError, match="dtype"):
         grad(lambda x: layer(x.long()).sum())(numbers())
     assert layer.calls == 0
@@ -130,7 +130,7 @@ def batch(randomness, count=5):
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
-def test_a_batch_is_a_window_each_of_one_mask_or_shares_it(randomness, way):
+def test_gives_examples_windows_of_one_mask_or_shares_it(randomness, way):
     ones = torch.ones(5, WIDTH)
     assert torch.equal(vmap(way, randomness=randomness)(ones), batch(randomness))
     assert torch.equal(vmap(way, in_dims=1, randomness=randomness)(ones.T), batch(randomness))
@@ -140,7 +140,7 @@ def test_a_batch_is_a_window_each_of_one_mask_or_shares_it(randomness, way):
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
-def test_gradients_of_examples_and_of_a_batch_have_the_forward_masks(randomness, way):
+def test_gives_gradients_in_vmap_by_forward_masks(randomness, way):
     ones = torch.ones(5, WIDTH)
     of_each = vmap(grad(lambda x: way(x).sum()), randomness=randomness)(ones)
     of_all = grad(lambda x: vmap(way, randomness=randomness)(x).sum())(ones)
@@ -149,12 +149,12 @@ def test_gradients_of_examples_and_of_a_batch_have_the_forward_masks(randomness,
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
-def test_what_all_examples_share_is_dropped_from_as_the_batch_is(randomness, way):
+def test_drops_shared_input_as_batch(randomness, way):
     actual = vmap(lambda i: way(torch.ones(WIDTH)) + i, randomness=randomness)(torch.zeros(5))
     assert torch.equal(actual, batch(randomness))
 
 
-def test_a_batch_under_error_raises_what_torchs_dropout_raises(way):
+def test_raises_what_torch_raises_under_randomness_error(way):
     with pytest.raises(RuntimeError, match=RANDOM) as of_torch:
         vmap(native.dropout)(torch.ones(5, WIDTH))
     with pytest.raises(RuntimeError, match=RANDOM) as ours:
@@ -162,13 +162,13 @@ def test_a_batch_under_error_raises_what_torchs_dropout_raises(way):
     assert str(ours.value) == str(of_torch.value)
 
 
-def test_under_error_what_all_examples_share_may_be_dropped_from_under_a_key(way):
+def test_drops_shared_input_under_randomness_error(way):
     actual = vmap(lambda i: way(torch.ones(WIDTH)) + i)(torch.zeros(5))
     assert torch.equal(actual, batch("same"))
 
 
 @pytest.mark.parametrize("shape", [(5, WIDTH), (5, 1)], ids=["batch", "shared"])
-def test_under_error_nothing_is_counted_or_drawn(shape, layer):
+def test_counts_and_draws_nothing_under_randomness_error(shape, layer):
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match=RANDOM):
         vmap(lambda x: dropout(x if len(x) > 1 else torch.ones(WIDTH)) + x)(torch.ones(shape))
@@ -179,7 +179,7 @@ def test_under_error_nothing_is_counted_or_drawn(shape, layer):
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
-def test_without_a_key_examples_differ_or_not_as_with_torchs_dropout(randomness):
+def test_draws_per_example_as_randomness_says(randomness):
     y = vmap(lambda x: dropout(x), randomness=randomness)(torch.ones(5, 370))
     assert all(torch.equal(y[0], row) for row in y) == (randomness == "same")
     torch.manual_seed(5)
@@ -189,13 +189,13 @@ def test_without_a_key_examples_differ_or_not_as_with_torchs_dropout(randomness)
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
-def test_a_batch_counts_as_one_call(randomness, layer):
+def test_counts_batch_as_one_call(randomness, layer):
     for call in range(2):
         vmap(layer, randomness=randomness)(torch.ones(5, WIDTH))
         assert layer.calls == call + 1
 
 
-def test_nested_batches_are_axes_of_one_mask(way):
+def test_makes_nested_batches_axes_of_one_mask(way):
     ones = torch.ones(3, 4, WIDTH)
     different = vmap(vmap(way, randomness="different"), randomness="different")(ones)
     mixed = vmap(vmap(way, randomness="same"), randomness="different")(ones)
@@ -204,7 +204,7 @@ def test_nested_batches_are_axes_of_one_mask(way):
 
 
 @pytest.mark.parametrize("randomness", ["error", "different", "same"])
-def test_examples_with_keys_of_their_own_have_the_masks_of_those(randomness):
+def test_gives_examples_masks_of_their_own_keys(randomness):
     def drop(x, step):
         return dropout(x, key=SITE.fold_in(step))
 
@@ -212,7 +212,7 @@ def test_examples_with_keys_of_their_own_have_the_masks_of_those(randomness):
     assert torch.equal(actual, torch.stack([mask(step) for step in range(4)]))
 
 
-def test_channels_of_a_batch_are_shared_within_each_example():
+def test_shares_channels_within_each_example():
     actual = vmap(lambda x: dropout2d(x, key=SITE.fold_in(0)), randomness="different")(
         torch.ones(5, 2, 3, 4, 4)
     )
@@ -220,7 +220,7 @@ def test_channels_of_a_batch_are_shared_within_each_example():
 
 
 @pytest.mark.parametrize("start", [10, torch.tensor(10)], ids=["int", "tensor"])
-def test_windows_of_a_batch_are_windows_of_each_example(start):
+def test_gives_each_example_its_window(start):
     def drop(x):
         return unidrop.dropout(x, 0.5, SITE.fold_in(0), global_shape=(100,), start=(start,))
 
@@ -231,7 +231,7 @@ def test_windows_of_a_batch_are_windows_of_each_example(start):
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
-def test_a_mask_that_is_returned_is_that_of_the_example(randomness):
+def test_returns_mask_of_each_example(randomness):
     def drop(x):
         return unidrop.dropout(x, 0.5, SITE.fold_in(0), return_mask=True)
 
@@ -241,7 +241,7 @@ def test_a_mask_that_is_returned_is_that_of_the_example(randomness):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
-def test_a_large_batch_is_dropped_from_at_other_dtypes(dtype):
+def test_drops_large_batch_at_other_dtypes(dtype):
     ones = torch.ones(3, 2**18 + 5, dtype=dtype)
     actual = vmap(WAYS["key"], randomness="different")(ones)
     assert torch.equal(actual != 0, mask(0, *ones.shape) != 0)
@@ -256,7 +256,7 @@ def network(call=0):
     return model
 
 
-def test_functional_call_counts_in_the_buffers_that_are_passed():
+def test_counts_in_buffers_of_functional_call():
     model, x = network(), numbers()[None]
     parameters = dict(model.named_parameters())
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -269,7 +269,7 @@ def test_functional_call_counts_in_the_buffers_that_are_passed():
     assert (buffers["1.calls"], model[1].calls) == (9, 0)
 
 
-def test_models_that_are_stacked_have_the_masks_of_their_own_calls():
+def test_gives_stacked_models_masks_of_their_calls():
     models, x = [network(call) for call in range(3)], numbers()[None]
     parameters, buffers = stack_module_state(models)
     base = copy.deepcopy(models[0])
@@ -279,7 +279,7 @@ def test_models_that_are_stacked_have_the_masks_of_their_own_calls():
     assert buffers["1.calls"].tolist() == [1, 2, 3]
 
 
-def test_gradients_of_each_example_are_those_of_a_loop():
+def test_gives_per_example_gradients_of_a_loop():
     model, x = network(), torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(0))
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
@@ -298,7 +298,7 @@ def test_gradients_of_each_example_are_those_of_a_loop():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_transformations_have_the_masks_of_eager_ones(backend, layer):
+def test_compiles_transformations_with_eager_masks(backend, layer):
     torch._dynamo.reset()
     ones = torch.ones(5, WIDTH)
     gradient = torch.compile(
@@ -318,7 +318,7 @@ def test_compiled_transformations_have_the_masks_of_eager_ones(backend, layer):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_a_negative_word_of_any_width_is_the_same_word_under_vmap(dtype):
+def test_accepts_negative_word_of_any_width_in_vmap(dtype):
     x = torch.ones(WIDTH)
 
     def dropped(lo, hi):

@@ -60,14 +60,14 @@ def specified(x, p, training, shared):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_functions_take_each_dtype_of_torchs(name):
+def test_accepts_each_dtype_of_torch_functions(name):
     assert operators()[name].dtypes <= set(DTYPES)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_under_a_key_a_sample_has_the_output_and_the_gradient_specified(name, dtype, inplace):
+def test_gives_specified_output_and_gradient(name, dtype, inplace):
     function = getattr(adapter, name)
     for sample in samples(name, dtype):
         leaf, kwargs = sample.input, sample.kwargs
@@ -84,7 +84,7 @@ def test_under_a_key_a_sample_has_the_output_and_the_gradient_specified(name, dt
 @pytest.mark.parametrize("keys", [{"key": KEY}, {}], ids=["key", "drawn"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_sample_gives_what_torchs_function_gives_but_for_the_choice(name, dtype, keys):
+def test_equals_torch_but_for_choice_of_elements(name, dtype, keys):
     for sample in samples(name, dtype):
         x, kwargs = sample.input, sample.kwargs
         y = getattr(adapter, name)(x, *sample.args, **keys, **kwargs)
@@ -104,7 +104,7 @@ def test_a_sample_gives_what_torchs_function_gives_but_for_the_choice(name, dtyp
 
 @pytest.mark.parametrize("p", [-0.1, 1.1])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_rate_that_torchs_function_refuses_is_refused_in_its_words(name, p):
+def test_rejects_rate_as_torch_does(name, p):
     x = torch.ones(2, 3, 4, 5)
     message = f"^dropout probability .*has to be between 0 and 1, but got {p}$"
     for function, keys in ((getattr(functional, name), {}), (getattr(adapter, name), {"key": KEY})):

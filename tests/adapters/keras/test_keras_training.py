@@ -1,7 +1,6 @@
-"""Tests of training with the Keras layers on every backend; `test_keras_backends.py` runs them.
+"""Training with the Keras layers: on TensorFlow here, on others as `test_keras_backends.py` does.
 
-A backend is chosen before Keras is imported, so these run in a process for each. Keras' NumPy
-backend has no gradient, and so no training.
+Keras's NumPy backend has no gradient, so it trains nothing.
 """
 
 import warnings
@@ -39,7 +38,7 @@ def quick_torch_compile(monkeypatch):
 
 
 @pytest.mark.parametrize("options", FITS, ids=str)
-def test_fit_drops_and_advances_once_a_step(options, quick_torch_compile):
+def test_drops_and_advances_once_a_step_of_fit(options, quick_torch_compile):
     layer = Dropout(0.5, seed=SITE)
     model = recording(layer, **options)
     x, y = np.tile(X, (3, 1)), np.zeros((12, 1))
@@ -74,17 +73,17 @@ def assert_traced_once(jit_compile):
 
 if BACKEND != "torch":  # where Keras traces nothing unless it is asked to
 
-    def test_100_steps_of_fit_and_predictions_between_them_are_traced_once():
+    def test_traces_fit_and_predictions_once():
         assert_traced_once(jit_compile=True)
 
 
 if BACKEND == "tensorflow":  # JAX runs eagerly where it may not compile
 
-    def test_100_steps_of_fit_in_a_graph_are_traced_once():
+    def test_traces_fit_in_graph_once():
         assert_traced_once(jit_compile=False)
 
 
-def test_train_on_batch_advances_by_1():
+def test_advances_by_1_in_train_on_batch():
     layer = Dropout(0.5, seed=SITE)
     model = recording(layer)
     for n in range(2):
@@ -93,7 +92,7 @@ def test_train_on_batch_advances_by_1():
     assert layer.calls == 2
 
 
-def test_a_layer_made_in_a_remat_scope_trains_by_the_mask_of_its_one_call_a_step():
+def test_trains_by_mask_of_one_call_in_remat_scope():
     with keras.RematScope("full"):
         layer = Dropout(0.5, seed=SITE)
     scale = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
@@ -107,7 +106,7 @@ def test_a_layer_made_in_a_remat_scope_trains_by_the_mask_of_its_one_call_a_step
     np.testing.assert_allclose(scale.get_weights()[0], [[1 - 0.5 * 2 * kept]], rtol=1e-6)
 
 
-def test_layers_of_a_functional_model_have_masks_of_their_own():
+def test_gives_layers_of_functional_model_their_masks():
     sites = [Key(42).fold_in(f"block/{n}") for n in range(2)]
     layers, records = [Dropout(0.5, seed=site) for site in sites], [Record(), Record()]
     inputs = keras.Input((10,))
@@ -119,7 +118,7 @@ def test_layers_of_a_functional_model_have_masks_of_their_own():
         assert_bits(record.seen, dropped(X, 1, site=site))
 
 
-def test_a_model_trains_in_mixed_precision():
+def test_trains_in_mixed_precision():
     layer = Dropout(0.5, seed=SITE, dtype="mixed_bfloat16")
     model = recording(layer)
     model.fit(X, np.zeros((4, 1)), batch_size=4, epochs=2, shuffle=False, verbose=0)

@@ -1,6 +1,6 @@
-"""Tests of the Keras layers on every backend, NumPy's too; `test_keras_backends.py` runs them.
+"""The Keras layers on any backend: on TensorFlow here, on others as `test_keras_backends.py` does.
 
-A backend is chosen before Keras is imported, so these run in a process for each.
+Keras chooses a backend as it is imported, so each other one needs a process of its own.
 """
 
 import keras
@@ -23,16 +23,16 @@ SPATIAL = {
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1])
-@pytest.mark.parametrize("seed", [SITE, int(SITE), 2**64 - 1, 2**63], ids=str)
-def test_training_call_n_has_the_key_with_n_folded_in(seed, rate):
-    layer, site = Dropout(rate, seed=seed), Key(int(seed))
-    for n in range(3):
-        assert_bits(layer(X, training=True), dropped(X, n, rate, site))
-    assert layer.calls == 3
+def test_folds_call_number_into_key(rate):
+    for seed in (SITE, int(SITE), 0, 2**31, 2**32 + 1, 2**63, 2**64 - 1):
+        layer, site = Dropout(rate, seed=seed), Key(int(seed))
+        for n in range(3):
+            assert_bits(layer(X, training=True), dropped(X, n, rate, site))
+        assert layer.calls == 3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_each_policy_has_the_same_mask_and_its_own_bits(dtype):
+def test_gives_each_policy_same_mask_and_its_own_bits(dtype):
     layer = Dropout(0.001, seed=SITE, dtype=dtype)
     x = np.random.default_rng(0).standard_normal(30000).astype("float32")
     expected = dropped(x.astype(getattr(ml_dtypes, dtype, dtype)), 0, 0.001)
@@ -42,7 +42,7 @@ def test_each_policy_has_the_same_mask_and_its_own_bits(dtype):
 
 
 @pytest.mark.parametrize("layer", SPATIAL, ids=lambda layer: layer.__name__)
-def test_whole_feature_maps_are_dropped(layer):
+def test_drops_whole_feature_maps(layer):
     shape, axes = SPATIAL[layer]
     x = np.random.default_rng(0).standard_normal(shape).astype("float32")
     made = layer(0.5, seed=SITE, **({} if len(axes) == 1 else {"data_format": "channels_last"}))
@@ -50,28 +50,29 @@ def test_whole_feature_maps_are_dropped(layer):
         assert_bits(made(x, training=True), dropped(x, n, axes=axes))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"training": False}], ids=str)
-def test_inference_is_the_identity_and_does_not_count(arguments):
+@pytest.mark.parametrize("arguments", [{}, {"training": False}, {"training": None}], ids=str)
+def test_returns_input_uncounted_in_inference(arguments):
     layer = Dropout(0.5, seed=SITE)
     assert_bits(layer(X, **arguments), X)
     assert layer.calls == 0
 
 
-def test_integers_raise_and_do_not_count():
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_rejects_integers_uncounted(dtype):
     layer = Dropout(0.5, seed=SITE)
-    with pytest.raises(TypeError, match=r"inputs must be of a floating"):
-        layer(np.ones(3, "int32"), training=True)
+    with pytest.raises(TypeError, match=rf"inputs .*floating.*{dtype}"):
+        layer(np.ones(3, dtype), training=True)
     assert layer.calls == 0
 
 
-def test_a_symbolic_call_keeps_shape_and_dtype_and_does_not_count():
+def test_keeps_shape_and_dtype_of_symbolic_call_uncounted():
     layer = Dropout(0.5, seed=SITE, dtype="float16")
     output = layer(keras.Input((None, 10), dtype="float16"), training=True)
     assert (output.shape, output.dtype) == ((None, None, 10), "float16")
     assert layer.calls == 0
 
 
-def test_set_random_seed_reproduces_an_unseeded_layer():
+def test_reproduces_unseeded_layer_by_set_random_seed():
     runs = []
     for _ in range(2):
         keras.utils.set_random_seed(5)
@@ -81,14 +82,14 @@ def test_set_random_seed_reproduces_an_unseeded_layer():
     assert not np.array_equal(*runs[0])
 
 
-def test_the_call_number_can_be_set():
+def test_accepts_call_number():
     layer = Dropout(0.5, seed=SITE)
     layer.calls = 2**31 - 2
     assert_bits(layer(X, training=True), dropped(X, 2**31 - 2))
     assert layer.calls == 2**31 - 1
 
 
-def test_calls_beyond_what_keras_counts_raise_and_are_named():
+def test_rejects_calls_beyond_what_keras_counts():
     layer = Dropout(0.5, seed=SITE)
     layer.calls = 2**31 - 1
     assert_bits(layer(X, training=True), dropped(X, 2**31 - 1))
@@ -99,14 +100,14 @@ def test_calls_beyond_what_keras_counts_raise_and_are_named():
     assert_bits(layer(X, training=True), dropped(X, 0))
 
 
-def test_a_layer_around_time_steps_has_one_mask_for_all_of_them():
+def test_has_one_mask_for_all_steps_in_time_distributed():
     x = np.ones((2, 3, 10), "float32")
     model = keras.Sequential([keras.layers.TimeDistributed(Dropout(0.5, seed=SITE))])
     y = keras.ops.convert_to_numpy(model(x, training=True))
     assert set(np.unique(y)) == {0.0, 2.0}
 
 
-def test_a_model_of_fixed_inputs_predicts_them_and_does_not_count():
+def test_predicts_and_evaluates_inputs_uncounted():
     layer = Dropout(0.5, seed=SITE)
     model = keras.Sequential([keras.Input((10,)), layer])
     model.compile(loss="mse")
@@ -118,7 +119,7 @@ def test_a_model_of_fixed_inputs_predicts_them_and_does_not_count():
 # --- Machinery ---------------------------------------------------------------------------------
 
 
-def test_a_cloned_model_has_the_same_seed_and_calls_of_its_own():
+def test_keeps_seed_and_restarts_calls_in_cloned_model():
     layer = Dropout(0.5, seed=SITE)
     model = keras.Sequential([keras.Input((10,)), layer])
     model(X, training=True)
@@ -128,7 +129,7 @@ def test_a_cloned_model_has_the_same_seed_and_calls_of_its_own():
 
 
 @pytest.mark.parametrize("layer", [Dropout, *SPATIAL], ids=lambda layer: layer.__name__)
-def test_a_serialized_layer_is_ours_again(layer):
+def test_deserializes_to_same_class(layer):
     config = keras.layers.serialize(layer(0.2, seed=SITE))
     assert type(keras.layers.deserialize(config)) is layer
     assert keras.layers.deserialize(config).seed == int(SITE)
@@ -155,14 +156,14 @@ CALLS = {True: (0, 1, 2), False: {"jax": (0, 0, 0), "numpy": (0, 1, 2)}.get(BACK
 
 
 @pytest.mark.parametrize("unroll", [True, False])
-def test_each_time_step_of_a_recurrent_cell_is_a_call(unroll):
+def test_counts_each_time_step_of_recurrent_cell(unroll):
     cell = Cell()
     x = np.ones((4, 3, 10), "float32")
     y = keras.layers.RNN(cell, unroll=unroll)(x, training=True)
     assert_bits(y, sum(dropped(x[:, time], n) for time, n in enumerate(CALLS[unroll])))
 
 
-def test_both_directions_have_a_call_of_their_own():
+def test_counts_both_directions_apart():
     model = keras.layers.Bidirectional(keras.layers.RNN(Cell(), unroll=True), merge_mode="sum")
     x = np.ones((4, 1, 10), "float32")
     y = keras.ops.convert_to_numpy(model(x, training=True))
@@ -172,7 +173,7 @@ def test_both_directions_have_a_call_of_their_own():
 
 if BACKEND == "torch":
 
-    def test_torch_compile_records_a_layer_in_one_graph_for_all_its_calls():
+    def test_makes_one_graph_of_all_calls_in_torch_compile():
         import torch
 
         layer = Dropout(0.5, seed=SITE)

@@ -1,0 +1,31 @@
+"""Docstrings of every module: there is one, its names exist, and its examples are right."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import unidrop
+import unidrop.adapters
+
+MODULES = sorted(
+    module.name
+    for package in (unidrop, unidrop.adapters)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:keras")
+def test_docstrings_are_there_and_their_examples_right(name):
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":  # which needs a GPU, so the extra "test" lacks it
+            raise
+        pytest.skip(str(error))
+    assert module.__doc__
+    for exported in getattr(module, "__all__", ()):
+        assert hasattr(module, exported)
+    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0

@@ -1,0 +1,130 @@
+"""Cases of dropout on two devices of JAX; `test_jax_devices.py` runs this as a process.
+
+It prints "passed" or a traceback for each case, as JSON.
+"""
+
+import json
+import re
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import unidrop
+from unidrop import Key
+from unidrop.adapters.jax import dropout
+
+KEY = Key(42)
+
+
+def partitioned(kind):
+    """A partitioned program has the whole mask, and its devices do not communicate."""
+
+    def drop(x, step):
+        return dropout(x, 0.3, KEY.fold_in(step))
+
+    def gradient(x, step):
+        return jax.grad(lambda v: (drop(v, step) * jax.lax.stop_gradient(v)).sum())(x)
+
+    mesh = jax.make_mesh((2,), ("d",), (kind,))
+    for shape, spec in [((64, 2048), ("d",)), ((64, 2048), (None, "d")), ((8, 24), ("d",))]:
+        x = np.linspace(-1, 1, shape[0] * shape[1], dtype="float32").reshape(shape)
+        placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        with unidrop.force_path("portable"):
+            wanted = unidrop.dropout(x, 0.3, KEY.fold_in(3))
+        for function in (drop, gradient):
+            compiled = jax.jit(function).lower(placed, 3).compile()
+            text = compiled.as_text()
+            assert not re.search("all-|collective-permute|reduce-scatter", text), (shape, spec)
+            assert (np.asarray(compiled(placed, 3)) == wanted).all(), (shape, spec)
+
+
+def mask_beside_gradient():
+    """A mask beside a gradient is on the device of its key."""
+    second = jax.devices()[1]
+    x = jax.device_put(jnp.ones((3, 70)), second)
+    key = jax.device_put(KEY, second)
+
+    def loss(x):
+        y, mask = dropout(x, 0.3, key, return_mask=True)
+        return y.sum(), mask
+
+    _, mask = jax.grad(loss, has_aux=True)(x)
+    assert mask.devices() == {second}, mask.devices()
+    assert (np.asarray(mask) == unidrop.keep_mask((3, 70), 0.3, KEY)).all()
+
+
+def gradients_of_shared_array(drop, masks):
+    """An array that devices share has the gradients of all their masks."""
+    mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
+    x = np.linspace(1, 2, 3 * 7, dtype="float32").reshape(3, 7)
+    masks = np.asarray(masks)
+    assert (masks[0] != masks[1]).any()
+    specs = {"mesh": mesh, "in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+
+    for power in (1, 2):
+
+        def own(x, power=power):
+            # The ranks' losses differ in weight, so that no sum is right by symmetry.
+            rank = jax.lax.axis_index("d")
+            return jax.lax.psum((drop(x, rank) ** power).sum() * (rank + 1), "d")
+
+        loss = jax.shard_map(own, **specs)
+        inside = jax.shard_map(jax.grad(own), **specs)
+        weights = masks * np.float32([1, 2])[:, None, None] * 2**power
+        total = (weights * x**power).sum()
+        slope = weights.sum(0) * (2 * x if power == 2 else 1)
+        for transform in (lambda f: f, jax.jit):
+            np.testing.assert_allclose(transform(loss)(x), total, rtol=1e-6)
+            np.testing.assert_allclose(transform(jax.grad(loss))(x), slope, rtol=1e-6)
+            np.testing.assert_allclose(transform(inside)(x), slope, rtol=1e-6)
+
+
+def gradients_with_keys():
+    """Each device folds its rank into the key."""
+    gradients_of_shared_array(
+        lambda x, rank: dropout(x, 0.5, KEY.fold_in(rank)),
+        [unidrop.keep_mask((3, 7), 0.5, KEY.fold_in(rank)) for rank in range(2)],
+    )
+
+
+def gradients_with_windows():
+    """Each device starts at its rows of the whole."""
+    gradients_of_shared_array(
+        lambda x, rank: dropout(x, 0.5, KEY, global_shape=(6, 7), start=(rank * 3, 0)),
+        np.split(np.asarray(unidrop.keep_mask((6, 7), 0.5, KEY)), 2),
+    )
+
+
+def mask_on_requested_device():
+    """A mask is on the requested device, wherever its window's start is."""
+    second = jax.devices()[1]
+    window = {"global_shape": (99, 8), "start": (jnp.int32(4), 0)}
+    mask = unidrop.keep_mask((3, 8), 0.4, KEY, xp=jnp, device=second, **window)
+    assert mask.device == second
+
+
+CASES = {
+    "partitioned_auto": lambda: partitioned(jax.sharding.AxisType.Auto),
+    "partitioned_explicit": lambda: partitioned(jax.sharding.AxisType.Explicit),
+    "mask_beside_gradient": mask_beside_gradient,
+    "gradients_of_shared_array_with_keys_of_devices": gradients_with_keys,
+    "gradients_of_shared_array_with_windows_of_devices": gradients_with_windows,
+    "mask_on_requested_device": mask_on_requested_device,
+}
+
+
+def result(case):
+    """Return "passed", or the traceback of a case."""
+    try:
+        case()
+    except Exception:
+        return traceback.format_exc()
+    return "passed"
+
+
+if __name__ == "__main__":
+    assert len(jax.devices()) == 2
+    print(json.dumps({name: result(case) for name, case in CASES.items()}))
