@@ -19,7 +19,7 @@ from unidrop.key import Key
 from unidrop.library import get_library
 from unidrop.protocols import ArrayLibrary, Buffer
 from unidrop.rate import Rate
-from unidrop.threads import get_num_threads
+from unidrop.threads import fork_guard, get_num_threads
 from unidrop.window import Window
 from unidrop.words import MASK32
 
@@ -248,7 +248,8 @@ def _read(start: Any) -> int:
 @cache
 def _get_package() -> Any:
     try:
-        return import_module("unidrop.fused")
+        with fork_guard:
+            return import_module("unidrop.fused")
     except ModuleNotFoundError as error:
         if error.name != "unidrop.fused":
             raise

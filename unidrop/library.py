@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import array_api_compat
 
 from unidrop.protocols import ArrayLibrary
+from unidrop.threads import fork_guard
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -84,7 +85,8 @@ def _find(x: Any, name: str) -> ArrayLibrary:
     for base in type(x).__mro__:
         point = _registered().get(base.__module__.partition(".")[0])
         if point is not None:
-            library: ArrayLibrary = point.load()
+            with fork_guard:
+                library: ArrayLibrary = point.load()
             return library
     if array_api_compat.is_array_api_obj(x):
         return _STANDARD
@@ -94,6 +96,7 @@ def _find(x: Any, name: str) -> ArrayLibrary:
 @cache
 def _registered() -> "dict[str, EntryPoint]":
     # Importing this takes a third of NumPy's own import time, so it waits for the first array.
-    from importlib.metadata import entry_points
+    with fork_guard:
+        from importlib.metadata import entry_points
 
-    return {point.name: point for point in entry_points(group="unidrop.libraries")}
+        return {point.name: point for point in entry_points(group="unidrop.libraries")}

@@ -17,6 +17,7 @@ import numpy
 
 from unidrop.dtypes import integer_bits
 from unidrop.philox import PhiloxBlock, keep_flags, philox
+from unidrop.threads import fork_guard
 from unidrop.words import (
     SplitInteger,
     Uint32Words,
@@ -40,7 +41,8 @@ class Arrays:
 
     def namespace(self, x: Any) -> Any:
         """Return the standard's namespace for an array."""
-        return array_api_compat.array_namespace(x)
+        with fork_guard:  # array-api-compat imports a library's namespace at its first call
+            return array_api_compat.array_namespace(x)
 
     def device(self, x: Any) -> Any:
         """Return the device for new arrays that are combined with x; None is the default device."""

@@ -1,9 +1,10 @@
-"""Threads that help the caller with a large array.
+"""Threads that help the caller with a large array, and forks beside other threads.
 
 A job says by itself which of its units are still to be taken, so a helper needs nothing but the
 job: it may come late, or never, and the caller finishes alone. Results do not depend on it.
 """
 
+import logging
 import operator
 import os
 import time
@@ -12,7 +13,16 @@ from queue import SimpleQueue
 from threading import RLock, Thread
 from typing import Any
 
-__all__ = ["get_num_threads", "run", "set_num_threads"]
+__all__ = ["fork_guard", "get_num_threads", "run", "set_num_threads"]
+
+# A first call holds this lock while it imports or compiles something, and a fork in another thread
+# waits for it. Otherwise the child would inherit Python's import locks, or Numba's lock, from a
+# thread that it lacks, and its own first call would wait forever. The lock is here because it must
+# exist before the first import that it guards: that of `unidrop.fused`.
+# Numba logs while it compiles. A fork takes locks in the reverse order of their registration, so
+# `logging` must have registered its own before.
+logging.getLogger(__name__)
+fork_guard = RLock()
 
 # Fewer units are finished by the time a helper wakes up.
 _WORTH_CALLING = 16
@@ -187,3 +197,8 @@ def _forget_helpers() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_helpers)
+    os.register_at_fork(
+        before=fork_guard.acquire,
+        after_in_parent=fork_guard.release,
+        after_in_child=fork_guard.release,
+    )

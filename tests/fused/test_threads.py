@@ -668,6 +668,61 @@ def test_a_fork_while_another_thread_compiles_computes_the_same_bits(tmp_path, d
     expect_success(python(tmp_path, code, NUMBA_CACHE_DIR=str(tmp_path / "cache")))
 
 
+@needs_fork
+@pytest.mark.parametrize(
+    ("path", "cached", "forks"),
+    [("portable", True, 10), ("fused", True, 20), ("fused", False, 2)],
+    ids=["portable", "fused, read from disk", "fused, compiled"],
+)
+def test_never_hangs_after_a_fork_in_a_first_call(tmp_path, path, cached, forks):
+    forks = int(os.environ.get("UNIDROP_TEST_FORKS", forks))
+    code = f"""
+    import mmap
+
+    def call(path):
+        with unidrop.force_path(path):
+            return dropout(X, 0.1, key=KEY)
+
+    def check():
+        if not same(call("{path}"), EXPECTED):
+            os._exit(99)
+
+    def measure():
+        begin = time.perf_counter()
+        check()
+        SECONDS[0] = time.perf_counter() - begin
+
+    def first_call():
+        '''Fork at a moment of another thread's call, which is this process's first.'''
+        sys.setswitchinterval(1e-5)
+        other = threading.Thread(target=check)
+        moment = time.perf_counter() + delay
+        other.start()
+        while time.perf_counter() < moment:
+            pass  # a sleep would last longer while other processes are busy
+        status = forked(check, {LIMIT} / 3)
+        other.join()
+        sys.exit(status)
+
+    set_num_threads(3)
+    EXPECTED = np.frombuffer(mmap.mmap(-1, X.nbytes), X.dtype)  # shared with children
+    SECONDS = np.frombuffer(mmap.mmap(-1, 8))
+    assert forked(lambda: np.copyto(EXPECTED, call("portable"))) == 0
+    for _ in range({1 + cached}):  # the second call reads from disk
+        assert forked(measure, {LIMIT} / 3) == 0
+    for number in range({forks}):
+        if not {cached}:
+            os.environ["NUMBA_CACHE_DIR"] += "0"
+        # Half of the forks are among the first imports, which are the shortest part.
+        delay = random.uniform(0, random.choice([0.02, SECONDS[0]]))
+        status = forked(first_call, {LIMIT} / 2)
+        if status != 0:
+            sys.exit(f"fork {{number}}, after {{delay:.4f}} of {{SECONDS[0]:.4f}} s: {{status}}")
+    """
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    expect_success(python(tmp_path, code, timeout=LIMIT + 20 * forks, **environment))
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("cached", [True, False], ids=["compiled before", "compiled by each"])
 def test_pools_of_processes_compute_the_same_bits(tmp_path, method, cached):

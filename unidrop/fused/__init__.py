@@ -4,12 +4,9 @@ This package can be deleted without changing a result: `unidrop.dispatch` then f
 every array uses the portable operations. Kernels read and write buffers, and know no library.
 """
 
-import logging
 import math
-import os
 import sys
-from functools import cache, lru_cache
-from threading import RLock
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from numpy.typing import NDArray
 from unidrop.dtypes import dtype_name
 from unidrop.fused.layout import make_layout
 from unidrop.rate import Rate
+from unidrop.threads import fork_guard
 
 if TYPE_CHECKING:
     from unidrop.fused.task import PreparedKernel
@@ -34,18 +32,6 @@ _ITEM_SIZES = {
     "complex128": 16,
 }
 
-# A process that forks while Numba compiles would leave its child with Numba's lock held. Numba
-# logs while it compiles: logging must have registered its own lock before, as it is imported, so
-# that a fork takes this one first.
-logging.getLogger(__name__)
-_compiling = RLock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_compiling.acquire,
-        after_in_parent=_compiling.release,
-        after_in_child=_compiling.release,
-    )
-
 
 @cache
 def unavailable() -> str | None:
@@ -53,7 +39,7 @@ def unavailable() -> str | None:
     if sys.byteorder != "little":
         return "this machine is big-endian"
     try:
-        with _compiling:
+        with fork_guard:
             import numba
     except ImportError as error:
         if error.name == "numba":
@@ -87,10 +73,9 @@ def prepare(
     if layout is None:
         return None
     kind = dtype_name(dtype)
-    kernel = _compile(layout.traversal, kind)
-    from unidrop.fused.task import prepare_kernel  # imports Numba
-
-    return prepare_kernel(kernel, layout, shape, math.prod(shape) * _ITEM_SIZES[kind])
+    prepare_kernel = _compile(layout.traversal, kind)
+    prepared: PreparedKernel = prepare_kernel(layout, shape, math.prod(shape) * _ITEM_SIZES[kind])
+    return prepared
 
 
 def make_mask(
@@ -106,8 +91,9 @@ def make_mask(
 
 @cache
 def _compile(traversal: str, kind: str) -> Any:
-    """Return a compiled kernel; the first call imports Numba."""
-    with _compiling:
+    """Return `prepare_kernel` of a compiled kernel; the first call imports Numba."""
+    with fork_guard:
         from unidrop.fused.kernels import kernel
+        from unidrop.fused.task import prepare_kernel
 
-        return kernel(traversal, kind)
+        return partial(prepare_kernel, kernel(traversal, kind))
