@@ -68,6 +68,7 @@ def test_names_the_mistake_that_the_page_describes(package, tmp_path):
 def test_passes_the_test_module_of_the_page(package, tmp_path):
     module = FILES["test_plain.py"].replace('["numpy"],', '["plain"],')
     (tmp_path / "test_plain.py").write_text(module, encoding="utf-8")
+    (tmp_path / "pytest.ini").touch()  # else pytest searches the folders above, perhaps our clone
     arguments = "-q -p no:cacheprovider"
     output = run(f"{sys.executable} -m pytest {arguments}", package, tmp_path)
     assert re.search(r"^1\d passed", output, flags=re.MULTILINE), output

@@ -42,6 +42,7 @@ class make(Numpy):
 @pytest.fixture
 def suite(install, pytester, monkeypatch):
     """Install a backend that ignores broadcast axes, and run a test module for it."""
+    pytester.makeini("[pytest]")  # else pytest searches the folders above, perhaps our clone
     install("careless", CARELESS)
     for variable in ("UNIDROP_BACKENDS", "UNIDROP_SEED"):
         monkeypatch.delenv(variable, raising=False)
@@ -226,6 +227,7 @@ def test_rejects_a_broken_backend_with_its_error(suite, install):
 
 
 def test_pytest_imports_no_framework_without_decorated_tests(pytester):
+    pytester.makeini("[pytest]")
     pytester.makepyfile(
         """
         import sys

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["TESTS", "run_python", "run_tests"]
+__all__ = ["TESTS", "run_foreign_tests", "run_python", "run_tests"]
 
 TESTS = Path(__file__).parent
 
@@ -30,7 +30,15 @@ def run_python(backend: str, *arguments: str) -> str:
 def run_tests(backend: str, *arguments: str, expected: int) -> None:
     """Run pytest on files, by default beside this one: all pass, none is skipped or missing."""
     paths = [str(TESTS / name) if name.endswith(".py") else name for name in arguments]
-    # Keras' own tests lie where nothing is to be written.
     output = run_python(backend, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
     summary = output.strip().splitlines()[-1]
     assert re.fullmatch(rf"{expected} passed(, \d+ warnings?)? in .*", summary), output
+
+
+def run_foreign_tests(backend: str, root: Path, *arguments: str, expected: int) -> None:
+    """Run pytest on other people's files below a folder, without configuration.
+
+    pytest would search the folders above for it, and an environment may be inside our clone.
+    """
+    isolation = ["--rootdir", root, "--confcutdir", root, "--config-file", os.devnull]
+    run_tests(backend, *map(str, isolation), *arguments, expected=expected)

@@ -4,12 +4,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from keras_process import run_tests
+from keras_process import run_foreign_tests, run_tests
 
 pytestmark = pytest.mark.slow  # each process imports Keras and a backend
 
 HERE = Path(__file__).parent
 LAYERS, TRAINING = str(HERE / "test_keras_layers.py"), str(HERE / "test_keras_training.py")
+WARNS = """
+import warnings
+
+def test_warns(request):
+    warnings.warn("an error in our configuration")
+    assert request.config.rootpath == request.path.parent
+"""
 KERAS_OWN = Path(find_spec("keras").origin).parent / "src" / "layers" / "regularization"
 
 # How many tests there are, so that none gets lost on the way to another process. Keras's torch
@@ -32,4 +39,15 @@ def test_trains_on_two_devices_as_on_one():
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_passes_keras_own_tests_of_dropout(backend):
     tests = [str(KERAS_OWN / f"{name}_test.py") for name in ("dropout", "spatial_dropout")]
-    run_tests(backend, "-p", "keras_own_tests", *tests, expected=14 + 9)
+    run_foreign_tests(backend, KERAS_OWN, "-p", "keras_own_tests", *tests, expected=14 + 9)
+
+
+def test_runs_foreign_tests_without_configuration(tmp_path):
+    config = "[tool.pytest.ini_options]\nfilterwarnings = ['error']"
+    (tmp_path / "pyproject.toml").write_text(config)
+    (tmp_path / "conftest.py").write_text("raise RuntimeError")
+    packages = tmp_path / ".venv" / "site-packages"
+    packages.mkdir(parents=True)
+    test = packages / "warns_test.py"
+    test.write_text(WARNS)
+    run_foreign_tests("numpy", packages, str(test), expected=1)
