@@ -6,6 +6,7 @@ The tests follow a page as a reader does: from top to bottom, in an empty folder
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -145,14 +146,69 @@ def test_runs_the_commands_of_other_pages_elsewhere():
         assert Path(page).name in (ROOT / test).read_text(encoding="utf-8")
 
 
-def test_ci_runs_the_commands_of_the_readme():
-    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert '--constraint constraints.txt ".[test]"' in ci
-    install, test = [block.code for block in BLOCKS["README.md"] if block.language == "sh"][:2]
-    assert '--constraint constraints.txt ".[test]"' in install
-    assert "unidrop conformance" in install
-    assert "\nunidrop conformance\n" in ci
-    assert f"\n{test}" in ci
+PROGRAM = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$LOG"
+if [ "$*" = "-m venv .venv" ]; then mkdir -p .venv/bin && touch .venv/bin/activate; fi
+[ "$*" != "$FAILS" ]
+"""
+
+
+@pytest.fixture
+def run_ci(tmp_path):
+    """Run ``.ci/run`` in a clone where all programs do nothing, and return what it calls."""
+    clone, programs = tmp_path / "clone", tmp_path / "programs"
+    (clone / ".ci").mkdir(parents=True)
+    programs.mkdir()
+    for name in ("python3", "pip", "unidrop", "pytest", "ruff", "mypy"):
+        (programs / name).write_text(PROGRAM)
+        (programs / name).chmod(0o755)
+    shutil.copy(ROOT / ".ci" / "run", clone / ".ci" / "run")
+
+    def run_ci(readme=TEXTS["README.md"], fails="nothing"):
+        (clone / "README.md").write_text(readme, encoding="utf-8")
+        log = tmp_path / "log"
+        log.write_text("")
+        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "LOG": str(log), "FAILS": fails}
+        done = subprocess.run([clone / ".ci" / "run"], env=environment, capture_output=True)
+        return done.returncode, log.read_text().splitlines(), done.stderr.decode()
+
+    return run_ci
+
+
+def test_runs_the_readme_commands_in_ci(run_ci, tmp_path):
+    code, calls, errors = run_ci()
+    assert (code, errors) == (0, "")
+    expected = ["python3 -m venv .venv", "pip install --constraint constraints.txt .[test]"]
+    expected += ["unidrop conformance", "pytest --numprocesses auto --dist loadfile"]
+    assert calls[:4] == expected
+    assert {"ruff check .", "pytest tests/docs/test_site.py"} <= set(calls)
+    assert not (tmp_path / "clone" / ".venv").exists()
+    other = TEXTS["README.md"].replace("unidrop conformance\n", "unidrop conformance --jobs 3\n")
+    assert "unidrop conformance --jobs 3" in run_ci(other)[1]
+
+
+@pytest.mark.parametrize("command", ["conformance", "--numprocesses auto --dist loadfile"])
+def test_fails_ci_if_a_readme_command_fails(run_ci, command):
+    code, calls, _ = run_ci(fails=command)
+    assert code == 1
+    assert calls[-1].endswith(command)
+
+
+@pytest.mark.parametrize("block", ["python3 -m venv", "pytest --numprocesses"])
+def test_fails_ci_if_the_readme_lacks_a_command(run_ci, block):
+    code, calls, errors = run_ci(TEXTS["README.md"].replace(f"```sh\n{block}", "```sh\n"))
+    assert (code, calls) == (1, [])
+    assert "README.md must begin with" in errors
+
+
+def test_keeps_an_environment_that_ci_did_not_make(run_ci, tmp_path):
+    environment = tmp_path / "clone" / ".venv"
+    environment.mkdir()
+    code, calls, errors = run_ci()
+    assert (code, calls) == (1, [])
+    assert ".venv exists" in errors
+    assert environment.exists()
 
 
 def test_installs_only_extras_that_exist():
