@@ -27,6 +27,9 @@ fork_guard = RLock()
 # Fewer units are finished by the time a helper wakes up.
 _WORTH_CALLING = 16
 
+# More is a mistake: threads beyond the number of CPUs never help, and each takes time to start.
+_MOST_THREADS = 1024
+
 # A finaliser or a signal's handler may make a call in the middle of another.
 _lock = RLock()
 _number: int | None = None
@@ -39,17 +42,21 @@ def set_num_threads(number: int) -> None:
     The default is the environment variable ``UNIDROP_NUM_THREADS``, or else ``OMP_NUM_THREADS``,
     or else the number of processors that the process may use. No result depends on it.
 
+    The limit is 1024. A higher ``UNIDROP_NUM_THREADS`` raises ValueError when it is first read;
+    ``OMP_NUM_THREADS``, which other libraries share, and the number of processors are clamped.
+
     Parameters
     ----------
     number : int
-        At least 1, which leaves all work to the caller's thread.
+        From 1, which leaves all work to the caller's thread, to 1024. Threads beyond the number of
+        processors start all the same, but don't help.
 
     Raises
     ------
     TypeError
         If number is no integer.
     ValueError
-        If it is less than 1.
+        If it is less than 1 or more than 1024.
 
     Examples
     --------
@@ -168,8 +175,8 @@ def _default() -> int:
     # Others' variable: a number, or one for each level, or what other programs are to judge.
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if first.isdecimal() and int(first) > 0:
-        return int(first)
-    return cpu_count()
+        return min(int(first), _MOST_THREADS)
+    return min(cpu_count(), _MOST_THREADS)
 
 
 def cpu_count() -> int:
@@ -184,8 +191,8 @@ def _checked(number: Any, name: str) -> int:
         checked = operator.index(number)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {number!r}") from None
-    if checked < 1:
-        raise ValueError(f"{name} must be 1 or more, got {checked}")
+    if not 1 <= checked <= _MOST_THREADS:
+        raise ValueError(f"{name} must be from 1 to {_MOST_THREADS}, got {checked}")
     return checked
 
 

@@ -21,7 +21,7 @@ import torch
 import unidrop
 import unidrop.adapters.numpy as for_numpy
 import unidrop.adapters.torch as for_torch
-from unidrop import Key, get_num_threads, keep_mask, set_num_threads
+from unidrop import Key, get_num_threads, keep_mask, set_num_threads, threads
 
 pytest.importorskip("numba", reason="only kernels use threads, and they need Numba")
 
@@ -205,17 +205,17 @@ def expect_success(run):
 # --- The number of threads ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [1, 2, 33, np.int64(3), np.uint8(4)], ids=repr)
+@pytest.mark.parametrize("number", [1, 2, 33, 1024, np.int64(3), np.uint8(4)], ids=repr)
 def test_the_number_that_was_set_is_the_number(number):
     set_num_threads(number)
     assert get_num_threads() == number
     assert type(get_num_threads()) is int
 
 
-@pytest.mark.parametrize("number", [0, -1, np.int64(0)], ids=repr)
-def test_fewer_than_one_thread_is_an_error_that_says_so(number):
+@pytest.mark.parametrize("number", [0, -1, np.int64(0), 1025, 10**30], ids=repr)
+def test_rejects_a_number_outside_the_limits(number):
     before = get_num_threads()
-    with pytest.raises(ValueError, match=rf"number must be 1 or more, got {number}"):
+    with pytest.raises(ValueError, match=rf"number must be from 1 to 1024, got {number}"):
         set_num_threads(number)
     assert get_num_threads() == before
 
@@ -255,6 +255,7 @@ def test_the_default_is_the_number_of_processors_that_the_process_may_use(tmp_pa
         ({"UNIDROP_NUM_THREADS": "", "OMP_NUM_THREADS": "5"}, "5"),
         ({"OMP_NUM_THREADS": "5"}, "5"),
         ({"OMP_NUM_THREADS": "4,2"}, "4"),
+        ({"OMP_NUM_THREADS": "99999"}, "1024"),
         ({"OMP_NUM_THREADS": " 6 "}, "6"),
         ({"OMP_NUM_THREADS": "0"}, "default"),
         ({"OMP_NUM_THREADS": "-2"}, "default"),
@@ -277,7 +278,7 @@ def test_the_environment_sets_the_default(tmp_path, environment, expected):
     assert run.stdout.strip() in ({expected} if expected != "default" else default)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "many", "2.5", "4,2"])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "2.5", "4,2", "99999"])
 def test_a_bad_number_in_the_environment_is_an_error_that_names_the_variable(tmp_path, value):
     code = """
     dropout(X[:100], 0.5, key=KEY)
@@ -327,6 +328,14 @@ def test_a_large_array_is_shared_with_helpers():
     before = set(threading.enumerate())
     for_numpy.dropout(numbers(LARGE), key=KEY)
     assert len(set(threading.enumerate()) - before) > 0
+
+
+def test_limits_the_default_number(monkeypatch):
+    for variable in ("UNIDROP_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(threads, "cpu_count", lambda: 2000)
+    monkeypatch.setattr(threads, "_number", None)
+    assert get_num_threads() == 1024
 
 
 def test_one_thread_means_that_none_is_started():
