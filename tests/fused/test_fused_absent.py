@@ -144,7 +144,7 @@ def test_imports_numba_only_for_a_kernel(code):
 
 
 def test_compiles_without_folder_for_numba_cache(monkeypatch):
-    compile_with = kernels._compiled
+    compile_with = kernels._compile
     asked = []
 
     def no_folder(name, **options):
@@ -153,15 +153,15 @@ def test_compiles_without_folder_for_numba_cache(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return compile_with(name, **options)
 
-    monkeypatch.setattr(kernels, "_compiled", no_folder)
-    kernels._function.cache_clear()
+    monkeypatch.setattr(kernels, "_compile", no_folder)
+    kernels._get_function.cache_clear()
     FUSED._compile.cache_clear()
     FUSED.prepare.cache_clear()
     try:
         x = values((99,))
         assert_bits(fused(x, 0.4), portable(x, 0.4))
     finally:
-        kernels._function.cache_clear()
+        kernels._get_function.cache_clear()
         FUSED._compile.cache_clear()
         FUSED.prepare.cache_clear()
     names = [name for name, cached in asked if cached]
@@ -170,13 +170,13 @@ def test_compiles_without_folder_for_numba_cache(monkeypatch):
 
 
 def test_compiles_one_function_more_for_another_dtype():
-    one, other = (kernels.kernel("tiles", name) for name in ("float32", "bool"))
+    one, other = (kernels.make_kernel("tiles", name) for name in ("float32", "bool"))
     assert one.select != other.select
     assert one == other._replace(select=one.select)
 
 
 def test_compiles_one_function_more_for_another_traversal():
-    one, other = (kernels.kernel(way, "float32") for way in ("rows", "tiles"))
+    one, other = (kernels.make_kernel(traversal, "float32") for traversal in ("rows", "tiles"))
     assert one.run is not other.run
     assert one == other._replace(run=one.run)
 

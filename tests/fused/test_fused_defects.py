@@ -37,7 +37,7 @@ def plant(tmp_path, monkeypatch):
 
     def put(source):
         mutant = get_module("planted_kernels", source, tmp_path)
-        monkeypatch.setattr(kernels, "kernel", mutant.kernel)
+        monkeypatch.setattr(kernels, "make_kernel", mutant.make_kernel)
         FUSED._compile.cache_clear()
         FUSED.prepare.cache_clear()
 
@@ -70,11 +70,11 @@ DEFECTS = {
     "a signed comparison": ("icmp_unsigned(", "icmp_signed(", "mask", None),
     "bfloat16 half up": ("0x7FFF + ((product >> 16) & 1)", "0x8000", "output", "bfloat16"),
     "float16 half up": ("0xFFF + ((magnitude >> 13) & 1)", "0x1000", "output", "float16"),
-    "a product for selection": ("keep.choose(product, 0)", "product", "dropped-is-zero", "float32"),
+    "a product for selection": ("keep.select(product, 0)", "product", "dropped-is-zero", "float32"),
     "a counter of 32 bits": ("blocks >> 32, zero, zero", "zero, zero, zero", "windows", None),
     "a tile turned wrongly": (
-        "line.store(builder.add(turned",
-        "lines[i].store(builder.add(turned",
+        "row.store(builder.add(tile",
+        "columns[i].store(builder.add(tile",
         "layout",
         "float32",
     ),

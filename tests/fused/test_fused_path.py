@@ -11,7 +11,7 @@ from fused_arrays import DTYPES, KEY, assert_bits, fused, portable, values
 import unidrop
 import unidrop.adapters.numpy
 from unidrop import Key
-from unidrop.fused.kernels import UNIT
+from unidrop.fused.kernels import WORK_ITEM_SIZE
 
 # --- What kernels do not take ---------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ def test_forces_path_in_its_own_thread_alone():
 
 
 def test_gives_same_bits_from_many_threads():
-    arrays = [values((3 * UNIT + i,)) for i in range(8)]
+    arrays = [values((3 * WORK_ITEM_SIZE + i,)) for i in range(8)]
     expected = [portable(x, 0.4, Key(i)) for i, x in enumerate(arrays)]
     with ThreadPoolExecutor(8) as pool:
         actual = list(pool.map(lambda i: fused(arrays[i], 0.4, Key(i)), range(8)))

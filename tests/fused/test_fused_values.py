@@ -21,7 +21,7 @@ from fused_arrays import (
 
 import unidrop
 from unidrop import Key, keep_mask
-from unidrop.fused.kernels import CHUNK, UNIT
+from unidrop.fused.kernels import CHUNK, WORK_ITEM_SIZE
 
 # --- Values ---------------------------------------------------------------------------------------
 
@@ -121,7 +121,13 @@ def test_needs_no_kernel_to_keep_all_or_nothing():
 
 
 EDGES = [0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 255, 256, 257, CHUNK - 1, CHUNK, CHUNK + 1]
-UNITS = [UNIT - 1, UNIT, UNIT + 1, 2 * UNIT + 5, 17 * UNIT + 3]
+UNITS = [
+    WORK_ITEM_SIZE - 1,
+    WORK_ITEM_SIZE,
+    WORK_ITEM_SIZE + 1,
+    2 * WORK_ITEM_SIZE + 5,
+    17 * WORK_ITEM_SIZE + 3,
+]
 
 
 @pytest.mark.parametrize("size", EDGES + UNITS)
