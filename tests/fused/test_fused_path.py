@@ -1,4 +1,4 @@
-"""Which path an array takes, and how it is said and chosen."""
+"""The path of an array: its choice, its explanation, and forcing it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -13,7 +13,7 @@ import unidrop.adapters.numpy
 from unidrop import Key
 from unidrop.fused.kernels import WORK_ITEM_SIZE
 
-# --- What kernels do not take ---------------------------------------------------------------------
+# --- Arrays that kernels do not accept ------------------------------------------------------------
 
 
 class Subclass(np.ndarray):
@@ -25,7 +25,7 @@ def unaligned(x):
 
 
 def field(x):
-    """Return a field of records that are no multiple of it apart."""
+    """Return a field of records whose size is not a multiple of the field's size."""
     records = np.zeros(x.shape, [("x", x.dtype), ("rest", "u1")])
     records["x"] = x
     return records["x"]
@@ -75,7 +75,7 @@ def test_writes_mapped_out_to_its_file(tmp_path):
     assert (tmp_path / "y").read_bytes() == portable(x, 0.4).tobytes()
 
 
-# --- explain and only -----------------------------------------------------------------------------
+# --- explain_path and force_path ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -1,4 +1,4 @@
-"""Defects planted in the kernels: the matrix must turn red."""
+"""Mutants of the kernels: the matrix turns red for each of them."""
 
 import importlib
 import importlib.util
@@ -13,11 +13,12 @@ from unidrop.conformance.backends.numpy import Numpy
 from unidrop.fused import kernels
 
 SOURCE = Path(kernels.__file__).read_text(encoding="utf-8")
-CORES_PHILOX = Path(sys.modules["unidrop.philox"].__file__).read_text(encoding="utf-8")
+PHILOX = Path(sys.modules["unidrop.philox"].__file__).read_text(encoding="utf-8")
 TENTH_ROUND = ("ROUNDS: Final = 10", "ROUNDS: Final = 9")
 
 
-def get_module(name, source, folder):
+def load_module(name, source, folder):
+    """Import a module from its source."""
     file = folder / f"{name}.py"
     file.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, file)
@@ -26,35 +27,37 @@ def get_module(name, source, folder):
     return module
 
 
-def replaced(source, old, new):
-    assert source.count(old) == 1, f"{old!r} is to be found once, to plant a defect there"
+def replace_once(source, old, new):
+    """Replace a text that occurs once."""
+    assert source.count(old) == 1, f"{old!r} must occur once"
     return source.replace(old, new)
 
 
 @pytest.fixture
-def plant(tmp_path, monkeypatch):
-    """Return a function that puts kernels of a changed source in place of the real ones."""
+def mutate(tmp_path, monkeypatch):
+    """Return a function that compiles the kernels from another source."""
 
-    def put(source):
-        mutant = get_module("planted_kernels", source, tmp_path)
+    def replace(source):
+        mutant = load_module("mutant_kernels", source, tmp_path)
         monkeypatch.setattr(kernels, "make_kernel", mutant.make_kernel)
         FUSED._compile.cache_clear()
         FUSED.prepare.cache_clear()
 
-    yield put
+    yield replace
     monkeypatch.undo()
     FUSED._compile.cache_clear()
     FUSED.prepare.cache_clear()
 
 
-def failed(contract, dtype=None):
+def fails(contract, dtype=None):
+    """Return whether NumPy's backend fails a contract, in any mode and in one or every dtype."""
     chosen = [cell for cell in cells(Numpy(), [contract]) if isinstance(cell, Cell)]
     results = [run_cell(cell) for cell in chosen if dtype in (None, cell.dtype)]
     assert results
     return any(result.status == "failed" for result in results)
 
 
-DEFECTS = {
+MUTANTS = {
     "another multiplier for odd elements": (
         "from unidrop.philox import ODD_MULTIPLIER, philox",
         "from unidrop.philox import philox\n\nODD_MULTIPLIER = 0x6C078967",
@@ -72,7 +75,7 @@ DEFECTS = {
     "float16 half up": ("0xFFF + ((magnitude >> 13) & 1)", "0x1000", "output", "float16"),
     "a product for selection": ("keep.select(product, 0)", "product", "dropped-is-zero", "float32"),
     "a counter of 32 bits": ("blocks >> 32, zero, zero", "zero, zero, zero", "windows", None),
-    "a tile turned wrongly": (
+    "a wrong transpose": (
         "row.store(builder.add(tile",
         "columns[i].store(builder.add(tile",
         "layout",
@@ -81,30 +84,30 @@ DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_turns_matrix_red_by_defect_of_kernels(plant, defect):
-    old, new, contract, dtype = DEFECTS[defect]
-    plant(replaced(SOURCE, old, new))
-    assert failed(contract, dtype)
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_turns_matrix_red_by_mutant(mutate, mutant):
+    old, new, contract, dtype = MUTANTS[mutant]
+    mutate(replace_once(SOURCE, old, new))
+    assert fails(contract, dtype)
 
 
-def test_turns_matrix_red_by_one_round_fewer(plant, tmp_path, monkeypatch):
-    source = replaced(CORES_PHILOX, *TENTH_ROUND)
+def test_turns_matrix_red_by_one_round_fewer(mutate, tmp_path, monkeypatch):
+    source = replace_once(PHILOX, *TENTH_ROUND)
     monkeypatch.setitem(
-        sys.modules, "planted_philox", get_module("planted_philox", source, tmp_path)
+        sys.modules, "mutant_philox", load_module("mutant_philox", source, tmp_path)
     )
-    plant(replaced(SOURCE, "from unidrop.philox import", "from planted_philox import"))
-    assert failed("mask")
+    mutate(replace_once(SOURCE, "from unidrop.philox import", "from mutant_philox import"))
+    assert fails("mask")
 
 
 @pytest.mark.parametrize("blocks", ["32", "_BLOCKS"])
-def test_stays_green_with_any_number_of_blocks_at_a_time(plant, blocks):
+def test_stays_green_with_any_number_of_blocks(mutate, blocks):
     chosen = '32 if get_host_cpu_features().get("avx512f") else _BLOCKS'
-    plant(replaced(SOURCE, f"_MANY_BLOCKS = {chosen}", f"_MANY_BLOCKS = {blocks}"))
-    assert not any(failed(name) for name in ("mask", "windows"))
+    mutate(replace_once(SOURCE, f"_MANY_BLOCKS = {chosen}", f"_MANY_BLOCKS = {blocks}"))
+    assert not any(fails(name) for name in ("mask", "windows"))
 
 
-def test_stays_green_with_kernels_of_same_source(plant):
-    plant(SOURCE)
-    assert not any(failed(name) for name in ("mask", "threshold", "windows"))
-    assert not any(failed(name, "float32") for name in ("layout", "output", "dropped-is-zero"))
+def test_stays_green_with_kernels_of_same_source(mutate):
+    mutate(SOURCE)
+    assert not any(fails(name) for name in ("mask", "threshold", "windows"))
+    assert not any(fails(name, "float32") for name in ("layout", "output", "dropped-is-zero"))
