@@ -1,7 +1,7 @@
-"""Threads that help the caller with a large array, and forks beside other threads.
+"""Worker threads for large arrays, and a lock for forks.
 
-A job says by itself which of its units are still to be taken, so a helper needs nothing but the
-job: it may come late, or never, and the caller finishes alone. Results do not depend on it.
+A task counts its own work items, so a worker needs nothing but the task. A worker may start late or
+never: the caller then computes all work items alone. No result depends on it.
 """
 
 import logging
@@ -17,46 +17,46 @@ __all__ = ["fork_guard", "get_num_threads", "run", "set_num_threads"]
 
 # A first call holds this lock while it imports or compiles something, and a fork in another thread
 # waits for it. Otherwise the child would inherit Python's import locks, or Numba's lock, from a
-# thread that it lacks, and its own first call would wait forever. The lock is here because it must
-# exist before the first import that it guards: that of `unidrop.fused`.
-# Numba logs while it compiles. A fork takes locks in the reverse order of their registration, so
-# `logging` must have registered its own before.
+# thread that does not exist there, and its own first call would wait forever. This module holds the
+# lock because it loads before `unidrop.fused`, the first import under guard.
+# Numba logs while it compiles. A fork acquires locks in the reverse order of their registration, so
+# `logging` must register its own lock first.
 logging.getLogger(__name__)
 fork_guard = RLock()
 
-# Fewer units are finished by the time a helper wakes up.
-_WORTH_CALLING = 16
+# The caller finishes fewer work items before a worker wakes up.
+_MIN_WORK_ITEMS = 16
 
-# More is a mistake: threads beyond the number of CPUs never help, and each takes time to start.
-_MOST_THREADS = 1024
+# A larger number is a mistake: threads beyond the number of CPUs never help, and start slowly.
+_MAX_THREADS = 1024
 
-# A finaliser or a signal's handler may make a call in the middle of another.
+# A finalizer or a signal handler may make a call in the middle of another call.
 _lock = RLock()
-_number: int | None = None
-_helpers: "_Helpers | None" = None
+_num_threads: int | None = None
+_pool: "_WorkerPool | None" = None
 
 
 def set_num_threads(number: int) -> None:
-    """Set how many threads work on one large array, the caller's included.
+    """Set the number of threads that process one large array, including the calling thread.
 
-    The default is the environment variable ``UNIDROP_NUM_THREADS``, or else ``OMP_NUM_THREADS``,
-    or else the number of processors that the process may use. No result depends on it.
+    The default is the environment variable ``UNIDROP_NUM_THREADS``, else ``OMP_NUM_THREADS``, else
+    the number of CPUs that the process may use. No result depends on it.
 
-    The limit is 1024. A higher ``UNIDROP_NUM_THREADS`` raises ValueError when it is first read;
-    ``OMP_NUM_THREADS``, which other libraries share, and the number of processors are clamped.
+    The limit is 1024. A higher ``UNIDROP_NUM_THREADS`` raises ValueError at its first use. A higher
+    number from ``OMP_NUM_THREADS``, which other libraries share, or of CPUs counts as 1024.
 
     Parameters
     ----------
     number : int
-        From 1, which leaves all work to the caller's thread, to 1024. Threads beyond the number of
-        processors start all the same, but don't help.
+        From 1, which leaves all work to the calling thread, to 1024. Threads beyond the number of
+        CPUs start too, but do not help.
 
     Raises
     ------
     TypeError
-        If number is no integer.
+        If number is not an integer.
     ValueError
-        If it is less than 1 or more than 1024.
+        If number is less than 1 or more than 1024.
 
     Examples
     --------
@@ -67,116 +67,116 @@ def set_num_threads(number: int) -> None:
     1
     >>> unidrop.set_num_threads(before)
     """
-    global _number, _helpers
-    number = _checked(number, "number")
+    global _num_threads, _pool
+    number = _check_number(number, "number")
     with _lock:
-        _number, helpers, _helpers = number, _helpers, None
-    if helpers is not None:
-        helpers.dismiss()
+        _num_threads, pool, _pool = number, _pool, None
+    if pool is not None:
+        pool.stop()
 
 
 def get_num_threads() -> int:
-    """Return how many threads work on one large array, the caller's included."""
-    global _number
+    """Return the number of threads that process one large array, including the calling thread."""
+    global _num_threads
     with _lock:
-        if _number is None:
-            _number = _default()
-        return _number
+        if _num_threads is None:
+            _num_threads = _get_default()
+        return _num_threads
 
 
-def run(kernel: Callable[[Any, bool], bool], job: Any, units: int, owners: Any) -> None:
-    """Run a kernel over all units of a job, and return when every one is finished.
+def run(kernel: Callable[[Any, bool], bool], task: Any, work_items: int, keep_alive: Any) -> None:
+    """Run a kernel on all work items of a task, and return when all of them are finished.
 
     Parameters
     ----------
     kernel : callable
-        Takes units of a job until none is left, and whether it is a helper that does so; returns
-        whether all units are finished.
-    job : array of int
-    units : int
-        How many units it has.
-    owners : object
-        What owns the memory that the job has addresses of. Each helper holds on to it, so that it
-        outlives a caller who is interrupted.
+        Computes work items of a task until all are claimed. Its second argument is True in
+        a worker. Returns whether all work items are finished.
+    task : array of int
+    work_items : int
+        The number of work items of the task.
+    keep_alive : object
+        The owners of the memory whose addresses are in the task. Each worker holds a reference, so
+        the memory outlives an interrupted caller.
     """
     interrupt: BaseException | None = None
-    is_called = is_finished = False
-    # To the end, also after an interrupt: a helper would write to an array that is used again.
+    is_submitted = is_finished = False
+    # Finish even after an interrupt: otherwise a worker would write to an array in use again.
     while not is_finished:
         try:
-            if not is_called:
-                is_called = True
-                if units >= _WORTH_CALLING and get_num_threads() > 1:
-                    _called().call(units - 1, kernel, job, owners)
-            while not kernel(job, False):
+            if not is_submitted:
+                is_submitted = True
+                if work_items >= _MIN_WORK_ITEMS and get_num_threads() > 1:
+                    _get_pool().submit(work_items - 1, kernel, task, keep_alive)
+            while not kernel(task, False):
                 time.sleep(0)
             is_finished = True
-        except BaseException as raised:  # a signal's handler may raise anything
+        except BaseException as raised:  # a signal handler may raise anything
             interrupt = raised
     if interrupt is not None:
         raise interrupt
 
 
-class _Helpers:
-    """Threads that wait for jobs, and end with the process.
+class _WorkerPool:
+    """Threads that wait for tasks, and end with the process.
 
-    Not a `concurrent.futures.ThreadPoolExecutor`: its locks are Python's, and an interrupt that
-    comes while one is held leaves a process that does not end. A `SimpleQueue` has none of those.
+    Not a `concurrent.futures.ThreadPoolExecutor`: its locks are Python objects, and an interrupt
+    while a thread holds one can keep the process from ending. A `SimpleQueue` has no such locks.
     """
 
     def __init__(self) -> None:
-        self.jobs: SimpleQueue[Any] = SimpleQueue()
-        self.count = 0
+        self.queue: SimpleQueue[Any] = SimpleQueue()
+        self.size = 0
 
-    def start(self, most: int) -> None:
-        """Start as many threads, or as many as there can be."""
-        for _ in range(most):
-            thread = Thread(target=_help, args=(self.jobs,), name="unidrop", daemon=True)
+    def start(self, count: int) -> None:
+        """Start a number of threads, or fewer if the system refuses more."""
+        for _ in range(count):
+            thread = Thread(target=_work, args=(self.queue,), name="unidrop", daemon=True)
             try:
                 thread.start()
             except RuntimeError:
-                return  # there can be no more threads, now or since the interpreter shuts down
-            self.count += 1
+                return  # the system refuses threads, or the interpreter shuts down
+            self.size += 1
 
-    def call(self, most: int, *job: Any) -> None:
-        """Let as many help with a job."""
-        for _ in range(min(most, self.count)):
-            self.jobs.put(job)
+    def submit(self, most: int, *call: Any) -> None:
+        """Pass a kernel, its task and its memory to a number of workers at most."""
+        for _ in range(min(most, self.size)):
+            self.queue.put(call)
 
-    def dismiss(self) -> None:
-        """End the threads, once they have done what was asked of them before."""
-        for _ in range(self.count):
-            self.jobs.put(None)
-
-
-def _help(jobs: "SimpleQueue[Any]") -> None:
-    while (task := jobs.get()) is not None:
-        kernel, job, _ = task
-        kernel(job, True)
-        # Not held on to while waiting for the next.
-        del task, kernel, job, _
+    def stop(self) -> None:
+        """End the threads after the tasks that they have received before."""
+        for _ in range(self.size):
+            self.queue.put(None)
 
 
-def _called() -> _Helpers:
-    global _helpers
+def _work(queue: "SimpleQueue[Any]") -> None:
+    while (call := queue.get()) is not None:
+        kernel, task, _ = call
+        kernel(task, True)
+        # Drop all references before waiting for the next task.
+        del call, kernel, task, _
+
+
+def _get_pool() -> _WorkerPool:
+    global _pool
     with _lock:
-        if _helpers is None:
-            # Known before its threads are, so that those of an interrupted start are not lost.
-            _helpers = _Helpers()
-            _helpers.start(get_num_threads() - 1)
-        return _helpers
+        if _pool is None:
+            # Assign the pool before its threads start: an interrupted start must not lose them.
+            _pool = _WorkerPool()
+            _pool.start(get_num_threads() - 1)
+        return _pool
 
 
-def _default() -> int:
+def _get_default() -> int:
     if os.environ.get("UNIDROP_NUM_THREADS"):
         given = os.environ["UNIDROP_NUM_THREADS"].strip()
         number = int(given) if given.removeprefix("-").isdecimal() else given
-        return _checked(number, "UNIDROP_NUM_THREADS")
-    # Others' variable: a number, or one for each level, or what other programs are to judge.
+        return _check_number(number, "UNIDROP_NUM_THREADS")
+    # OpenMP's variable: a number, or one for each level. Leave invalid values to OpenMP.
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if first.isdecimal() and int(first) > 0:
-        return min(int(first), _MOST_THREADS)
-    return min(cpu_count(), _MOST_THREADS)
+        return min(int(first), _MAX_THREADS)
+    return min(cpu_count(), _MAX_THREADS)
 
 
 def cpu_count() -> int:
@@ -184,26 +184,26 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _checked(number: Any, name: str) -> int:
+def _check_number(number: Any, name: str) -> int:
     try:
         if isinstance(number, bool):
             raise TypeError
         checked = operator.index(number)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {number!r}") from None
-    if not 1 <= checked <= _MOST_THREADS:
-        raise ValueError(f"{name} must be from 1 to {_MOST_THREADS}, got {checked}")
+    if not 1 <= checked <= _MAX_THREADS:
+        raise ValueError(f"{name} must be from 1 to {_MAX_THREADS}, got {checked}")
     return checked
 
 
-def _forget_helpers() -> None:
-    """Start without threads: a process that forks leaves them behind, and maybe the lock held."""
-    global _helpers, _lock
-    _helpers, _lock = None, RLock()
+def _reset_after_fork() -> None:
+    """Forget the pool and its lock: a child has no threads, and a parent's thread may hold it."""
+    global _pool, _lock
+    _pool, _lock = None, RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
+    os.register_at_fork(after_in_child=_reset_after_fork)
     os.register_at_fork(
         before=fork_guard.acquire,
         after_in_parent=fork_guard.release,

@@ -1,7 +1,6 @@
-"""Where there are no kernels, or not yet: without Numba, its cache, or the package of them."""
+"""Dropout without kernels: without Numba, without its cache, or without unidrop.fused."""
 
 import importlib
-import os
 import shutil
 from pathlib import Path
 
@@ -34,7 +33,7 @@ print("".join(part.tobytes().hex() for part in parts))
 
 @pytest.fixture(scope="module")
 def bits_of_the_program():
-    """Return what the program prints of its results, as the specification says it."""
+    """Return the bits that the program prints, computed by the specification."""
     x = np.arange(1, 4000, dtype="float32").reshape(3, -1)
     y = specified(x, 0.4, Key(7))
     far = specified(x, 0.4, Key(7), global_shape=(3, 2**40), start=(0, 2**35))
@@ -43,7 +42,7 @@ def bits_of_the_program():
 
 @pytest.fixture(scope="module")
 def without_kernels(tmp_path_factory):
-    """Return a folder that holds the package, but for its kernels."""
+    """Return a folder with a copy of the package that lacks its kernels."""
     folder = tmp_path_factory.mktemp("without_kernels")
     ignored = shutil.ignore_patterns("__pycache__", "fused")
     shutil.copytree(Path(unidrop.__file__).parent, folder / "unidrop", ignore=ignored)
@@ -85,7 +84,7 @@ def test_gives_same_bits_and_a_reason_without_numba(why, bits_of_the_program):
     assert bits == bits_of_the_program
 
 
-# An installed package, also one that can be edited, lends a copy the parts that it lacks.
+# A copy would import missing parts from the installed package, editable or not.
 ALONE = """
 import sys
 sys.meta_path = [found for found in sys.meta_path if "editable" not in str(found).lower()]
@@ -144,45 +143,45 @@ def test_imports_numba_only_for_a_kernel(code):
 
 
 def test_compiles_without_folder_for_numba_cache(monkeypatch):
-    compile_with = kernels._compiled
-    asked = []
+    compile_with = kernels._compile
+    calls = []
 
     def no_folder(name, **options):
-        asked.append((name, options.get("cache", False)))
+        calls.append((name, options.get("cache", False)))
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
         return compile_with(name, **options)
 
-    monkeypatch.setattr(kernels, "_compiled", no_folder)
-    kernels._function.cache_clear()
+    monkeypatch.setattr(kernels, "_compile", no_folder)
+    kernels._get_function.cache_clear()
     FUSED._compile.cache_clear()
     FUSED.prepare.cache_clear()
     try:
         x = values((99,))
         assert_bits(fused(x, 0.4), portable(x, 0.4))
     finally:
-        kernels._function.cache_clear()
+        kernels._get_function.cache_clear()
         FUSED._compile.cache_clear()
         FUSED.prepare.cache_clear()
-    names = [name for name, cached in asked if cached]
+    names = [name for name, cached in calls if cached]
     assert {"select_float32", "rows"} < set(names)
-    assert asked == [(name, cached) for name in names for cached in (True, False)]
+    assert calls == [(name, cached) for name in names for cached in (True, False)]
 
 
 def test_compiles_one_function_more_for_another_dtype():
-    one, other = (kernels.kernel("tiles", name) for name in ("float32", "bool"))
+    one, other = (kernels.make_kernel("tiles", name) for name in ("float32", "bool"))
     assert one.select != other.select
     assert one == other._replace(select=one.select)
 
 
 def test_compiles_one_function_more_for_another_traversal():
-    one, other = (kernels.kernel(way, "float32") for way in ("rows", "tiles"))
+    one, other = (kernels.make_kernel(traversal, "float32") for traversal in ("rows", "tiles"))
     assert one.run is not other.run
     assert one == other._replace(run=one.run)
 
 
 def test_keeps_kernels_of_several_processes_apart(tmp_path):
-    # What each compiles first has the same number in Numba's names of functions.
+    # In each process, Numba's name of the first function contains the same number.
     program = """
 import sys, ml_dtypes, numpy as np, unidrop
 for name in {names}:
@@ -195,24 +194,3 @@ for name in {names}:
     for names in (first, second, first + second):
         (actual,) = get_output(program.format(names=names), NUMBA_CACHE_DIR=str(tmp_path))
         assert actual.split() == ["True"] * len(names), names
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_gives_same_bits_in_forked_process():
-    program = """
-import os, sys, warnings
-warnings.simplefilter("ignore")
-import numpy as np, unidrop
-unidrop.set_num_threads(3)
-x = np.arange(1, (1 << 21) + 1, dtype="float32")
-y = unidrop.dropout(x, 0.4, unidrop.Key(7))
-sys.stdout.flush()
-child = os.fork()
-again = unidrop.dropout(x, 0.4, unidrop.Key(7))
-turned = unidrop.dropout(np.asfortranarray(x.reshape(512, -1)), 0.4, unidrop.Key(7))
-same = (again == y).all() and (turned.ravel() == y).all()
-if child == 0:
-    os._exit(0 if same else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), bool(same))
-"""
-    assert get_output(program) == ["0 True"]

@@ -1,4 +1,4 @@
-"""The fused path in every memory layout, and into an output of any."""
+"""The fused path in every memory layout of inputs and outputs."""
 
 import itertools
 import math
@@ -117,7 +117,7 @@ INTO = {
 @pytest.mark.parametrize("into", INTO)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
 def test_writes_portable_bits_to_out_of_any_layout(into, order):
-    # The first and the last axis are of one length, so that their places can be mistaken.
+    # The first and the last axis have the same length, so no shape reveals a mix-up of them.
     for seed, axes in itertools.product(range(3), subsets(3)):
         x = laid_out(values((7, 9, 7)), order)
         expected = portable(x, 0.5, Key(seed), broadcast_axes=axes)

@@ -1,4 +1,4 @@
-"""Which path an array takes, and how it is said and chosen."""
+"""The path of an array: its choice, its explanation, and forcing it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -11,9 +11,9 @@ from fused_arrays import DTYPES, KEY, assert_bits, fused, portable, values
 import unidrop
 import unidrop.adapters.numpy
 from unidrop import Key
-from unidrop.fused.kernels import UNIT
+from unidrop.fused.kernels import WORK_ITEM_SIZE
 
-# --- What kernels do not take ---------------------------------------------------------------------
+# --- Arrays that kernels do not accept ------------------------------------------------------------
 
 
 class Subclass(np.ndarray):
@@ -25,7 +25,7 @@ def unaligned(x):
 
 
 def field(x):
-    """Return a field of records that are no multiple of it apart."""
+    """Return a field of records whose size is not a multiple of the field's size."""
     records = np.zeros(x.shape, [("x", x.dtype), ("rest", "u1")])
     records["x"] = x
     return records["x"]
@@ -75,7 +75,7 @@ def test_writes_mapped_out_to_its_file(tmp_path):
     assert (tmp_path / "y").read_bytes() == portable(x, 0.4).tobytes()
 
 
-# --- explain and only -----------------------------------------------------------------------------
+# --- explain_path and force_path ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -143,7 +143,7 @@ def test_forces_path_in_its_own_thread_alone():
 
 
 def test_gives_same_bits_from_many_threads():
-    arrays = [values((3 * UNIT + i,)) for i in range(8)]
+    arrays = [values((3 * WORK_ITEM_SIZE + i,)) for i in range(8)]
     expected = [portable(x, 0.4, Key(i)) for i, x in enumerate(arrays)]
     with ThreadPoolExecutor(8) as pool:
         actual = list(pool.map(lambda i: fused(arrays[i], 0.4, Key(i)), range(8)))

@@ -1,4 +1,4 @@
-"""The values of the fused path, at every dtype, rate and size: to the bit the portable one's."""
+"""Values of the fused path at every dtype, rate and size: the bits of the portable path."""
 
 import itertools
 
@@ -21,7 +21,7 @@ from fused_arrays import (
 
 import unidrop
 from unidrop import Key, keep_mask
-from unidrop.fused.kernels import CHUNK, UNIT
+from unidrop.fused.kernels import CHUNK, WORK_ITEM_SIZE
 
 # --- Values ---------------------------------------------------------------------------------------
 
@@ -34,10 +34,10 @@ def test_gives_portable_bits_of_random_bits(name, p):
 
 
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("way", ["rows", "tiles"])
-def test_gives_specified_bits_of_random_bits(name, way):
+@pytest.mark.parametrize("traversal", ["rows", "tiles"])
+def test_gives_specified_bits_of_random_bits(name, traversal):
     x = random_patterns((19, 17), name, seed=1)
-    laid_out = np.asfortranarray(x) if way == "tiles" else x
+    laid_out = np.asfortranarray(x) if traversal == "tiles" else x
     for p in RATES:
         assert_bits(fused(laid_out, p), specified(x, p))
 
@@ -85,17 +85,17 @@ def test_replaces_dropped_bits_by_positive_zero(name):
 WAYS = {
     "rows": lambda p, i: fused(np.ones(39), p)[i] != 0,
     "tiles": lambda p, i: fused(np.asfortranarray(np.ones((13, 3))), p)[divmod(i, 3)] != 0,
-    "shared": lambda p, i: fused(np.ones((39, 70)), p, broadcast_axes=(1,))[i].all(),
+    "broadcast": lambda p, i: fused(np.ones((39, 70)), p, broadcast_axes=(1,))[i].all(),
     "mask": lambda p, i: keep_mask((39,), p, KEY)[i],
 }
 
 
 @pytest.mark.parametrize(("above", "kept"), [(0, True), (1, False)], ids=["T = u", "T = u + 1"])
-@pytest.mark.parametrize("way", WAYS)
-def test_keeps_where_u_reaches_threshold(above, kept, way):
+@pytest.mark.parametrize("traversal", WAYS)
+def test_keeps_where_u_reaches_threshold(above, kept, traversal):
     for i in (*range(9), 30, 31, 32, 33, 38):
         p = (reference.u(int(KEY), i) + above) / 2**32
-        assert WAYS[way](p, i) == kept, i
+        assert WAYS[traversal](p, i) == kept, i
 
 
 @pytest.mark.parametrize(
@@ -121,17 +121,18 @@ def test_needs_no_kernel_to_keep_all_or_nothing():
 
 
 EDGES = [0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 255, 256, 257, CHUNK - 1, CHUNK, CHUNK + 1]
-UNITS = [UNIT - 1, UNIT, UNIT + 1, 2 * UNIT + 5, 17 * UNIT + 3]
+WORK_ITEMS = [(1, -1), (1, 0), (1, 1), (2, 5), (17, 3)]
+SIZES = EDGES + [count * WORK_ITEM_SIZE + more for count, more in WORK_ITEMS]
 
 
-@pytest.mark.parametrize("size", EDGES + UNITS)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["float32", "complex64", "bfloat16"])
 def test_gives_portable_bits_of_sizes_about_each_boundary(size, name):
     x = values((size,), name)
     assert_bits(fused(x, 0.4), portable(x, 0.4))
 
 
-@pytest.mark.parametrize("size", EDGES + UNITS)
+@pytest.mark.parametrize("size", SIZES)
 def test_gives_portable_masks_of_sizes_about_each_boundary(size):
     with unidrop.force_path("portable"):
         expected = keep_mask((size,), 0.4, KEY)
@@ -155,14 +156,14 @@ def test_gives_portable_bits_of_tiles_at_boundaries(columns):
 
 
 @pytest.mark.parametrize("columns", [2, 31, 32, 33, 2047, 2048, 2049, 5000])
-def test_gives_portable_bits_of_shared_columns_at_boundaries(columns):
+def test_gives_portable_bits_of_broadcast_columns_at_boundaries(columns):
     for rows in (1, 3, 55, 56, 57, 130):
         x = values((rows, columns))
         assert_bits(fused(x, 0.4, broadcast_axes=(1,)), portable(x, 0.4, broadcast_axes=(1,)))
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_numbers_single_element_of_any_rank_0(name):
+def test_gives_specified_bits_of_single_element(name):
     for shape, seed in itertools.product([(), (1,), (1, 1, 1)], range(4)):
         x = values(shape, name)
         assert_bits(unidrop.dropout(x, 0.5, Key(seed)), specified(x, 0.5, Key(seed)))

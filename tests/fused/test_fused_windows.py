@@ -1,4 +1,4 @@
-"""Windows, keys and masks of the fused path: to the bit the specification's."""
+"""Windows, keys and masks of the fused path: the bits of the specification."""
 
 import math
 

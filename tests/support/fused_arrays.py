@@ -105,7 +105,7 @@ def subsets(ndim):
 
 
 def get_output(program, cwd=None, **environment):
-    """Return the lines that a program prints in a process of its own."""
+    """Return the lines that a program prints in a new process."""
     run = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -1,7 +1,7 @@
-"""Dropout as single-pass kernels on the CPU: the same bits, only faster.
+"""Dropout as single-pass kernels on the CPU: the same bits, faster.
 
-This package can be deleted without changing a result: `unidrop.dispatch` then finds it missing, and
-every array uses the portable operations. Kernels read and write buffers, and know no library.
+Deleting this package changes no result: `unidrop.dispatch` notices its absence, and every array
+uses the portable operations. Kernels read and write buffers, and know no library.
 """
 
 import math
@@ -54,7 +54,7 @@ def unavailable() -> str | None:
 def prepare(
     dtype: Any,
     shape: tuple[int, ...],
-    steps: tuple[int, ...] | None,
+    strides: tuple[int, ...] | None,
     mask_strides: tuple[int, ...],
 ) -> "PreparedKernel | None":
     """Return the kernel for an array of at least one element, or None if the array has gaps.
@@ -62,14 +62,14 @@ def prepare(
     Parameters
     ----------
     dtype : dtype
-        Of any library; bool computes the mask itself.
+        A dtype of any library; bool means the mask itself.
     shape : tuple of int
-    steps : tuple of int or None
+    strides : tuple of int or None
         The distance between neighbors along each axis in memory, in elements; None means C order.
     mask_strides : tuple of int
-        Their distance in the numbering of the mask; 0 if they share a decision.
+        The same distance in the mask's numbering; 0 along a broadcast axis.
     """
-    layout = make_layout(shape, steps, mask_strides)
+    layout = make_layout(shape, strides, mask_strides)
     if layout is None:
         return None
     kind = dtype_name(dtype)
@@ -81,7 +81,7 @@ def prepare(
 def make_mask(
     shape: tuple[int, ...], mask_strides: tuple[int, ...], rate: Rate, key: int, base: int
 ) -> NDArray[np.bool]:
-    """Return the mask of at least one element, for a rate that keeps some elements."""
+    """Return the mask of a shape without zeros, for a rate that keeps some elements."""
     mask = np.empty(shape, dtype=np.bool)
     kernel = prepare(mask.dtype, shape, None, mask_strides)
     assert kernel is not None  # C order has no gaps
@@ -91,9 +91,9 @@ def make_mask(
 
 @cache
 def _compile(traversal: str, kind: str) -> Any:
-    """Return `prepare_kernel` of a compiled kernel; the first call imports Numba."""
+    """Compile a kernel and return `prepare_kernel` for it; the first call imports Numba."""
     with fork_guard:
-        from unidrop.fused.kernels import kernel
+        from unidrop.fused.kernels import make_kernel
         from unidrop.fused.task import prepare_kernel
 
-        return partial(prepare_kernel, kernel(traversal, kind))
+        return partial(prepare_kernel, make_kernel(traversal, kind))

@@ -1,69 +1,69 @@
-"""Layouts: the axes of an array in memory order, with their numbering in the mask."""
+"""Layouts: the axes of an array in memory order, with their strides in the mask's numbering."""
 
 from functools import lru_cache
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 __all__ = ["Axis", "Layout", "make_layout", "same_strides"]
 
 
 class Axis(NamedTuple):
-    """An axis: its length, and the distance of its elements in the mask's numbering and in memory."""
+    """An axis: its length, its stride in the mask's numbering, and its stride in memory."""
 
     length: int
+    mask_stride: int
     stride: int
-    step: int
 
 
 class Layout(NamedTuple):
     """The axes of an array without gaps, outermost in memory first, and their traversal.
 
-    ``traversal`` is "rows" if the numbering advances by one along the last axis. It is "tiles" if
-    the numbering advances by one along the axis before the last.
+    The traversal is "rows" if the mask stride of the last axis is 1. It is "tiles" if the mask
+    stride of the axis before the last is 1.
     """
 
-    traversal: str
+    traversal: Literal["rows", "tiles"]
     axes: tuple[Axis, ...]
 
 
 @lru_cache(maxsize=4096)
 def make_layout(
-    shape: tuple[int, ...], steps: tuple[int, ...] | None, strides: tuple[int, ...]
+    shape: tuple[int, ...], strides: tuple[int, ...] | None, mask_strides: tuple[int, ...]
 ) -> Layout | None:
-    """Return the layout of an array, or None if it has gaps, overlaps or negative steps.
+    """Return the layout of an array, or None if it has gaps, overlaps or negative strides.
 
     Parameters
     ----------
     shape : tuple of int
-        At least one element.
-    steps : tuple of int or None
-        The distance between neighbors along each axis in memory; None means C order.
-    strides : tuple of int
-        Their distance in the mask's numbering; 0 if they share a decision.
+        The lengths of the axes, all above 0.
+    strides : tuple of int or None
+        The distance between neighbors along each axis in memory, in elements; None means C order.
+    mask_strides : tuple of int
+        The same distance in the mask's numbering; 0 along a broadcast axis.
 
     Examples
     --------
     >>> make_layout((2, 3), (3, 1), (3, 1))
-    Layout(traversal='rows', axes=(Axis(length=6, stride=1, step=1),))
+    Layout(traversal='rows', axes=(Axis(length=6, mask_stride=1, stride=1),))
     >>> make_layout((2, 3), (1, 2), (3, 1)).traversal
     'tiles'
     """
-    if steps is None:
-        steps = _c_order(shape)
-    axes = [Axis(*axis) for axis in zip(shape, strides, steps, strict=True) if axis[0] != 1]
-    axes.sort(key=attrgetter("step"), reverse=True)
+    if strides is None:
+        strides = _get_c_strides(shape)
+    axes = [Axis(*axis) for axis in zip(shape, mask_strides, strides, strict=True) if axis[0] != 1]
+    axes.sort(key=attrgetter("stride"), reverse=True)
     merged: list[Axis] = []
     filled = 1
     for axis in reversed(axes):
-        if axis.step != filled:
+        if axis.stride != filled:
             return None
         filled *= axis.length
         inner = merged[-1] if merged else None
-        if inner is not None and axis.stride == inner.length * inner.stride:
-            merged[-1] = Axis(axis.length * inner.length, inner.stride, inner.step)
+        if inner is not None and axis.mask_stride == inner.length * inner.mask_stride:
+            merged[-1] = Axis(axis.length * inner.length, inner.mask_stride, inner.stride)
         else:
             merged.append(axis)
-    return _along(merged[::-1])
+    return _choose_traversal(merged[::-1])
 
 
 @lru_cache(maxsize=4096)
@@ -72,28 +72,29 @@ def same_strides(
 ) -> bool:
     """Return whether two arrays of one shape have the same strides along every axis above 1.
 
-    Equal layouts are not enough: axes that share a decision may differ in their strides.
+    Equal layouts do not suffice: they ignore the order of neighboring broadcast axes.
     """
     if a == b:
         return True
-    a, b = (_c_order(shape) if steps is None else steps for steps in (a, b))
+    a, b = (_get_c_strides(shape) if strides is None else strides for strides in (a, b))
     return all(n == 1 or i == j for n, i, j in zip(shape, a, b, strict=True))
 
 
-def _c_order(shape: tuple[int, ...]) -> tuple[int, ...]:
-    steps = [1]
+def _get_c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
     for length in shape[:0:-1]:
-        steps.append(steps[-1] * length)
-    return tuple(steps[::-1])[: len(shape)]
+        strides.append(strides[-1] * length)
+    return tuple(strides[::-1])[: len(shape)]
 
 
-def _along(axes: list[Axis]) -> Layout:
-    if axes and axes[-1].stride == 1:
+def _choose_traversal(axes: list[Axis]) -> Layout:
+    """Return the layout of merged axes: move the axis of mask stride 1, or add one of length 1."""
+    if axes and axes[-1].mask_stride == 1:
         return Layout("rows", tuple(axes))
-    counted = next((axis for axis in axes if axis.stride == 1), None)
+    counted = next((axis for axis in axes if axis.mask_stride == 1), None)
     if counted is not None:
         axes.remove(counted)
         return Layout("tiles", (*axes[:-1], counted, axes[-1]))
-    if axes and axes[-1].stride == 0:
+    if axes and axes[-1].mask_stride == 0:
         return Layout("tiles", (*axes[:-1], Axis(1, 1, 0), axes[-1]))
     return Layout("rows", (*axes, Axis(1, 1, 1)))

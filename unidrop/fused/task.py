@@ -27,14 +27,14 @@ class PreparedKernel:
     Attributes
     ----------
     compiled : callable
-        Runs work items of a task; see `unidrop.fused.kernels`.
+        Computes work items of a task; see `unidrop.fused.kernels`.
     template : array of int64
-        The task without addresses, rate and key.
+        A task without addresses, rate and key.
     work_items : int
         The number of work items of a task.
     shape : tuple of int
     size : int
-        In bytes.
+        The size of an array in bytes.
     """
 
     compiled: Callable[[Any, bool], bool]
@@ -46,7 +46,7 @@ class PreparedKernel:
     def can_read(self, source: Buffer, target: Buffer) -> bool:
         """Return whether the kernel can read from source while it writes to target.
 
-        Both must have the same strides, and must not share only a part of their memory.
+        Both must have the same strides. Their memory must be the same or not overlap at all.
         """
         if not same_strides(self.shape, source.strides, target.strides):
             return False
@@ -84,28 +84,28 @@ def prepare_kernel(
     """Return a kernel with the template of its tasks; size is in bytes."""
     length = math.prod(axis.length for axis in layout.axes)
     template = np.zeros(kernels.AXES + 3 * len(layout.axes), dtype=np.int64)
-    template[kernels.DECIDE] = kernel.decide
+    template[kernels.GENERATE] = kernel.generate
     template[kernels.SELECT] = kernel.select
     template[kernels.SIZE] = length
     template[kernels.NDIM] = len(layout.axes)
-    # Strides may exceed int64: the kernel adds them modulo 2^64.
+    # Mask strides may exceed int64: the kernel adds them modulo 2^64.
     axes = np.array([n % (1 << 64) for axis in layout.axes for n in axis], dtype=np.uint64)
     template[kernels.AXES :] = axes.view(np.int64)
     if layout.traversal == "rows":
-        work_items = -(-length // kernels.UNIT)
+        work_items = -(-length // kernels.WORK_ITEM_SIZE)
     else:
         *outer, rows, columns = layout.axes
         height = min(kernels.TILE_ROWS, rows.length)
-        width = min(kernels.tile_columns(height, columns.stride), columns.length)
-        template[[kernels.ROWS, kernels.COLUMNS]] = height, width
+        width = min(kernels.get_tile_columns(height, columns.mask_stride), columns.length)
+        template[[kernels.HEIGHT, kernels.WIDTH]] = height, width
         tiles = -(-rows.length // height) * -(-columns.length // width)
         work_items = tiles * math.prod(axis.length for axis in outer)
-    template[kernels.UNITS] = work_items
+    template[kernels.WORK_ITEMS] = work_items
     return PreparedKernel(kernel.run, template, work_items, shape, size)
 
 
 @lru_cache(maxsize=1024)
 def _get_bits(number: float) -> int:
-    """Return the int64 of the same 64 bits as a double."""
+    """Return the bits of a double as an int64."""
     bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
     return bits
