@@ -1,11 +1,19 @@
-"""What tests share: third parties' backends, installed as their packages would be."""
+"""What tests share: backends that are installed as a third party's, and the order of files."""
 
 import os
 import textwrap
+from collections import Counter
 
 import pytest
 
 pytest.register_assert_rewrite("fused_arrays")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Begin with the files that have the most slow tests: a worker takes one file after another."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture
