@@ -6,8 +6,13 @@ import array_api_compat.torch
 import numpy as np
 import torch
 
-from unidrop.adapters.torch.func import randomness
-from unidrop.adapters.torch.operators import constant, int_tensor, key_tensor, pack_words
+from unidrop.adapters.torch.operators import (
+    as_constant,
+    int_tensor,
+    key_tensor,
+    pack_words,
+    trace_dropout,
+)
 from unidrop.key import Key, string_data
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
@@ -15,7 +20,7 @@ from unidrop.rate import Rate
 from unidrop.window import Window, register_symbolic_integer
 from unidrop.words import Int64Words
 
-__all__ = ["LIBRARY", "is_tracing", "record"]
+__all__ = ["LIBRARY", "is_tracing"]
 
 _WORDS = Int64Words(array_api_compat.torch)
 
@@ -73,7 +78,7 @@ class TorchOperator(Operator):
     ) -> Any:
         """Apply dropout as one operator, whose backward pass keeps the key alone."""
         if is_tracing():
-            return record(x, key_tensor(key), plan.rate.p, plan.window)
+            return trace_dropout(x, key_tensor(key), plan.rate.p, *_window_arguments(plan.window))
         if torch.is_grad_enabled() and x.requires_grad:
             return _Dropout.apply(x, key, plan, mask)
         return plan.run(x, key, mask)
@@ -86,12 +91,11 @@ class TorchOperator(Operator):
             whole = Window.from_args(
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
-            return record(ones, key_tensor(key), rate.p, whole) != 0
+            return trace_dropout(ones, key_tensor(key), rate.p, *_window_arguments(whole)) != 0
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
             key_tensor(key),
-            constant(rate.p),
+            as_constant(rate.p),
             window.shape,
-            window.broadcast_axes,
             *_window_arguments(window),
             device=like.device,
         )
@@ -170,29 +174,16 @@ def is_tracing() -> bool:
     )
 
 
-def record(x: torch.Tensor, words: torch.Tensor, p: float, window: Window) -> torch.Tensor:
-    """Return the output under the key in a tensor, as one operator."""
-    output: torch.Tensor = torch.ops.unidrop.dropout(
-        x,
-        words,
-        constant(p),
-        window.broadcast_axes,
-        *_window_arguments(window),
-        random=randomness(x, words),
-    )
-    return output
-
-
 def _window_arguments(window: Window) -> tuple[Any, ...]:
-    """Return the operator's arguments for the global shape and the start of a window."""
+    """Return the arguments of an operator for a window."""
     if window.global_shape is None or window.start is None:
-        return ()
+        return (window.broadcast_axes,)
     if max(window.global_shape, default=0) > _MOST:
         raise ValueError(
             "global_shape must be below 2**63 under torch.compile, torch.export and torch.func, "
             f"got {window.global_shape}"
         )
-    return window.global_shape, int_tensor(window.start)
+    return window.broadcast_axes, window.global_shape, int_tensor(window.start)
 
 
 def _find_observer() -> str | None:

@@ -13,6 +13,7 @@ A key is an int64 tensor ``[lo, hi]``, on the CPU unless it was made of a step o
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from unidrop.adapters.calls import COUNTING
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
+from unidrop.adapters.torch.func import randomness
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
@@ -31,18 +33,23 @@ from unidrop.rate import Rate
 from unidrop.words import MASK32
 
 __all__ = [
+    "as_constant",
     "as_key",
-    "constant",
+    "cached_rate",
     "draw_words",
     "key_tensor",
     "next_call_number",
-    "record_draw",
     "record_key",
     "rollback_call",
+    "trace_draw_words",
+    "trace_dropout",
 ]
 
 # What a drawing of a key says that it writes to, which keeps drawings in order.
 _ORDER = torch.zeros((), dtype=torch.int64)
+
+# For a float. Dynamo cannot trace a cache, so only calls that are not traced use this one.
+cached_rate = lru_cache(maxsize=256)(Rate.from_p)
 
 _dispatch_mode = torch._C._get_dispatch_mode
 _DispatchMode = torch._C._TorchDispatchModeKey
@@ -98,7 +105,28 @@ def _record_int_tensor(numbers: Sequence[Any]) -> Tensor:
     return stack
 
 
-def constant(p: float) -> float:
+def trace_dropout(
+    x: Tensor,
+    words: Tensor,
+    p: float,
+    broadcast_axes: Sequence[int],
+    global_shape: Sequence[int] | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Return dropout under the key in a tensor of words, as one operator of a trace."""
+    output: Tensor = torch.ops.unidrop.dropout(
+        x,
+        words,
+        as_constant(p),
+        broadcast_axes,
+        global_shape,
+        start,
+        random=randomness(x, words),
+    )
+    return output
+
+
+def as_constant(p: float) -> float:
     """Return a rate that torch.compile takes as a constant, and traces again where it changes.
 
     A float that has changed it takes for variable, of which Inductor, in a checkpointed region,
@@ -155,12 +183,13 @@ def draw_words() -> Tensor:
     return words
 
 
-def record_draw() -> Tensor:
-    """Record a `draw_words`, in what is traced.
+def trace_draw_words(x: Tensor) -> Tensor:
+    """Run `draw_words` as one operator of the trace that x belongs to.
 
-    torch.export takes no state that is not the module's, and runs its operations one by one, so it
-    is given the drawing itself. So is what runs on fake tensors, which the state is none of.
+    torch.export accepts no state beyond the module's and runs operations one by one, so it traces
+    the random number itself. So does a FakeTensorMode, which rejects a real tensor as state.
     """
+    randomness(x, None)  # raises before anything is drawn
     if torch.compiler.is_exporting():
         return _drawn()
     if not torch.compiler.is_dynamo_compiling() and _dispatch_mode(_DispatchMode.FAKE) is not None:
@@ -199,7 +228,7 @@ def _dropout(
 ) -> Tensor:
     plan = DropoutPlan.from_args(
         x,
-        Rate.from_p(p),
+        cached_rate(p),
         broadcast_axes=tuple(broadcast_axes),
         global_shape=global_shape,
         start=_starts(start),
