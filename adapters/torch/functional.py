@@ -1,4 +1,4 @@
-"""Dropout as functions: those of `torch.nn.functional`, with a key and the options of the core."""
+"""The dropout functions of `torch.nn.functional`, with a key and the options of the core."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ __all__ = [
     "dropout2d",
     "dropout3d",
     "make_plan",
-    "run_drawn",
+    "run_with_drawn_key",
     "traced_call_drops",
 ]
 
@@ -220,7 +220,7 @@ def dropout1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero whole channels of a (N, C, L) or (C, L) input with probability p.
 
-    Parameters, returns and errors are those of `dropout`; the mask has length 1 along L. As
+    Parameters, returns and errors are as in `dropout`; the mask has length 1 along L. As
     `torch.nn.functional.dropout1d`, it raises RuntimeError for an input of another rank.
     """
     axes = axes1d(input, training)
@@ -276,7 +276,7 @@ def dropout2d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero whole channels of a (N, C, H, W) input with probability p.
 
-    Parameters, returns and errors are those of `dropout`; the mask has length 1 along H and W. As
+    Parameters, returns and errors are as in `dropout`; the mask has length 1 along H and W. As
     `torch.nn.functional.dropout2d`, it warns of an input of another rank, and treats a 3D input as
     (N, C, L).
     """
@@ -333,7 +333,7 @@ def dropout3d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input with probability p.
 
-    Parameters, returns and errors are those of `dropout`; the mask has length 1 along D, H and W.
+    Parameters, returns and errors are as in `dropout`; the mask has length 1 along D, H and W.
     As `torch.nn.functional.dropout3d`, it warns of an input of another rank.
     """
     axes = axes3d(input, training)
@@ -416,8 +416,9 @@ def _dropout(
 ) -> _Result:
     """Run a function of this module; ``axes`` are valid, and none of them is negative."""
     if return_mask or global_shape is not None or start is not None:
-        window = (axes, global_shape, start)
-        return _dropout_of_window(input, p, training, inplace, key, window, return_mask)
+        return _dropout_of_window(
+            input, p, training, inplace, key, axes, global_shape, start, return_mask
+        )
     if is_tracing():
         return _trace_whole(input, p, training, inplace, key, axes)
     if key is not None:
@@ -426,7 +427,7 @@ def _dropout(
     if plan is None:
         return input
     if key is None:
-        return run_drawn(lambda key: apply_plan(input, plan, key, inplace), inplace)
+        return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
     return apply_plan(input, plan, key, inplace)
 
 
@@ -438,6 +439,7 @@ def _trace_whole(
     key: Key | None,
     axes: Sequence[int],
 ) -> Tensor:
+    """Run a traced call without options, and trace as little as possible."""
     p = checked_probability(p)
     if key is not None:
         check_key(key)
@@ -453,16 +455,17 @@ def _dropout_of_window(
     training: bool,
     inplace: bool,
     key: Key | None,
-    window: tuple[Sequence[int], Sequence[int] | None, Sequence[Any] | None],
+    axes: Sequence[int],
+    global_shape: Sequence[int] | None,
+    start: Sequence[Any] | None,
     return_mask: bool,
 ) -> _Result:
-    """Run a call with options, traced or not."""
+    """Run a call with a window or a mask, whether PyTorch traces it or not."""
     if not isinstance(input, Tensor):
         raise _not_a_tensor(input)
     rate = Rate.from_p(p)
     if key is not None:
         check_key(key)
-    axes, global_shape, start = window
     plan = DropoutPlan.from_args(
         input,
         rate,
@@ -485,7 +488,7 @@ def _dropout_of_window(
         output = apply_plan(input, plan, key, inplace, mask)
         return output if mask is None else (output, mask)
 
-    return run_drawn(call, inplace) if key is None else call(key)
+    return run_with_drawn_key(call, inplace) if key is None else call(key)
 
 
 def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
@@ -531,7 +534,7 @@ def apply_plan(
     return output
 
 
-def run_drawn(call: Callable[[Key], T], inplace: bool) -> T:
+def run_with_drawn_key(call: Callable[[Key], T], inplace: bool) -> T:
     """Return ``call(key)`` for a key from the default generator.
 
     In place, PyTorch may refuse to write to the input. The generator then keeps its state.

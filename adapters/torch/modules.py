@@ -1,4 +1,4 @@
-"""Dropout as modules: those of `torch.nn`, with a seed and a count of training calls."""
+"""The dropout modules of `torch.nn`, with a seed and a count of training calls."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
@@ -18,14 +18,14 @@ from unidrop.adapters.torch.functional import (
     axes2d,
     axes3d,
     make_plan,
-    run_drawn,
+    run_with_drawn_key,
     traced_call_drops,
 )
 from unidrop.adapters.torch.operators import (
     key_tensor,
     next_call_number,
-    record_key,
     rollback_call,
+    trace_call_key,
     trace_draw_words,
 )
 from unidrop.dtypes import integer_bits
@@ -157,6 +157,9 @@ class Dropout(torch.nn.Module):
         @calls.setter
         def calls(self, value: SupportsIndex | Tensor) -> None: ...
 
+        def __call__(self, input: Tensor) -> Tensor:
+            """Run `forward` and the hooks."""
+
     def forward(self, input: Tensor) -> Tensor:
         """Apply dropout in training, and the identity in evaluation."""
         if is_tracing():
@@ -166,7 +169,7 @@ class Dropout(torch.nn.Module):
             return input
         seed, inplace = self._seed, self.inplace
         if seed is None:
-            return run_drawn(lambda key: apply_plan(input, plan, key, inplace), inplace)
+            return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
 
         def call(number: Any) -> Tensor:
             key = seed.fold_in(number)
@@ -189,7 +192,7 @@ class Dropout(torch.nn.Module):
             words = trace_draw_words(input)
         else:
             randomness(input, self.calls)  # raises before anything is counted
-            words = record_key(self._words, self.calls)
+            words = trace_call_key(self._words, self.calls)
         return apply_traced(input, p, axes, words, self.inplace)
 
     def _get_axes(self, input: Tensor) -> Sequence[int]:
@@ -277,7 +280,7 @@ class Dropout(torch.nn.Module):
 class Dropout1d(Dropout):
     """Zero whole channels of a (N, C, L) or (C, L) input, as `torch.nn.Dropout1d`.
 
-    Parameters, attributes and errors are those of `Dropout`.
+    Parameters, attributes and errors are as in `Dropout`.
 
     Examples
     --------
@@ -295,7 +298,7 @@ class Dropout1d(Dropout):
 class Dropout2d(Dropout):
     """Zero whole channels of a (N, C, H, W) input, as `torch.nn.Dropout2d`.
 
-    Parameters, attributes and errors are those of `Dropout`.
+    Parameters, attributes and errors are as in `Dropout`.
 
     Examples
     --------
@@ -312,7 +315,7 @@ class Dropout2d(Dropout):
 class Dropout3d(Dropout):
     """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input, as `torch.nn.Dropout3d`.
 
-    Parameters, attributes and errors are those of `Dropout`.
+    Parameters, attributes and errors are as in `Dropout`.
 
     Examples
     --------
