@@ -1,6 +1,7 @@
 """Keys: the 64-bit numbers that name masks, and how data is folded into them."""
 
 import hashlib
+import operator
 from typing import Any, Self
 
 import numpy
@@ -143,6 +144,7 @@ class Key:
         Key(0xa1951b70d619276d)
         """
         if type(data) is int and 0 <= data < 1 << 64:  # the call number of a layer
+            data = operator.index(data)  # which compilers treat as a constant, not as a symbol
             return self._fold((data >> 32, data & MASK32), _TAG_INTEGER)
         if isinstance(data, str):
             return self._fold(split64(string_data(data)), _TAG_STRING)

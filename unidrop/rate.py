@@ -1,9 +1,7 @@
 """The drop rate p: its validation, its integer threshold and its scale."""
 
 import struct
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["KEEP_NOTHING", "Rate", "checked_probability"]
 
@@ -27,8 +25,7 @@ def checked_probability(p: Any, name: str = "p") -> float:
     return float(p)
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(NamedTuple):
     """A validated drop rate.
 
     Attributes
@@ -69,7 +66,9 @@ class Rate:
         >>> Rate.from_p(0.25)
         Rate(p=0.25, threshold=1073741824, scale=1.3333333333333333)
         """
-        return _make_rate(checked_probability(p, name))
+        p = checked_probability(p, name)
+        # Scaling by a power of two is exact, and round() rounds half to even.
+        return cls(p, round(p * 2.0**32), 1.0 / (1.0 - p) if p < 1 else 0.0)
 
     @classmethod
     def from_keep_prob(cls, keep_prob: Any) -> "Rate":
@@ -100,12 +99,6 @@ class Rate:
     def scale_in(self, dtype: str) -> float:
         """Return the scale rounded to a compute dtype: "float64", or "float32" (ties to even)."""
         return self.scale if dtype == "float64" else _to_float32(self.scale)
-
-
-@lru_cache(maxsize=256)
-def _make_rate(p: float) -> Rate:
-    # Scaling by a power of two is exact, and round() rounds half to even.
-    return Rate(p, round(p * 2.0**32), 1.0 / (1.0 - p) if p < 1 else 0.0)
 
 
 def _to_float32(value: float) -> float:

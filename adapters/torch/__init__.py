@@ -1,4 +1,4 @@
-"""Dropout for PyTorch: what `torch.nn` and `torch.nn.functional` call by these names.
+"""Dropout for PyTorch, under the names of `torch.nn` and `torch.nn.functional`.
 
 PyTorch documentation: torch.nn.Dropout, torch.nn.functional.dropout (2.13).
 """

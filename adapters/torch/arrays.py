@@ -1,4 +1,4 @@
-"""PyTorch as an array library: its gradient, its devices and its buffers."""
+"""PyTorch as an array library: its namespace, its integers, its gradient and its buffers."""
 
 from typing import Any
 
@@ -6,8 +6,13 @@ import array_api_compat.torch
 import numpy as np
 import torch
 
-from unidrop.adapters.torch.func import randomness
-from unidrop.adapters.torch.operators import constant, int_tensor, key_tensor, pack_words
+from unidrop.adapters.torch.operators import (
+    as_constant,
+    int_tensor,
+    key_tensor,
+    pack_words,
+    trace_dropout,
+)
 from unidrop.key import Key, string_data
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
@@ -15,26 +20,26 @@ from unidrop.rate import Rate
 from unidrop.window import Window, register_symbolic_integer
 from unidrop.words import Int64Words
 
-__all__ = ["LIBRARY", "is_tracing", "record"]
+__all__ = ["LIBRARY", "is_tracing"]
 
 _WORDS = Int64Words(array_api_compat.torch)
 
-# torch.compiler.assume_constant_result does this, but imports the compiler.
-string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions take any
+# torch.compiler.assume_constant_result does the same, but imports the compiler.
+string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions accept any
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _BITS = {getattr(torch, f"{sign}int{bits}"): bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
-# The largest integer of an operator.
-_MOST = (1 << 63) - 1
+# The largest integer that an operator accepts.
+_MAX_INT64 = (1 << 63) - 1
 
 
 class TorchArrays(Arrays):
     """PyTorch tensors."""
 
     def namespace(self, x: torch.Tensor) -> Any:
-        """Return the standard's namespace, without the cache that Dynamo warns about."""
+        """Return the standard's namespace; Dynamo warns about the cache of array-api-compat."""
         return array_api_compat.torch
 
     def device(self, x: torch.Tensor) -> torch.device:
@@ -42,38 +47,38 @@ class TorchArrays(Arrays):
         return x.device
 
     def is_traced(self, x: torch.Tensor) -> bool:
-        """Return whether something records or transforms operations on tensors."""
+        """Return whether PyTorch traces or transforms operations on tensors."""
         return is_tracing()
 
     def match_strides(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return y with the strides that `torch.empty_like` gives for x."""
+        """Return y with the strides of `torch.empty_like(x)`."""
         like = torch.empty_like(x)
         return y if y.stride() == like.stride() else like.copy_(y)
 
 
 class TorchWords(Words):
-    """Words in ``int64``, which PyTorch has on every device."""
+    """Words in ``int64``, which PyTorch supports on every device."""
 
     def arithmetic(self, xp: Any, device: Any) -> Int64Words:
-        """Return arithmetic on ``int64``, without asking for the dtypes of a device."""
+        """Return arithmetic on ``int64``, without a look-up of the device's dtypes."""
         return _WORDS
 
     def width(self, value: torch.Tensor, name: str) -> int:
         """Return the number of bits of a 0-d integer tensor."""
         bits = _BITS.get(value.dtype)
-        # Only errors take the generic way, which is longer to trace.
+        # The generic method takes longer to trace, so only errors call it.
         return super().width(value, name) if bits is None or value.dim() != 0 else bits
 
 
 class TorchOperator(Operator):
-    """Dropout as an autograd function, or under a trace as one ``torch.ops`` operator."""
+    """Dropout as an autograd function, or in a trace as one ``torch.ops`` operator."""
 
     def dropout(
         self, x: torch.Tensor, key: Key, plan: DropoutPlan, mask: torch.Tensor | None = None
     ) -> Any:
-        """Apply dropout as one operator, whose backward pass keeps the key alone."""
+        """Apply a plan as one operator; autograd saves the key and no tensor."""
         if is_tracing():
-            return record(x, key_tensor(key), plan.rate.p, plan.window)
+            return trace_dropout(x, key_tensor(key), plan.rate.p, *_window_arguments(plan.window))
         if torch.is_grad_enabled() and x.requires_grad:
             return _Dropout.apply(x, key, plan, mask)
         return plan.run(x, key, mask)
@@ -81,24 +86,23 @@ class TorchOperator(Operator):
     def traced_mask(self, like: torch.Tensor, key: Key, window: Window, rate: Rate) -> torch.Tensor:
         """Return the mask as the output of one operator."""
         if torch._C._are_functorch_transforms_active():
-            # vmap treats a mask as it treats dropout of ones of the same shape.
+            # vmap must treat a mask like dropout of ones of the same shape.
             ones = torch.ones(window.shape, device=like.device)
             whole = Window.from_args(
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
-            return record(ones, key_tensor(key), rate.p, whole) != 0
+            return trace_dropout(ones, key_tensor(key), rate.p, *_window_arguments(whole)) != 0
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
             key_tensor(key),
-            constant(rate.p),
+            as_constant(rate.p),
             window.shape,
-            window.broadcast_axes,
             *_window_arguments(window),
             device=like.device,
         )
         return mask
 
     def pack_key(self, lo: Any, hi: Any) -> torch.Tensor | None:
-        """Return two tensors as the tensor of a key, under a trace."""
+        """Return two tensors as the tensor of a key, in a trace."""
         if not (isinstance(lo, torch.Tensor) and isinstance(hi, torch.Tensor) and is_tracing()):
             return None
         LIBRARY.words.width(lo, "lo")
@@ -107,10 +111,10 @@ class TorchOperator(Operator):
         return packed
 
     def fold_in(self, words: Any, data: torch.Tensor, tag: int) -> torch.Tensor | None:
-        """Return the key of a key and a step by one operator, under a trace on the CPU.
+        """Return the words of a key after folding in a step, by one operator of a trace on the CPU.
 
-        The operator takes microseconds on Python integers, where a compiler takes seconds. On other
-        devices the operator would must wait for the step, so folding is compiled there.
+        On Python integers the operator takes microseconds; compiling the arithmetic takes seconds.
+        On another device the operator would wait for the step, so PyTorch compiles the arithmetic.
         """
         if data.device.type != "cpu" or not is_tracing():
             return None
@@ -123,7 +127,7 @@ class TorchBuffers(Buffers):
     """Plain CPU tensors."""
 
     def locate(self, x: torch.Tensor) -> Buffer | str:
-        """Return the buffer of a plain tensor of the CPU."""
+        """Return the buffer of a plain CPU tensor."""
         if type(x) not in _PLAIN:
             return f"a {type(x).__name__} is not a plain torch.Tensor"
         if x.device.type != "cpu":
@@ -136,7 +140,7 @@ class TorchBuffers(Buffers):
             return "it is a zero tensor without memory"
         try:
             return _find_observer() or Buffer(x.data_ptr(), x.stride())
-        except RuntimeError as error:  # a batch of gradients, which has no class of its own
+        except RuntimeError as error:  # a batch of gradients is a plain Tensor too
             return str(error)
 
     def allocate_like(self, x: torch.Tensor) -> tuple[torch.Tensor, Buffer]:
@@ -149,7 +153,7 @@ class TorchBuffers(Buffers):
         out.copy_(x)
 
     def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> torch.Tensor:
-        """Return a tensor in the same memory."""
+        """Return a tensor that shares the memory of the mask."""
         return torch.from_numpy(mask)
 
 
@@ -158,10 +162,10 @@ register_symbolic_integer(torch.SymInt)
 
 
 def is_tracing() -> bool:
-    """Return whether something records or transforms operations on tensors.
+    """Return whether PyTorch traces or transforms operations on tensors.
 
-    That is torch.compile, torch.func, or a mode that sees each operation, such as torch.export's.
-    `torch.compiler.is_compiling` would also tell of compilations in other threads.
+    torch.compile, torch.func and modes that observe each operation, such as torch.export's, do.
+    `torch.compiler.is_compiling` is also True while another thread compiles.
     """
     return (
         torch.compiler.is_dynamo_compiling()
@@ -170,33 +174,20 @@ def is_tracing() -> bool:
     )
 
 
-def record(x: torch.Tensor, words: torch.Tensor, p: float, window: Window) -> torch.Tensor:
-    """Return the output under the key in a tensor, as one operator."""
-    output: torch.Tensor = torch.ops.unidrop.dropout(
-        x,
-        words,
-        constant(p),
-        window.broadcast_axes,
-        *_window_arguments(window),
-        random=randomness(x, words),
-    )
-    return output
-
-
 def _window_arguments(window: Window) -> tuple[Any, ...]:
-    """Return the operator's arguments for the global shape and the start of a window."""
+    """Return the arguments of an operator for a window."""
     if window.global_shape is None or window.start is None:
-        return ()
-    if max(window.global_shape, default=0) > _MOST:
+        return (window.broadcast_axes,)
+    if max(window.global_shape, default=0) > _MAX_INT64:
         raise ValueError(
             "global_shape must be below 2**63 under torch.compile, torch.export and torch.func, "
             f"got {window.global_shape}"
         )
-    return window.global_shape, int_tensor(window.start)
+    return window.broadcast_axes, window.global_shape, int_tensor(window.start)
 
 
 def _find_observer() -> str | None:
-    """Return what observes each operation on a tensor and would miss a kernel, or None."""
+    """Return the observer of each operation that would miss a kernel, as a reason, or None."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms it"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -209,6 +200,8 @@ def _find_observer() -> str | None:
 
 
 class _Dropout(torch.autograd.Function):
+    """The eager gradient: dropout of the upstream gradient under the same key."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> Any:
         ctx.key, ctx.plan = key, plan
@@ -216,7 +209,8 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return ctx.plan.apply(tangents[0], ctx.key)  # a diagonal matrix is its own transpose
+        # Dropout is a product with a diagonal matrix, which is its own transpose.
+        return ctx.plan.apply(tangents[0], ctx.key)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:

@@ -1,22 +1,22 @@
-"""Checkpointing by `torch.utils.checkpoint`: a recomputation sees what the first execution drew.
+"""Activation checkpointing: makes a recomputation by `torch.utils.checkpoint` reuse its masks.
 
 Requirements this design meets:
 
-* A layer's call number is read and advanced once, by the first execution of a call; whatever is
-  computed again, in whatever order and however often, sees the number of then.
-* No tensor and no graph lives longer for it. What a region's first execution drew is written to the
-  object that PyTorch itself keeps for the region, and dies with it.
-* Where no checkpoint is in force it costs three questions to PyTorch, and nothing is walked.
+* The first execution of a call reads and advances a layer's call number, once. Recomputations, in
+  any order and number, replay that number.
+* No tensor and no graph lives longer than without dropout. The log of a region is an attribute of
+  the object that PyTorch keeps for the region, and is freed with it.
+* Outside of checkpoints it costs three calls into PyTorch, and walks neither hooks nor frames.
 
-PyTorch has no public way to ask which region is running, so this file, and no other, names private
-parts of it; tests say so when they change:
+PyTorch has no public way to find the region that is running. So this file, and no other, uses
+private parts of PyTorch; tests fail if those change:
 
-* A region of the non-reentrant kind is its `_CheckpointFrame`. While it runs for the first time,
-  and while it is computed again, hooks for saved tensors are in force whose closures hold it.
-* A region of the reentrant kind is the node of `CheckpointFunction`, its ``ctx``. While it is
-  computed again, that is the node which the backward pass is at. While it runs for the first time
-  only the Python stack tells, which is walked where forward-mode gradients are off, as they are in
-  the forward function of an `torch.autograd.Function`.
+* A non-reentrant region is a `_CheckpointFrame`. While it runs, first or again, hooks for saved
+  tensors are active, and their closures refer to it.
+* A reentrant region is the ``ctx`` of `CheckpointFunction`, an autograd node. While it recomputes,
+  it is the current node of the backward pass. While it runs for the first time, only the Python
+  stack refers to it. The stack is walked only if forward-mode gradients are disabled, as PyTorch
+  disables them in the forward method of a `torch.autograd.Function`.
 """
 
 import inspect
@@ -30,124 +30,131 @@ from torch.utils.checkpoint import CheckpointFunction
 __all__ = ["CheckpointLog", "current_log"]
 
 _MODULE = "torch.utils.checkpoint"
-_FIRST = "_checkpoint_hook.__init__.<locals>.pack_hook"
-_AGAIN = "_recomputation_hook.__init__.<locals>.pack_hook"
-_FORWARD = CheckpointFunction.forward.__code__
-_BOUNDARIES = (CheckpointFunction.backward.__code__,)
+_FORWARD_HOOK = "_checkpoint_hook.__init__.<locals>.pack_hook"
+_RECOMPUTATION_HOOK = "_recomputation_hook.__init__.<locals>.pack_hook"
+_REENTRANT_FORWARD = CheckpointFunction.forward.__code__
+_REENTRANT_BACKWARD = CheckpointFunction.backward.__code__
 
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_get_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
-_hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
-_task = torch._C._current_graph_task_id
-_forward_mode_is_on = torch._C._is_fwd_grad_enabled
+_get_hooks_error = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
+_get_backward_id = torch._C._current_graph_task_id
+_is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
 
-_NO_TASK = -1
+_NO_BACKWARD = -1
 
 
 class CheckpointLog:
-    """What the calls in the regions that are running here draw, first or again."""
+    """The call numbers and keys of the checkpointed regions that are running."""
 
-    def __init__(self, again: "_Again | None", first: "list[_Record]") -> None:
-        self._again = again
-        self._first = first
+    def __init__(self, replay: "_Replay | None", records: "list[_Record]") -> None:
+        self._replay = replay
+        self._records = records
 
     @property
-    def are_again(self) -> bool:
-        """Whether this is a recomputation, so that what is drawn is what was drawn then."""
-        return self._again is not None
+    def replays(self) -> bool:
+        """Whether this is a recomputation, which must `replay` the original values."""
+        return self._replay is not None
 
-    def take(self) -> Any:
-        """Return what the same call drew when it was first executed."""
-        if self._again is None:
-            raise RuntimeError("nothing has been drawn before: this is a first execution")
-        drawn = self._again.take()
-        self.keep(drawn)
-        return drawn
+    def replay(self) -> Any:
+        """Return the value of the same call in the first execution."""
+        if self._replay is None:
+            raise RuntimeError("a first execution has no values to replay")
+        value = self._replay.next()
+        self.append(value)
+        return value
 
-    def keep(self, drawn: Any) -> None:
-        """Keep what a call drew for the recomputations that are to come."""
-        for record in self._first:
-            record.drawn.append(drawn)
+    def append(self, value: Any) -> None:
+        """Append the value of a call, for recomputations to replay."""
+        for record in self._records:
+            record.values.append(value)
 
-    def undo(self) -> None:
+    def rollback(self) -> None:
         """Forget the last call, which raised."""
-        for record in self._first:
-            record.drawn.pop()
-        if self._again is not None:
-            self._again.step_back()
+        for record in self._records:
+            record.values.pop()
+        if self._replay is not None:
+            self._replay.step_back()
 
 
 class _Record:
-    """What the calls of a region drew, in their order."""
+    """The values of the calls in a region, in order."""
 
     def __init__(self) -> None:
-        self.drawn: list[Any] = []
-        # Where each recomputation is; there is one for each backward pass.
-        self.taken: dict[Any, int] = {}
+        self.values: list[Any] = []
+        # The number of values that each recomputation has replayed, by backward pass.
+        self.positions: dict[Any, int] = {}
 
 
-class _Again:
-    """A recomputation of a region."""
+class _Replay:
+    """One recomputation of a region."""
 
-    def __init__(self, record: _Record, execution: Any) -> None:
+    def __init__(self, record: _Record, backward_id: Any) -> None:
         self._record = record
-        self._execution = execution
+        self._backward_id = backward_id
 
-    def take(self) -> Any:
-        index = self._record.taken.get(self._execution, 0)
-        if index == len(self._record.drawn):
+    def next(self) -> Any:
+        position = self._record.positions.get(self._backward_id, 0)
+        if position == len(self._record.values):
             raise RuntimeError(
                 "torch.utils.checkpoint: the recomputation makes more training calls of dropout "
-                f"than the {index} that the forward pass made: leave a model in training or in "
+                f"than the {position} that the forward pass made: leave a model in training or in "
                 "evaluation between the two"
             )
-        self._record.taken[self._execution] = index + 1
-        return self._record.drawn[index]
+        self._record.positions[self._backward_id] = position + 1
+        return self._record.values[position]
 
     def step_back(self) -> None:
-        self._record.taken[self._execution] -= 1
+        self._record.positions[self._backward_id] -= 1
 
 
 def current_log() -> CheckpointLog | None:
-    """Return the draws of the checkpointed regions that are running; None if there are none."""
-    if _top_hooks(True) is None and _task() == _NO_TASK and _forward_mode_is_on():
+    """Return the log of the checkpointed regions that are running, or None outside of any."""
+    if (
+        _get_top_hooks(True) is None
+        and _get_backward_id() == _NO_BACKWARD
+        and _is_forward_mode_enabled()
+    ):
         return None
-    first: list[Any] = []
-    node = _reentrant_node()
-    for region, execution in _regions_of_hooks():
-        if execution is None:
-            first.append(region)
+    forwards: list[Any] = []
+    node = _find_reentrant_node()
+    for region, backward_id in _regions_of_hooks():
+        if backward_id is None:
+            forwards.append(region)
         elif node is None:
-            return _draws(first, region, execution)
+            return _make_log(forwards, region, backward_id)
     if node is not None:
-        return _draws(first, node, _task())
-    return _draws(first) if first or not _forward_mode_is_on() else None
+        return _make_log(forwards, node, _get_backward_id())
+    return _make_log(forwards) if forwards or not _is_forward_mode_enabled() else None
 
 
-def _draws(first: list[Any], again: Any = None, execution: Any = None) -> CheckpointLog | None:
-    if not _forward_mode_is_on():
-        first = [*first, *_reentrant_forwards()]
-    if again is None and not first:
+def _make_log(
+    forwards: list[Any], recomputed: Any = None, backward_id: Any = None
+) -> CheckpointLog | None:
+    """Return the log of regions that run for the first time, inside one that recomputes."""
+    if not _is_forward_mode_enabled():
+        forwards = [*forwards, *_reentrant_forwards()]
+    if recomputed is None and not forwards:
         return None
-    running = None if again is None else _Again(_record(again), execution)
-    return CheckpointLog(running, [_record(region) for region in first])
+    replay = None if recomputed is None else _Replay(_get_record(recomputed), backward_id)
+    return CheckpointLog(replay, [_get_record(region) for region in forwards])
 
 
-def _record(region: Any) -> _Record:
-    """Return a region's record, which is an attribute of the region."""
+def _get_record(region: Any) -> _Record:
+    """Return the record of a region, which is an attribute of the region."""
     record: _Record | None = getattr(region, "_unidrop_record", None)
     if record is None:
         record = region._unidrop_record = _Record()
     return record
 
 
-def _reentrant_node() -> Any:
-    """Return the reentrant region that is being computed again, if the innermost one is of those.
+def _find_reentrant_node() -> Any:
+    """Return the innermost region if it is reentrant and recomputes, else None.
 
-    Inside the backward pass that such a region runs, other nodes are current.
+    A backward pass inside the region has other current nodes.
     """
-    if _task() == _NO_TASK:
+    if _get_backward_id() == _NO_BACKWARD:
         return None
     node = torch._C._current_autograd_node()
     return node if getattr(node, "_forward_cls", None) is CheckpointFunction else None
@@ -157,40 +164,40 @@ def _reentrant_forwards() -> Iterator[Any]:
     """Yield the reentrant regions that run for the first time, the innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _FORWARD:
+        if frame.f_code is _REENTRANT_FORWARD:
             yield frame.f_locals["ctx"]
-        elif frame.f_code in _BOUNDARIES:
+        elif frame.f_code is _REENTRANT_BACKWARD:
             return
         frame = frame.f_back  # type: ignore[assignment] # None at the end
 
 
 def _regions_of_hooks() -> Iterator[tuple[Any, Any]]:
-    """Yield the non-reentrant regions that run, the innermost first, and the backward pass's id.
+    """Yield each non-reentrant region that runs and its backward pass's id, the innermost first.
 
-    The id is None where a region runs for the first time. What is outside of a recomputation has
-    no part in it.
+    The id is None if the region runs for the first time. A recomputation ends the search, because
+    regions outside of it do not contain its calls.
     """
     for pack in _pack_hooks():
         if pack.__module__ != _MODULE:
             continue
-        if pack.__qualname__ == _FIRST:
-            yield _closure(pack)["frame"], None
-        elif pack.__qualname__ == _AGAIN:
-            values = _closure(inspect.unwrap(pack))
+        if pack.__qualname__ == _FORWARD_HOOK:
+            yield _get_closure(pack)["frame"], None
+        elif pack.__qualname__ == _RECOMPUTATION_HOOK:
+            values = _get_closure(inspect.unwrap(pack))
             yield values["target_frame_ref"](), values["gid"]
             return
 
 
 def _pack_hooks() -> list[Callable[..., Any]]:
-    """Return the hooks that pack saved tensors, the innermost first: also those under others."""
-    top = _top_hooks(True)
+    """Return all hooks that pack saved tensors, the innermost first."""
+    top = _get_top_hooks(True)
     if top is None:
         return []
-    if _hooks_are_disabled() is not None:
+    if _get_hooks_error() is not None:
         return [top[0]]
     hooks = []
     try:
-        while (top := _top_hooks(True)) is not None:
+        while (top := _get_top_hooks(True)) is not None:
             hooks.append(top)
             _pop_hooks()
     finally:
@@ -199,7 +206,8 @@ def _pack_hooks() -> list[Callable[..., Any]]:
     return [pack for pack, _ in hooks]
 
 
-def _closure(function: Any) -> dict[str, Any]:
+def _get_closure(function: Any) -> dict[str, Any]:
+    """Return the variables that a function closes over, by name."""
     cells = function.__closure__ or ()
     names = function.__code__.co_freevars
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}

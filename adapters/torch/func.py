@@ -1,14 +1,14 @@
-"""Dropout under the transformations of `torch.func`: grad, vjp, jvp, vmap and what is made of them.
+"""Randomness under `torch.func`: makes dropout follow vmap's ``randomness=``.
 
-A batch of `torch.vmap` is an axis more. What the mask does along it is what ``randomness=`` says:
+A batch of `torch.vmap` adds an axis, and ``randomness=`` decides the mask along it:
 
-* ``"different"``: the axis is the first of the mask, so that the examples are the windows of one
-  mask of the whole batch, and have other elements dropped each.
-* ``"same"``: the mask has length 1 along the axis, and is that of one example.
-* ``"error"``: PyTorch raises what it raises of every random function.
+* ``"different"``: the axis is the first of the mask. Each example gets its window of one mask of
+  the whole batch, so examples drop different elements.
+* ``"same"``: the mask has length 1 along the axis, so every example gets the mask of one example.
+* ``"error"``: PyTorch raises its own error for random functions.
 
-An example whose key is its own, as of a batch of call numbers, has the mask of its key whatever
-``randomness=`` says, since then nothing is left to it.
+If each example has its own key, as with a batch of call numbers, it gets the mask of its key for
+every value of ``randomness=``.
 """
 
 import torch
@@ -18,23 +18,23 @@ __all__ = ["randomness"]
 
 
 def randomness(x: Tensor, key: Tensor | None) -> Tensor | None:
-    """Return what `torch.vmap` treats as it treats everything random; None outside of torch.func.
+    """Return a tensor that `torch.vmap` treats as random, or None outside of torch.func.
 
-    It has no elements, so that nothing is drawn. With ``randomness="different"`` it is a batch,
-    and makes a batch of what it is given to.
+    The tensor is empty, so the generator does not advance. With ``randomness="different"`` it is a
+    batch, and so is the output of an operator that receives it.
 
     Parameters
     ----------
     x : torch.Tensor
-        What is dropped from.
+        The input of dropout.
     key : torch.Tensor, optional
-        The key or the call number, if the key is not drawn.
+        The key or the call number; None if the key is drawn.
 
     Raises
     ------
     RuntimeError
-        If ``randomness`` is "error"; but not where all examples share x and a key that is given,
-        nor where each has a key of its own.
+        If ``randomness`` is "error". Not if all examples share x and a key, nor if each example
+        has its own key.
     """
     if not torch._C._are_functorch_transforms_active():
         return None
@@ -51,7 +51,7 @@ def randomness(x: Tensor, key: Tensor | None) -> Tensor | None:
 
 
 def _is_batched(x: Tensor) -> bool:
-    """Tell whether each example of a batch has its own."""
+    """Return whether x differs between the examples of a batch."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):

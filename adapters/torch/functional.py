@@ -1,43 +1,42 @@
-"""The functional form of dropout for PyTorch, which `unidrop.adapters.torch` offers."""
+"""The dropout functions of `torch.nn.functional`, with a key and the options of the core."""
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
-from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.operators import (
     as_key,
-    constant,
+    cached_rate,
     draw_words,
     key_tensor,
-    record_draw,
+    trace_draw_words,
+    trace_dropout,
 )
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate, checked_probability
+from unidrop.window import Window
 
 __all__ = [
     "TORCHSCRIPT_MESSAGE",
-    "AxesOf",
+    "apply_plan",
+    "apply_traced",
     "axes1d",
     "axes2d",
     "axes3d",
-    "axes_to_record",
-    "draw_to_record",
-    "drop",
-    "drop_drawn",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
     "make_plan",
-    "no_axes",
-    "record_drop",
+    "run_with_drawn_key",
+    "traced_call_drops",
 ]
 
 TORCHSCRIPT_MESSAGE = (
@@ -45,12 +44,12 @@ TORCHSCRIPT_MESSAGE = (
     "the mask: use torch.compile or torch.export, or trace in evaluation mode"
 )
 
-# From an input, and whether it is training, to the axes along which a mask is shared.
-AxesOf = Callable[[Tensor, bool], Sequence[int]]
+T = TypeVar("T")
 
+_Result = Tensor | tuple[Tensor, Tensor]
 
-# Where a compiler must ask no more, as it then traces less.
-_DROPPED = frozenset(
+# Dynamo traces less if the names of these dtypes are not looked up.
+_SUPPORTED_DTYPES = frozenset(
     (
         torch.float16,
         torch.bfloat16,
@@ -61,11 +60,50 @@ _DROPPED = frozenset(
     )
 )
 
-# Looked up here, since what is looked up for the first time can't be compiled.
+# Dynamo cannot trace a first lookup, so the library of these types is looked up now.
 for _tensor in (torch.empty(0), torch.nn.Parameter(torch.empty(0))):
     get_library(_tensor)
 
 
+@overload
+def dropout(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    broadcast_axes: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def dropout(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    broadcast_axes: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def dropout(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    broadcast_axes: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def dropout(
     input: Tensor,
     p: float = 0.5,
@@ -73,36 +111,51 @@ def dropout(
     inplace: bool = False,
     *,
     key: Key | None = None,
-) -> Tensor:
-    """During training, zero elements of the input with probability p and scale the rest.
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """During training, zero elements of the input with probability p and scale the others.
 
     Parameters
     ----------
     input : torch.Tensor
-        Of any shape and layout, of a floating-point or complex dtype. The mask follows logical
-        indices; the output has the strides that `torch.empty_like` gives.
+        Any shape and layout; a floating-point or complex dtype. The mask follows logical indices.
     p : int or float, default 0.5
-        Probability of an element to be zeroed, in [0, 1].
+        The probability of zeroing an element, in [0, 1].
     training : bool, default True
-        Apply dropout if True; otherwise return the input.
+        If False, the input is returned unchanged.
     inplace : bool, default False
-        Write the output over the input, and return it.
+        If True, the output is written to the input, which is returned.
     key : unidrop.Key, optional
-        The name of the mask. If None it is drawn from PyTorch's default generator, which
-        `torch.manual_seed` seeds, so that a CPU and a GPU draw the same mask.
+        The name of the mask. If None, the function draws a key from PyTorch's default CPU
+        generator, which `torch.manual_seed` seeds. So a CPU and a GPU draw the same mask.
+    broadcast_axes : sequence of int, default ()
+        Axes along which elements share one decision, and the mask has length 1.
+    global_shape, start : sequence of int, optional
+        The input is the block that begins at ``start`` of a tensor of shape ``global_shape``, and
+        gets exactly that block of the whole mask. Elements of start may be 0-d integer tensors;
+        their values are not checked.
+    return_mask : bool, default False
+        If True, the mask is returned too.
 
     Returns
     -------
-    torch.Tensor
-        Kept elements times ``1 / (1 - p)``. The backward pass makes the mask again from
-        the key, and no tensor is kept for it.
+    output : torch.Tensor
+        Kept elements times ``1 / (1 - p)``, with the strides of `torch.empty_like`; the input
+        itself if p is 0 or training is False. The backward pass recomputes the mask from the key,
+        so autograd saves no tensor.
+    mask : torch.Tensor of bool
+        Only with ``return_mask``: True for kept elements, with length 1 along ``broadcast_axes``.
 
     Raises
     ------
     TypeError
-        If p is no Python number, key no Key, or the input has an integer or bool dtype.
+        If p is not a Python number, key is not a Key, or the input has an integer or bool dtype.
     ValueError
-        If p is outside [0, 1].
+        If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
+        of keys.
 
     Examples
     --------
@@ -111,10 +164,49 @@ def dropout(
     >>> from unidrop.adapters.torch import dropout
     >>> dropout(torch.ones(6), 0.5, key=Key(42))
     tensor([2., 0., 0., 0., 0., 2.])
+    >>> dropout(torch.ones(3), 0.5, key=Key(42), global_shape=(6,), start=(3,), return_mask=True)
+    (tensor([0., 0., 2.]), tensor([False, False,  True]))
     """
-    return _dropout(input, p, training, inplace, key, no_axes)
+    axes = broadcast_axes if broadcast_axes == () else _checked_axes(input, broadcast_axes)
+    return _dropout(input, p, training, inplace, key, axes, global_shape, start, return_mask)
 
 
+@overload
+def dropout1d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def dropout1d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def dropout1d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def dropout1d(
     input: Tensor,
     p: float = 0.5,
@@ -122,15 +214,55 @@ def dropout1d(
     inplace: bool = False,
     *,
     key: Key | None = None,
-) -> Tensor:
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Zero whole channels of a (N, C, L) or (C, L) input with probability p.
 
-    Parameters, returns and errors are those of `dropout`, and a RuntimeError for an input of
-    another rank, as `torch.nn.functional.dropout1d` has.
+    Parameters, returns and errors are as in `dropout`; the mask has length 1 along L. As
+    `torch.nn.functional.dropout1d`, it raises RuntimeError for an input of another rank.
     """
-    return _dropout(input, p, training, inplace, key, axes1d)
+    axes = axes1d(input, training)
+    return _dropout(input, p, training, inplace, key, axes, global_shape, start, return_mask)
 
 
+@overload
+def dropout2d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def dropout2d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def dropout2d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def dropout2d(
     input: Tensor,
     p: float = 0.5,
@@ -138,15 +270,56 @@ def dropout2d(
     inplace: bool = False,
     *,
     key: Key | None = None,
-) -> Tensor:
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Zero whole channels of a (N, C, H, W) input with probability p.
 
-    Parameters, returns and errors are those of `dropout`. As `torch.nn.functional.dropout2d`, it
-    warns of an input of another rank, and takes a 3D one as (N, C, L).
+    Parameters, returns and errors are as in `dropout`; the mask has length 1 along H and W. As
+    `torch.nn.functional.dropout2d`, it warns of an input of another rank, and treats a 3D input as
+    (N, C, L).
     """
-    return _dropout(input, p, training, inplace, key, axes2d)
+    axes = axes2d(input, training)
+    return _dropout(input, p, training, inplace, key, axes, global_shape, start, return_mask)
 
 
+@overload
+def dropout3d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def dropout3d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def dropout3d(
+    input: Tensor,
+    p: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    key: Key | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def dropout3d(
     input: Tensor,
     p: float = 0.5,
@@ -154,58 +327,80 @@ def dropout3d(
     inplace: bool = False,
     *,
     key: Key | None = None,
-) -> Tensor:
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input with probability p.
 
-    Parameters, returns and errors are those of `dropout`. As `torch.nn.functional.dropout3d`, it
-    warns of an input of another rank.
+    Parameters, returns and errors are as in `dropout`; the mask has length 1 along D, H and W.
+    As `torch.nn.functional.dropout3d`, it warns of an input of another rank.
     """
-    return _dropout(input, p, training, inplace, key, axes3d)
+    axes = axes3d(input, training)
+    return _dropout(input, p, training, inplace, key, axes, global_shape, start, return_mask)
 
 
-def axes1d(input: Tensor, training: bool) -> range:
-    """Return the axes that `dropout1d` shares a mask along, or raise as PyTorch does."""
-    if input.dim() not in (2, 3):
-        raise RuntimeError(
-            f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input."
-        )
-    return _behind_channels(input, training, batched=input.dim() == 3)
+def axes1d(input: Tensor, training: bool) -> Sequence[int]:
+    """Return the axes along which `dropout1d` shares a mask, or raise as PyTorch does."""
+    rank = _get_rank(input)
+    if rank not in (2, 3):
+        raise RuntimeError(f"dropout1d: Expected 2D or 3D input, but received a {rank}D input.")
+    return _axes_after_channels(rank, training, batched=rank == 3)
 
 
-def axes2d(input: Tensor, training: bool) -> range:
-    """Return the axes that `dropout2d` shares a mask along, and warn as PyTorch does."""
-    if input.dim() == 3:
+def axes2d(input: Tensor, training: bool) -> Sequence[int]:
+    """Return the axes along which `dropout2d` shares a mask, and warn as PyTorch does."""
+    rank = _get_rank(input)
+    if rank == 3:
         warnings.warn(
             "dropout2d: Received a 3D input, which is interpreted as shape (N, C, L), as "
             "torch.nn.functional.dropout2d does; use dropout1d instead.",
             stacklevel=3,
         )
-    elif input.dim() != 4:
-        _warn_of_rank("dropout2d", input, "3D or 4D")
-    return _behind_channels(input, training, batched=True)
+    elif rank != 4:
+        _warn_of_rank("dropout2d", rank, "3D or 4D")
+    return _axes_after_channels(rank, training, batched=True)
 
 
-def axes3d(input: Tensor, training: bool) -> range:
-    """Return the axes that `dropout3d` shares a mask along, and warn as PyTorch does."""
-    if input.dim() not in (4, 5):
-        _warn_of_rank("dropout3d", input, "4D or 5D")
-    return _behind_channels(input, training, batched=input.dim() == 5)
+def axes3d(input: Tensor, training: bool) -> Sequence[int]:
+    """Return the axes along which `dropout3d` shares a mask, and warn as PyTorch does."""
+    rank = _get_rank(input)
+    if rank not in (4, 5):
+        _warn_of_rank("dropout3d", rank, "4D or 5D")
+    return _axes_after_channels(rank, training, batched=rank == 5)
 
 
-def _behind_channels(input: Tensor, training: bool, *, batched: bool) -> range:
-    """Return the axes behind batch and channels, along which `feature_dropout` shares a mask."""
+def _get_rank(input: Tensor) -> int:
+    if not isinstance(input, Tensor):
+        raise _not_a_tensor(input)
+    return input.dim()
+
+
+def _axes_after_channels(rank: int, training: bool, *, batched: bool) -> Sequence[int]:
+    """Return the axes after batch and channels, along which `feature_dropout` shares a mask."""
     first = 2 if batched else 1
-    if training and input.dim() < first:
+    if training and rank < first:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return range(first, input.dim())
+    return range(first, rank)
 
 
-def _warn_of_rank(function: str, input: Tensor, expected: str) -> None:
+def _warn_of_rank(function: str, rank: int, expected: str) -> None:
     warnings.warn(
-        f"{function}: Received a {input.dim()}-D input to {function}, which is deprecated; "
+        f"{function}: Received a {rank}-D input to {function}, which is deprecated; "
         f"it provides channel-wise dropout on {expected} inputs.",
         stacklevel=4,
     )
+
+
+def _checked_axes(input: Tensor, broadcast_axes: Sequence[int]) -> Sequence[int]:
+    """Return the axes counted from the first; raises as `dropout`."""
+    if not isinstance(input, Tensor):
+        raise _not_a_tensor(input)
+    return Window.from_args(input.shape, broadcast_axes).broadcast_axes
+
+
+def _not_a_tensor(input: object) -> TypeError:
+    return TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
 
 
 def _dropout(
@@ -214,42 +409,93 @@ def _dropout(
     training: bool,
     inplace: bool,
     key: Key | None,
-    get_axes: AxesOf,
-) -> Tensor:
+    axes: Sequence[int],
+    global_shape: Sequence[int] | None,
+    start: Sequence[Any] | None,
+    return_mask: bool,
+) -> _Result:
+    """Run a function of this module; ``axes`` are valid, and none of them is negative."""
+    if return_mask or global_shape is not None or start is not None:
+        return _dropout_of_window(
+            input, p, training, inplace, key, axes, global_shape, start, return_mask
+        )
     if is_tracing():
-        return _record_dropout(input, p, training, inplace, key, get_axes)
-    rate = Rate.from_p(p)
+        return _trace_whole(input, p, training, inplace, key, axes)
     if key is not None:
         check_key(key)
-    plan = make_plan(input, rate, training, get_axes)
+    plan = make_plan(input, p, training, axes)
     if plan is None:
         return input
-    return drop_drawn(input, plan, inplace) if key is None else drop(input, plan, key, inplace)
+    if key is None:
+        return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
+    return apply_plan(input, plan, key, inplace)
 
 
-def _record_dropout(
+def _trace_whole(
     input: Tensor,
     p: float,
     training: bool,
     inplace: bool,
     key: Key | None,
-    get_axes: AxesOf,
+    axes: Sequence[int],
 ) -> Tensor:
+    """Run a traced call without options, and trace as little as possible."""
     p = checked_probability(p)
     if key is not None:
         check_key(key)
-    axes = axes_to_record(input, p, training, get_axes)
-    if axes is None:
+    if not traced_call_drops(input, p, training):
         return input
-    words = draw_to_record(input) if key is None else key_tensor(key)
-    return record_drop(input, p, axes, words, inplace)
+    words = trace_draw_words(input) if key is None else key_tensor(key)
+    return apply_traced(input, p, axes, words, inplace)
 
 
-def make_plan(input: Tensor, rate: Rate, training: bool, get_axes: AxesOf) -> DropoutPlan | None:
-    """Return the call that this is, its arguments being good; None if nothing is to be dropped."""
+def _dropout_of_window(
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    key: Key | None,
+    axes: Sequence[int],
+    global_shape: Sequence[int] | None,
+    start: Sequence[Any] | None,
+    return_mask: bool,
+) -> _Result:
+    """Run a call with a window or a mask, whether PyTorch traces it or not."""
     if not isinstance(input, Tensor):
-        raise _no_tensor(input)
-    axes = get_axes(input, training)
+        raise _not_a_tensor(input)
+    rate = Rate.from_p(p)
+    if key is not None:
+        check_key(key)
+    plan = DropoutPlan.from_args(
+        input,
+        rate,
+        training=training,
+        broadcast_axes=axes,
+        global_shape=global_shape,
+        start=start,
+        name="input",
+    )
+    if not plan.drops:
+        return (input, plan.ones(input)) if return_mask else input
+    if is_tracing():
+        if key is None:
+            key = Key._from_raw_words(trace_draw_words(input))
+    elif torch._C._get_tracing_state() is not None:
+        raise RuntimeError(TORCHSCRIPT_MESSAGE)
+
+    def call(key: Key) -> _Result:
+        mask = plan.mask(input, key) if return_mask else None
+        output = apply_plan(input, plan, key, inplace, mask)
+        return output if mask is None else (output, mask)
+
+    return run_with_drawn_key(call, inplace) if key is None else call(key)
+
+
+def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
+    """Return the plan of a call that is not traced, or None if the call drops nothing."""
+    rate = cached_rate(p) if type(p) is float else Rate.from_p(p)
+    if not isinstance(input, Tensor):
+        raise _not_a_tensor(input)
     if not training:
         return None
     if axes == ():
@@ -265,59 +511,65 @@ def make_plan(input: Tensor, rate: Rate, training: bool, get_axes: AxesOf) -> Dr
     return plan
 
 
-def axes_to_record(
-    input: Tensor, p: float, training: bool, get_axes: AxesOf
-) -> Sequence[int] | None:
-    """Return the axes of a call that is recorded or transformed, as `make_plan` does of others.
+def traced_call_drops(input: Tensor, p: float, training: bool) -> bool:
+    """Return whether a traced call drops anything; raises as `make_plan`.
 
-    The operator checks the rest, which a compiler then need not trace.
+    The operator checks the remaining arguments when it runs, so a compiler need not trace the
+    checks.
     """
     if not isinstance(input, Tensor):
-        raise _no_tensor(input)
-    axes = get_axes(input, training)
+        raise _not_a_tensor(input)
     if not training:
-        return None
-    if input.dtype not in _DROPPED:
+        return False
+    if input.dtype not in _SUPPORTED_DTYPES:
         compute_dtype(input.dtype, "input")
-    return axes if p > 0 else None
+    return p > 0
 
 
-def _no_tensor(input: object) -> TypeError:
-    return TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
-
-
-def no_axes(input: Tensor, training: bool) -> tuple[int, ...]:
-    """Return the axes along which elementwise dropout shares its mask."""
-    return ()
-
-
-def drop(input: Tensor, plan: DropoutPlan, key: Key, inplace: bool) -> Tensor:
-    """Drop under a key."""
-    output: Tensor
-    if not inplace:
-        output = plan.apply(input, key)
-        return output
-    _check_inference(input)
-    if _is_watched(input):
-        # Copied by PyTorch, which then refuses what it always does, before it writes.
-        return input.copy_(plan.apply(input, key))
-    try:
-        output = plan.run(input, key, out=input)
-    except KeyboardInterrupt:
-        # It is raised when all is written.
-        torch.autograd.graph.increment_version(input)
-        raise
-    torch.autograd.graph.increment_version(input)
+def apply_plan(
+    input: Tensor, plan: DropoutPlan, key: Key, inplace: bool, mask: Tensor | None = None
+) -> Tensor:
+    """Return dropout under a key; ``mask`` is the mask of the key if the caller has it."""
+    output: Tensor = _write(input, plan, key, mask) if inplace else plan.apply(input, key, mask)
     return output
 
 
-def record_drop(
+def run_with_drawn_key(call: Callable[[Key], T], inplace: bool) -> T:
+    """Return ``call(key)`` for a key from the default generator.
+
+    In place, PyTorch may refuse to write to the input. The generator then keeps its state.
+    """
+    if not inplace:
+        return call(as_key(draw_words()))
+    state = torch.get_rng_state()
+    try:
+        return call(as_key(draw_words()))
+    except RuntimeError:
+        torch.set_rng_state(state)
+        raise
+
+
+def _write(input: Tensor, plan: DropoutPlan, key: Key, mask: Tensor | None) -> Tensor:
+    """Write dropout over the input, and return it."""
+    _check_inference(input)
+    if is_tracing() or _is_observed(input):
+        # PyTorch refuses to write to some tensors, and does so before copy_ writes.
+        return input.copy_(plan.apply(input, key, mask))
+    try:
+        plan.run(input, key, mask, out=input)
+    except KeyboardInterrupt:
+        # Kernels raise it after they have written the whole input.
+        torch.autograd.graph.increment_version(input)
+        raise
+    torch.autograd.graph.increment_version(input)
+    return input
+
+
+def apply_traced(
     input: Tensor, p: float, axes: Sequence[int], words: Tensor, inplace: bool
 ) -> Tensor:
-    """Drop under the key of a tensor of words, by an operator that is recorded or transformed."""
-    output: Tensor = torch.ops.unidrop.dropout(
-        input, words, constant(p), axes, random=randomness(input, words)
-    )
+    """Return dropout under the key in a tensor of words, as one operator of a trace."""
+    output = trace_dropout(input, words, p, axes)
     if not inplace:
         return output
     _check_inference(input)
@@ -328,34 +580,16 @@ def _check_inference(input: Tensor) -> None:
     if torch.compiler.is_dynamo_compiling():
         return
     if input.is_inference() and not torch.is_inference_mode_enabled():
-        # PyTorch would say so when it has written.
+        # PyTorch raises the same error, but after it has written to the input.
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed"
         )
 
 
-def _is_watched(input: Tensor) -> bool:
-    """Tell whether PyTorch is to see what is written to a tensor in place."""
+def _is_observed(input: Tensor) -> bool:
+    """Return whether PyTorch must see what is written to a tensor in place."""
     return (
         (torch.is_grad_enabled() and input.requires_grad)
         or torch.autograd.forward_ad._current_level >= 0
         or input.is_inference()
     )
-
-
-def draw_to_record(input: Tensor) -> Tensor:
-    """Record that a key is drawn from the default generator, and return its words."""
-    randomness(input, None)  # raises before anything is drawn
-    return record_draw()
-
-
-def drop_drawn(input: Tensor, plan: DropoutPlan, inplace: bool) -> Tensor:
-    """Drop under a key from the default generator, which a call that raises leaves as it was."""
-    if not inplace:
-        return drop(input, plan, as_key(draw_words()), inplace)
-    state = torch.get_rng_state()
-    try:
-        return drop(input, plan, as_key(draw_words()), inplace)
-    except RuntimeError:
-        torch.set_rng_state(state)
-        raise

@@ -1,7 +1,7 @@
-"""The dropout modules of `torch.nn`, under keys."""
+"""The dropout modules of `torch.nn`, with a seed and a count of training calls."""
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -12,19 +12,22 @@ from unidrop.adapters.torch.checkpoint import current_log
 from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.functional import (
     TORCHSCRIPT_MESSAGE,
-    AxesOf,
+    apply_plan,
+    apply_traced,
     axes1d,
     axes2d,
     axes3d,
-    axes_to_record,
-    draw_to_record,
-    drop,
-    drop_drawn,
     make_plan,
-    no_axes,
-    record_drop,
+    run_with_drawn_key,
+    traced_call_drops,
 )
-from unidrop.adapters.torch.operators import key_tensor, next_call_number, record_key, rollback_call
+from unidrop.adapters.torch.operators import (
+    key_tensor,
+    next_call_number,
+    rollback_call,
+    trace_call_key,
+    trace_draw_words,
+)
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.rate import Rate, checked_probability
@@ -33,61 +36,67 @@ from unidrop.words import checked_integer
 __all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 
 
-_NO_CALLS = (
-    "a Dropout without a seed counts no calls, as it draws a key for each from PyTorch's default "
-    "generator: make it with seed=Key(42).fold_in('its place in the model')"
-)
+_HINTS = {
+    "calls": (
+        "a Dropout without a seed does not count calls, because it draws a key for each call from "
+        "PyTorch's default generator: make it with seed=Key(42).fold_in('its place in the model')"
+    ),
+    "key": "Dropout.key was renamed: use Dropout.seed",
+}
 
 
 class Dropout(torch.nn.Module):
-    """During training, zero elements of the input with probability p and scale the rest.
+    """During training, zero elements of the input with probability p and scale the others.
 
-    As `torch.nn.Dropout`, and its replacement: the elements are zeroed independently at every
-    forward call, kept ones are multiplied by ``1 / (1 - p)``, and evaluation is the
-    identity. Beyond it, the same seed drops the same elements in every framework, on every
-    device, and the backward pass keeps no mask.
+    A replacement of `torch.nn.Dropout`: every forward call zeroes elements independently and
+    multiplies the kept ones by ``1 / (1 - p)``; evaluation is the identity. Beyond that, one seed
+    drops the same elements in every framework and on every device, and the backward pass
+    recomputes the mask, so autograd saves no tensor.
 
     Parameters
     ----------
     p : int or float, default 0.5
-        Probability of an element to be zeroed, in [0, 1].
+        The probability of zeroing an element, in [0, 1].
     inplace : bool, default False
-        Do this operation in place.
+        If True, the output is written to the input.
     seed : int or unidrop.Key, optional
-        If None, a key is drawn from PyTorch's default generator at every training call, as
-        `torch.nn.Dropout` does, and the module has no state. Otherwise training call n = 0, 1,
-        2, ... uses the key ``Key(seed).fold_in(n)``. Two modules with one seed drop the same
-        units: give each its site, ``seed=Key(42).fold_in("encoder/0")``.
+        Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two modules with one
+        seed drop the same units, so fold in the site: ``seed=Key(42).fold_in("encoder/0")``. If
+        None, every training call draws a key from PyTorch's default generator, as
+        `torch.nn.Dropout` does, and the module has no state.
 
     Attributes
     ----------
+    seed : unidrop.Key or None
+        The key of the module. It can be set: a seed keeps the call number of a module that counts
+        calls, and starts at 0 in one that does not; None removes the call number.
     calls : torch.Tensor
-        The number of training calls so far, an int64 scalar: with a seed, a buffer that
-        ``state_dict`` holds and that may be set, ``module.calls = step``. A checkpoint without
-        it, such as one of `torch.nn.Dropout`, loads all the same and leaves it as it is.
+        The number of training calls so far, an int64 scalar. With a seed it is a buffer, which
+        ``state_dict`` contains. It can be set: ``module.calls = step``. A checkpoint without it,
+        such as one of `torch.nn.Dropout`, loads in strict mode and leaves the number as it is.
 
     Raises
     ------
     TypeError
-        If p is no Python number, inplace no bool, or seed neither an integer nor a Key.
+        If p is not a Python number, inplace is not a bool, or seed is neither an integer nor a Key.
     ValueError
-        If p is outside [0, 1], or seed outside [0, 2^64).
+        If p is outside [0, 1], or seed is outside [0, 2^64).
 
     Notes
     -----
-    What `torch.utils.checkpoint` computes again has the masks of the first time, and counts no
-    call, whatever its ``use_reentrant`` and ``preserve_rng_state`` are. Another checkpointer's
-    recomputation is one more training call, with another mask: there use the function `dropout`
-    with a key.
+    Recomputation by `torch.utils.checkpoint` reuses the original masks and counts no call,
+    whatever ``use_reentrant`` and ``preserve_rng_state`` are. Recomputation by any other
+    checkpointer counts as a training call and has another mask: use the function `dropout` with a
+    key there.
 
     A module runs under torch.compile, torch.export, torch.func and autocast with the masks of
-    eager calls. It does not run in torch.jit, which PyTorch has retired: scripting it, and tracing
-    it in training, raise RuntimeError.
+    eager calls. It does not run in torch.jit, which PyTorch has retired: scripting, and tracing in
+    training mode, raise RuntimeError.
 
-    `torch.nn.parallel.DistributedDataParallel` keeps one call number in all processes: fold the
-    rank into the seed, or all of them drop the same units of their parts of a batch.
+    `torch.nn.parallel.DistributedDataParallel` keeps one call number in all processes. Fold the
+    rank into the seed, or all processes drop the same units of their parts of a batch.
 
-    Shape: the input may have any, and the output has the input's.
+    The input may have any shape; the output has the same.
 
     N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
     JMLR 15 (2014).
@@ -108,8 +117,7 @@ class Dropout(torch.nn.Module):
 
     p: float
     inplace: bool
-    key: Key | None
-    calls: Tensor
+    _seed: Key | None
     _words: Tensor | None
 
     def __init__(
@@ -121,76 +129,106 @@ class Dropout(torch.nn.Module):
             raise TypeError(f"inplace must be a bool, got {inplace!r}; seed= goes by name")
         self.p = p
         self.inplace = inplace
-        self.key = seed if seed is None or isinstance(seed, Key) else Key(seed)
-        if self.key is not None:
+        self.seed = seed
+
+    @property
+    def seed(self) -> Key | None:
+        """The key of the module, or None if it draws a key for each call."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int | Key | None) -> None:
+        seed = value if value is None or isinstance(value, Key) else Key(value)
+        self._seed = seed
+        # The seed is a tensor too, so that one compiled graph serves modules of any seed. It is
+        # neither a parameter nor a buffer: it stays on the CPU, and DDP does not broadcast it.
+        self._words = None if seed is None else key_tensor(seed)
+        if seed is None:
+            self._buffers.pop("calls", None)
+        elif "calls" not in self._buffers:
             self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    if TYPE_CHECKING:
+
+        @property
+        def calls(self) -> Tensor:
+            """The buffer; `__setattr__` also accepts other integers."""
+
+        @calls.setter
+        def calls(self, value: SupportsIndex | Tensor) -> None: ...
+
+        def __call__(self, input: Tensor) -> Tensor:
+            """Run `forward` and the hooks."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply dropout in training, and the identity in evaluation."""
         if is_tracing():
-            return self._record(input)
-        plan = make_plan(input, Rate.from_p(self.p), self.training, self._axes)
+            return self._trace(input)
+        plan = make_plan(input, self.p, self.training, self._get_axes(input))
         if plan is None:
             return input
-        if self.key is None:
-            return drop_drawn(input, plan, self.inplace)
-        key = self.key
+        seed, inplace = self._seed, self.inplace
+        if seed is None:
+            return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
 
-        def call(number: Any) -> Any:
-            if self.inplace:
-                return drop(input, plan, key.fold_in(number), inplace=True)
-            return LIBRARY.operator.dropout(input, key.fold_in(number), plan)
+        def call(number: Any) -> Tensor:
+            key = seed.fold_in(number)
+            if inplace:
+                return apply_plan(input, plan, key, inplace)
+            output: Tensor = LIBRARY.operator.dropout(input, key, plan)
+            return output
 
         return run_counted(
             next_call_number, rollback_call, call, self._buffers["calls"], current_log()
         )
 
-    def _record(self, input: Tensor) -> Tensor:
+    def _trace(self, input: Tensor) -> Tensor:
+        """Run `forward` by operators of a trace."""
         p = checked_probability(self.p)
-        axes = axes_to_record(input, p, self.training, self._axes)
-        if axes is None:
+        axes = self._get_axes(input)
+        if not traced_call_drops(input, p, self.training):
             return input
         if self._words is None:
-            words = draw_to_record(input)
+            words = trace_draw_words(input)
         else:
             randomness(input, self.calls)  # raises before anything is counted
-            words = record_key(self._words, self.calls)
-        return record_drop(input, p, axes, words, self.inplace)
+            words = trace_call_key(self._words, self.calls)
+        return apply_traced(input, p, axes, words, self.inplace)
+
+    def _get_axes(self, input: Tensor) -> Sequence[int]:
+        """Return the axes along which elements share one decision."""
+        return ()
 
     def __prepare_scriptable__(self) -> Self:
-        """Say, in place of the compiler of torch.jit, that it can't have this module."""
+        """Raise, because torch.jit cannot compile this module."""
         raise RuntimeError(TORCHSCRIPT_MESSAGE)
 
     def extra_repr(self) -> str:
-        """Return what `torch.nn.Dropout` shows, and the key if there is one."""
-        shown = f"p={self.p}, inplace={self.inplace}"
-        return shown if self.key is None else f"{shown}, seed={self.key}"
-
-    _axes: AxesOf = staticmethod(no_axes)
+        """Return the text of `torch.nn.Dropout`, and the seed if there is one."""
+        text = f"p={self.p}, inplace={self.inplace}"
+        return text if self.seed is None else f"{text}, seed={self.seed}"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "key":
-            # As a tensor too, so that one compiled graph serves layers of any key. It is neither a
-            # parameter nor a buffer: it stays on the CPU, and no replica is given another's.
-            self.__dict__["_words"] = None if value is None else key_tensor(value)
-        # DataParallel gives each replica a buffer of its own, with the number of this call.
+            raise AttributeError(_HINTS[name], name=name, obj=self)
+        # DataParallel sets a buffer on each replica, a copy of this module's call number.
         if name != "calls" or self.__dict__.get("_is_replica"):
             super().__setattr__(name, value)
         elif "calls" in self._buffers:
             self._set_calls(value)
         else:
-            raise AttributeError(_NO_CALLS)
+            raise AttributeError(_HINTS[name], name=name, obj=self)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name != "calls":
+            if name not in _HINTS:
                 raise
-            raise AttributeError(_NO_CALLS, name=name, obj=self) from None
+            raise AttributeError(_HINTS[name], name=name, obj=self) from None
 
     def _set_calls(self, value: Any) -> None:
-        """Write a number into the buffer, so that a tensor which is set does not count with it."""
+        """Write a number to the buffer, so that it shares no memory with the value."""
         if isinstance(value, Tensor):
             if value.dim() != 0 or integer_bits(value.dtype) is None:
                 raise TypeError(f"calls must be an integer, got {value!r}")
@@ -207,12 +245,12 @@ class Dropout(torch.nn.Module):
         super().__setattr__("calls", calls)
 
     def reset_parameters(self) -> None:
-        """Start arange64 at 0, as is done after `torch.nn.Module.to_empty`."""
-        if self.key is not None:
+        """Set the call number to 0, as users do after `torch.nn.Module.to_empty`."""
+        if self.seed is not None:
             self._replace_calls(torch.zeros_like(self.calls))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the call number with the module, and leave it an integer whatever the dtype."""
+        """Move the call number with the module, but keep it an integer for every dtype."""
         calls = self._buffers.get("calls")
         super()._apply(fn, recurse)
         if calls is not None and self.calls.dtype != torch.int64:
@@ -229,20 +267,20 @@ class Dropout(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load, and let a checkpoint without a call number pass, as one of nn.Dropout is."""
+        """Load a state, and accept one without a call number, such as one of nn.Dropout."""
         missing: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys.extend(name for name in missing if name != prefix + "calls")
-        if missing and self.key is not None and self.calls.is_meta:
+        if missing and self.seed is not None and self.calls.is_meta:
             self._replace_calls(torch.zeros((), dtype=torch.int64, device="cpu"))
 
 
 class Dropout1d(Dropout):
     """Zero whole channels of a (N, C, L) or (C, L) input, as `torch.nn.Dropout1d`.
 
-    Parameters, attributes and errors are those of `Dropout`.
+    Parameters, attributes and errors are as in `Dropout`.
 
     Examples
     --------
@@ -253,13 +291,14 @@ class Dropout1d(Dropout):
              [2., 2., 2.]]])
     """
 
-    _axes = staticmethod(axes1d)
+    def _get_axes(self, input: Tensor) -> Sequence[int]:
+        return axes1d(input, self.training)
 
 
 class Dropout2d(Dropout):
     """Zero whole channels of a (N, C, H, W) input, as `torch.nn.Dropout2d`.
 
-    Parameters, attributes and errors are those of `Dropout`.
+    Parameters, attributes and errors are as in `Dropout`.
 
     Examples
     --------
@@ -269,13 +308,14 @@ class Dropout2d(Dropout):
     tensor([[128., 128.,   0.]])
     """
 
-    _axes = staticmethod(axes2d)
+    def _get_axes(self, input: Tensor) -> Sequence[int]:
+        return axes2d(input, self.training)
 
 
 class Dropout3d(Dropout):
     """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input, as `torch.nn.Dropout3d`.
 
-    Parameters, attributes and errors are those of `Dropout`.
+    Parameters, attributes and errors are as in `Dropout`.
 
     Examples
     --------
@@ -285,4 +325,5 @@ class Dropout3d(Dropout):
     tensor([[128., 128.,   0.]])
     """
 
-    _axes = staticmethod(axes3d)
+    def _get_axes(self, input: Tensor) -> Sequence[int]:
+        return axes3d(input, self.training)

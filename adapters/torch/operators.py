@@ -1,18 +1,19 @@
-"""The operators ``torch.ops.unidrop``: what compilers and exporters of PyTorch see of dropout.
+"""The operators ``torch.ops.unidrop``, as which compilers and exporters of PyTorch trace dropout.
 
 Requirements this design meets:
 
-* A compiler sees one operator with a key, and so keeps the key for the backward pass, not a mask;
-  it compiles no arithmetic of words, and when it runs, the operator takes the path of its tensor.
-* What has an effect, to advance a call number or to draw from the generator, says that it writes to
-  a tensor. So it is neither dropped, nor merged with its like, nor moved past it.
-* Nor is it computed again: where a compiler recomputes a checkpointed region, it keeps what such an
-  operator returned.
+* Dropout is one operator with a key. So a compiler saves the key for the backward pass, not a mask,
+  and compiles no arithmetic on words. The operator chooses the path of its tensor when it runs.
+* An operator with an effect, to advance a call number or to draw from the generator, declares that
+  it writes to a tensor. So compilers neither remove nor merge nor reorder such operators.
+* Compilers never recompute such an operator under activation checkpointing: they save its output.
 
-A key is an int64 tensor ``[lo, hi]``, on the CPU unless it was made of a step on another device.
+A key is an int64 tensor ``[lo, hi]``. It is on the CPU, unless a step on another device was folded
+into it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from unidrop.adapters.calls import COUNTING
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
+from unidrop.adapters.torch.func import randomness
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
@@ -31,20 +33,25 @@ from unidrop.rate import Rate
 from unidrop.words import MASK32
 
 __all__ = [
+    "as_constant",
     "as_key",
-    "constant",
+    "cached_rate",
     "draw_words",
     "key_tensor",
     "next_call_number",
-    "record_draw",
-    "record_key",
     "rollback_call",
+    "trace_call_key",
+    "trace_draw_words",
+    "trace_dropout",
 ]
 
-# What a drawing of a key says that it writes to, which keeps drawings in order.
-_ORDER = torch.zeros((), dtype=torch.int64)
+# The operator that draws a key declares that it writes to this tensor, which orders the draws.
+_DRAW_ORDER = torch.zeros((), dtype=torch.int64)
 
-_dispatch_mode = torch._C._get_dispatch_mode
+# The rate of a float. Dynamo warns about caches, so only calls that it does not trace use this one.
+cached_rate = lru_cache(maxsize=256)(Rate.from_p)
+
+_get_dispatch_mode = torch._C._get_dispatch_mode
 _DispatchMode = torch._C._TorchDispatchModeKey
 
 _library = torch.library.Library("unidrop", "DEF")
@@ -65,27 +72,27 @@ _library.define("draw_key(Tensor(a!) order) -> Tensor")
 
 
 def key_tensor(key: Key) -> Tensor:
-    """Return a key as a tensor of its words."""
+    """Return the words of a key as a tensor."""
     return pack_words(key._words)
 
 
 def pack_words(words: Any) -> Tensor:
-    """Return the words of a key as a tensor: ``(lo, hi)``, or a tensor of both already."""
+    """Return ``(lo, hi)`` as a tensor; a tensor of both is returned as it is."""
     return words if isinstance(words, Tensor) else int_tensor(words)
 
 
 def int_tensor(numbers: Sequence[Any]) -> Tensor:
-    """Return numbers, of which some may be 0-d tensors, as one tensor."""
+    """Return integers, or 0-d tensors of them, as one tensor."""
     if torch.compiler.is_dynamo_compiling():
-        return _record_int_tensor(numbers)
+        return _trace_int_tensor(numbers)
     device = next((n.device for n in numbers if isinstance(n, Tensor)), None)
     if device is None:
         return torch.tensor(numbers, dtype=torch.int64, device="cpu")
     return torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in numbers])
 
 
-def _record_int_tensor(numbers: Sequence[Any]) -> Tensor:
-    """Return what `int_tensor` does, by operators that no compiler makes a kernel for."""
+def _trace_int_tensor(numbers: Sequence[Any]) -> Tensor:
+    """Run `int_tensor` by operators, because compilers generate no kernels for them."""
     ops = torch.ops.unidrop
     tensors = [n for n in numbers if isinstance(n, Tensor)]
     if not tensors:
@@ -98,86 +105,111 @@ def _record_int_tensor(numbers: Sequence[Any]) -> Tensor:
     return stack
 
 
-def constant(p: float) -> float:
-    """Return a rate that torch.compile takes as a constant, and traces again where it changes.
+def trace_dropout(
+    x: Tensor,
+    words: Tensor,
+    p: float,
+    broadcast_axes: Sequence[int],
+    global_shape: Sequence[int] | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Return dropout under the key in a tensor of words, as one operator of a trace."""
+    output: Tensor = torch.ops.unidrop.dropout(
+        x,
+        words,
+        as_constant(p),
+        broadcast_axes,
+        global_shape,
+        start,
+        random=randomness(x, words),
+    )
+    return output
 
-    A float that has changed it takes for variable, of which Inductor, in a checkpointed region,
-    freezes the first value in an operator's argument.
+
+def as_constant(p: float) -> float:
+    """Return a rate as a compile-time constant, so that torch.compile recompiles if it changes.
+
+    Dynamo treats a float that has changed as a variable. Inductor then freezes the first value in
+    the arguments of an operator inside a checkpointed region.
     """
     return float.fromhex(p.hex())
 
 
 def as_key(words: Tensor) -> Key:
-    """Return the key of a tensor of words: with a value, where that is read without waiting."""
+    """Return the key of a tensor of words, with a value if reading it waits for no device."""
     if words.device.type != "cpu":
         return Key.from_words(*words.unbind())
     lo, hi = words.tolist()
     return Key._from_raw_words((lo & MASK32, hi & MASK32))
 
 
-def next_call_number(calls: Tensor, draws: CheckpointLog | None) -> Any:
-    """Return a call number and advance it; a recomputation replays the first number.
+def next_call_number(calls: Tensor, log: CheckpointLog | None) -> Any:
+    """Return a call number and advance it; a recomputation replays the original number.
 
     The caller holds the lock `COUNTING`.
     """
-    if draws is not None and draws.are_again:
-        return draws.take()
-    # Reading the value of other tensors would wait for a device.
-    is_known = calls.device.type == "cpu" and calls.dim() == 0
-    number = int(calls) if is_known else calls.clone()
+    if log is not None and log.replays:
+        return log.replay()
+    # Reading the value of any other tensor would wait for a device.
+    can_read = calls.device.type == "cpu" and calls.dim() == 0
+    number = int(calls) if can_read else calls.clone()
     calls.add_(1)
-    if draws is not None:
-        draws.keep(number)
+    if log is not None:
+        log.append(number)
     return number
 
 
-def rollback_call(calls: Tensor, draws: CheckpointLog | None) -> None:
-    """Undo what `next_call_number` did for a call that raised."""
-    if draws is None or not draws.are_again:
+def rollback_call(calls: Tensor, log: CheckpointLog | None) -> None:
+    """Undo `next_call_number` for a call that raised."""
+    if log is None or not log.replays:
         calls.sub_(1)
-    if draws is not None:
-        draws.undo()
+    if log is not None:
+        log.rollback()
 
 
 def draw_words() -> Tensor:
-    """Draw a key from the default generator, on the CPU, so that no device is waited for.
+    """Draw the words of a key from the default generator, on the CPU: no device waits for them.
 
-    What is computed again draws too, as the generator may be in the state of the first time and
-    serve others after this; but it has the key of the first time.
+    A recomputation replays the original words, but draws too: `torch.utils.checkpoint` may have
+    restored the generator's state, and later draws must find the generator advanced.
     """
-    words = _drawn()
-    draws = current_log()
-    if draws is None:
+    words = _generate_words()
+    log = current_log()
+    if log is None:
         return words
-    if draws.are_again:
-        return draws.take()  # type: ignore[no-any-return] # the words that were kept below
-    draws.keep(words)
+    if log.replays:
+        return log.replay()  # type: ignore[no-any-return] # the words appended below
+    log.append(words)
     return words
 
 
-def record_draw() -> Tensor:
-    """Record a `draw_words`, in what is traced.
+def trace_draw_words(x: Tensor) -> Tensor:
+    """Run `draw_words` as one operator of the trace that x belongs to.
 
-    torch.export takes no state that is not the module's, and runs its operations one by one, so it
-    is given the drawing itself. So is what runs on fake tensors, which the state is none of.
+    torch.export accepts no state beyond the module's, and a FakeTensorMode accepts no real tensor.
+    Both preserve the order of random operations, so they trace `torch.randint` instead.
     """
+    randomness(x, None)  # raises before anything is drawn
     if torch.compiler.is_exporting():
-        return _drawn()
-    if not torch.compiler.is_dynamo_compiling() and _dispatch_mode(_DispatchMode.FAKE) is not None:
-        return _drawn()
-    words: Tensor = torch.ops.unidrop.draw_key(_ORDER)
+        return _generate_words()
+    if (
+        not torch.compiler.is_dynamo_compiling()
+        and _get_dispatch_mode(_DispatchMode.FAKE) is not None
+    ):
+        return _generate_words()
+    words: Tensor = torch.ops.unidrop.draw_key(_DRAW_ORDER)
     return words
 
 
-def _drawn() -> Tensor:
+def _generate_words() -> Tensor:
     return torch.randint(1 << 32, (2,), dtype=torch.int64, device="cpu")
 
 
-def record_key(words: Tensor, calls: Tensor) -> Tensor:
-    """Record that a call number is taken, and return the words of the key that it is folded into.
+def trace_call_key(words: Tensor, calls: Tensor) -> Tensor:
+    """Advance a call number in a trace, and return the words of the key of the call.
 
-    The CPU's is folded by an operator. On another device that would must wait for the number, so
-    there folding is compiled, or done by operations on 0-d tensors.
+    On the CPU an operator folds in the number. On another device it would wait for the number, so
+    there the trace contains the arithmetic, on 0-d tensors.
     """
     number = torch.ops.unidrop.next_call(calls)
     if calls.device.type == "cpu":
@@ -199,10 +231,10 @@ def _dropout(
 ) -> Tensor:
     plan = DropoutPlan.from_args(
         x,
-        Rate.from_p(p),
+        cached_rate(p),
         broadcast_axes=tuple(broadcast_axes),
         global_shape=global_shape,
-        start=_starts(start),
+        start=_read_start(start),
     )
     output: Tensor = plan.apply(x, as_key(key))
     return output
@@ -227,13 +259,13 @@ def _keep_mask(
         device=device,
         broadcast_axes=broadcast_axes,
         global_shape=global_shape,
-        start=_starts(start),
+        start=_read_start(start),
     )
     return mask
 
 
-def _starts(start: Tensor | None) -> Sequence[Any] | None:
-    """Return where a window begins: integers, where those are read without waiting."""
+def _read_start(start: Tensor | None) -> Sequence[Any] | None:
+    """Return the start of a window: as integers if reading them waits for no device."""
     if start is None:
         return None
     starts: Sequence[Any] = start.tolist() if start.device.type == "cpu" else start.unbind()
@@ -252,22 +284,22 @@ def _stack_integers(values: Sequence[Tensor]) -> Tensor:
 
 @_disable_dynamo
 def _pack_key(lo: Tensor, hi: Tensor) -> Tensor:
-    """Return words of the low 32 bits; of a batch of keys, along a last axis."""
+    """Return the low 32 bits of each word; the words of a batch of keys are on the last axis."""
     return torch.stack([_low_bits(lo), _low_bits(hi).to(lo.device)], -1)
 
 
 def _low_bits(word: Tensor) -> Tensor:
-    """Return the low 32 bits of integers, which are extended by zeros from their width."""
+    """Return the low 32 bits of integers, zero-extended from their width."""
     bits = integer_bits(word.dtype)
-    assert bits is not None  # as `Library.width` has seen to
+    assert bits is not None  # `Words.width` rejects other dtypes
     return word.to(torch.int64) & MASK32 & ((1 << bits) - 1)
 
 
 @_disable_dynamo
 def _fold_in(key: Tensor, data: Tensor) -> Tensor:
     bits = integer_bits(data.dtype)
-    assert bits is not None  # as `Library.width` has seen to
-    # Extended by zeros from its width, as words are: also a negative one, and one of uint64.
+    assert bits is not None  # `Words.width` rejects other dtypes
+    # Zero-extend from the width, so that negative steps and steps of uint64 are valid too.
     return key_tensor(as_key(key).fold_in(int(data.item()) & ((1 << bits) - 1)))
 
 
@@ -286,49 +318,49 @@ def _draw_key(order: Tensor) -> Tensor:
 
 
 class _Dropout(torch.autograd.function._SingleLevelFunction):
-    """The gradient of the operator: itself, of the upstream gradient, under the same key.
+    """The gradient of the operator: the operator on the upstream gradient, under the same key.
 
-    Of one level of `torch.func`, of which it is applied to each by PyTorch's dispatcher.
+    It serves one level of `torch.func`; PyTorch's dispatcher applies it to each level.
     """
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, key: Tensor, *rest: Any) -> Tensor:
-        p, axes, whole, start, random = _with_defaults(*rest)
+        p, axes, global_shape, start, random = _with_defaults(*rest)
         ctx.save_for_backward(key, start, random)
         ctx.save_for_forward(key, start, random)
-        ctx.given = p, axes, whole
+        ctx.constants = p, axes, global_shape
         operator = torch.ops.unidrop.dropout.default
         if not torch._C._are_functorch_transforms_active():
             return _below_autograd(operator, keyset, x, key, *rest)
-        # The levels below differentiate too.
+        # Levels below this one differentiate too.
         with torch.enable_grad(), _set_fwd_grad_enabled(True):
             return _below_autograd(operator, keyset, x, key, *rest)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, _Dropout.again(ctx, upstream), *(None,) * 6
+        return None, _Dropout.recompute(ctx, upstream), *(None,) * 6
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        # A product by a diagonal matrix is its own transpose.
-        return _Dropout.again(ctx, tangents[1])
+        # Dropout is a product with a diagonal matrix, which is its own transpose.
+        return _Dropout.recompute(ctx, tangents[1])
 
     @staticmethod
-    def again(ctx: Any, x: Tensor) -> Tensor:
+    def recompute(ctx: Any, x: Tensor) -> Tensor:
         key, start, random = ctx.saved_tensors
-        output: Tensor = torch.ops.unidrop.dropout(x, key, *ctx.given, start, random)
+        output: Tensor = torch.ops.unidrop.dropout(x, key, *ctx.constants, start, random)
         return output
 
 
 def _with_defaults(
     p: float,
     axes: Sequence[int],
-    whole: Sequence[int] | None = None,
+    global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
     random: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Return an operator's arguments with those that the dispatcher left out."""
-    return p, axes, whole, start, random
+    """Return the operator's arguments, including the defaults that the dispatcher omits."""
+    return p, axes, global_shape, start, random
 
 
 def _below_autograd(operator: Any, keyset: Any, *arguments: Any) -> Tensor:
@@ -337,7 +369,8 @@ def _below_autograd(operator: Any, keyset: Any, *arguments: Any) -> Tensor:
     return output
 
 
-def _differentiated(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
+def _differentiate_dropout(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
+    """Run the operator as an autograd function, if PyTorch records gradients."""
     if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()):
         return _below_autograd(torch.ops.unidrop.dropout.default, keyset, x, *rest)
     with enable_single_level_autograd_function():
@@ -345,19 +378,20 @@ def _differentiated(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
     return output
 
 
-def _vmapped(
+def _batch_dropout(
     info: Any,
     in_dims: tuple[Any, ...],
     x: Tensor,
     key: Tensor,
     p: float,
     axes: Sequence[int],
-    whole: Sequence[int] | None = None,
+    global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
     random: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """Drop from a batch: see `torch_func`."""
-    dims = dict(zip(("x", "key", "p", "axes", "whole", "start", "random"), in_dims, strict=False))
+    """Run the operator for a batch, with the mask that `unidrop.adapters.torch.func` describes."""
+    names = ("x", "key", "p", "axes", "global_shape", "start", "random")
+    dims = dict(zip(names, in_dims, strict=False))
     count = info.batch_size
     x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)
     if dims["key"] is not None or dims.get("start") is not None:
@@ -368,29 +402,30 @@ def _vmapped(
             for name, tensor in (("key", key), ("start", start))
         )
         each = [
-            torch.ops.unidrop.dropout(x_i, key_i, p, axes, whole, start_i, random)
+            torch.ops.unidrop.dropout(x_i, key_i, p, axes, global_shape, start_i, random)
             for x_i, key_i, start_i in zip(x.unbind(), keys, starts, strict=True)
         ]
         return torch.stack(each), 0
     is_shared = dims.get("random") is None
     axes = [*([0] if is_shared else []), *(axis + 1 for axis in axes)]
-    if whole is not None and start is not None:
-        whole, start = [count, *whole], torch.cat([start.new_zeros(1), start])
+    if global_shape is not None and start is not None:
+        global_shape = [count, *global_shape]
+        start = torch.cat([start.new_zeros(1), start])
     if random is not None and not is_shared:
         random = random.select(dims["random"], 0)
-    return torch.ops.unidrop.dropout(x, key, p, axes, whole, start, random), 0
+    return torch.ops.unidrop.dropout(x, key, p, axes, global_shape, start, random), 0
 
 
-def _saved_by_compilers(name: str) -> Any:
-    """Return the autograd kernel of an operator that no compiler is to compute again."""
+def _make_saved_kernel(name: str) -> Any:
+    """Return an autograd kernel of an operator whose output compilers save, not recompute."""
 
     def kernel(keyset: Any, state: Tensor) -> Tensor:
         operator = getattr(torch.ops.unidrop, name).default
-        traced: Any = _dispatch_mode(_DispatchMode.PROXY)
+        traced: Any = _get_dispatch_mode(_DispatchMode.PROXY)
         before = 0 if traced is None else len(traced.tracer.graph.nodes)
         output = _below_autograd(operator, keyset, state)
         if traced is not None:
-            # Activation checkpointing has just marked these to be recomputed.
+            # Activation checkpointing has marked these nodes for recomputation.
             for node in list(traced.tracer.graph.nodes)[before:]:
                 node.meta.pop("recompute", None)
         return output
@@ -398,15 +433,15 @@ def _saved_by_compilers(name: str) -> Any:
     return kernel
 
 
-def _next_calls(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Tensor, int]:
-    """Advance a batch of call numbers, as of models that `torch.func.stack_module_state` stacks."""
+def _batch_next_call(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Tensor, int]:
+    """Advance a batch of call numbers, as `torch.func.stack_module_state` makes it."""
     return torch.ops.unidrop.next_call(calls), in_dims[0]
 
 
-def _pack_each_key(
+def _batch_pack_key(
     info: Any, in_dims: tuple[int | None, int | None], lo: Tensor, hi: Tensor
 ) -> tuple[Tensor, int]:
-    """Join a batch of keys, whose words have no axes but that of the batch."""
+    """Pack a batch of keys: each word is a number, or one number per example."""
     lo, hi = (
         word.expand(info.batch_size, *word.shape) if dim is None else word.movedim(dim, 0)
         for word, dim in zip((lo, hi), in_dims, strict=True)
@@ -414,9 +449,10 @@ def _pack_each_key(
     return torch.ops.unidrop.pack_key(lo, hi), 0
 
 
-def _fold_in_each(
+def _batch_fold_in(
     info: Any, in_dims: tuple[int | None, int | None], key: Tensor, data: Tensor
 ) -> tuple[Tensor, int]:
+    """Fold a batch of numbers into a batch of keys, one by one."""
     keys, numbers = (
         [tensor] * info.batch_size if dim is None else tensor.movedim(dim, 0).unbind()
         for tensor, dim in zip((key, data), in_dims, strict=True)
@@ -452,9 +488,9 @@ for _name, _function in _EAGER.items():
 for _name, _fake in _FAKE.items():
     torch.library.register_fake(f"unidrop::{_name}", _fake, lib=_library)
 for _name in ("next_call", "draw_key"):
-    _library.impl(_name, _saved_by_compilers(_name), "Autograd", with_keyset=True)
-_library.impl("dropout", _differentiated, "Autograd", with_keyset=True)
-torch.library.register_vmap("unidrop::dropout", _vmapped, lib=_library)
-torch.library.register_vmap("unidrop::next_call", _next_calls, lib=_library)
-torch.library.register_vmap("unidrop::pack_key", _pack_each_key, lib=_library)
-torch.library.register_vmap("unidrop::fold_in", _fold_in_each, lib=_library)
+    _library.impl(_name, _make_saved_kernel(_name), "Autograd", with_keyset=True)
+_library.impl("dropout", _differentiate_dropout, "Autograd", with_keyset=True)
+torch.library.register_vmap("unidrop::dropout", _batch_dropout, lib=_library)
+torch.library.register_vmap("unidrop::next_call", _batch_next_call, lib=_library)
+torch.library.register_vmap("unidrop::pack_key", _batch_pack_key, lib=_library)
+torch.library.register_vmap("unidrop::fold_in", _batch_fold_in, lib=_library)

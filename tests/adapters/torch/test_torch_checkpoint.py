@@ -479,7 +479,7 @@ def test_relies_on_frames_that_torch_still_has(reentrant):
 
     def function(x):
         draws = torch_checkpoint.current_log()
-        seen.append(None if draws is None else draws.are_again)
+        seen.append(None if draws is None else draws.replays)
         return x.exp().sin()
 
     x = numbers()

@@ -365,7 +365,7 @@ def test_rolls_back_call_that_fails(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(DropoutPlan, "apply", out_of_memory)
+        patch.setattr(DropoutPlan, "run", out_of_memory)
         with pytest.raises(MemoryError):
             module(torch.ones(3))
     assert module.calls == 0

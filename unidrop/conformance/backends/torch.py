@@ -155,7 +155,7 @@ class _Layer:
 
     @calls.setter
     def calls(self, value: int) -> None:
-        self._module.calls = value  # type: ignore[assignment] # the module takes integers too
+        self._module.calls = value
 
     def __call__(self, x: torch.Tensor, *, training: bool) -> Any:
         self._module.train(training)
