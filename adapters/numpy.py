@@ -1,7 +1,7 @@
-"""Dropout for NumPy: the textbook's function, with ``rng=`` or a key."""
+"""Dropout for NumPy: the textbook function under a key or a generator, and its backward pass."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,16 +11,68 @@ from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Buffer, Buffers
 from unidrop.rate import Rate
 
-__all__ = ["LIBRARY", "aligned_like", "dropout", "dropout_backward", "get_address", "locate_array"]
+__all__ = [
+    "LIBRARY",
+    "allocate_aligned_like",
+    "dropout",
+    "dropout_backward",
+    "get_address",
+    "locate_array",
+]
 
 Rng = int | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
 
 _DEFAULT_P = 0.5
 
-# What TensorFlow and XLA ask of memory that they are to use: a line of the cache.
+# TensorFlow and XLA share memory that begins at a cache line, and copy other memory.
 _ALIGNMENT = 64
 
 
+@overload
+def dropout(
+    x: ArrayLike,
+    p: float = ...,
+    *,
+    keep_prob: float | None = ...,
+    key: Key | None = ...,
+    rng: Rng = ...,
+    training: bool = ...,
+    broadcast_axes: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[False] = ...,
+    out: NDArray[Any] | None = ...,
+) -> NDArray[Any]: ...
+@overload
+def dropout(
+    x: ArrayLike,
+    p: float = ...,
+    *,
+    keep_prob: float | None = ...,
+    key: Key | None = ...,
+    rng: Rng = ...,
+    training: bool = ...,
+    broadcast_axes: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[True],
+    out: NDArray[Any] | None = ...,
+) -> tuple[NDArray[Any], NDArray[np.bool]]: ...
+@overload
+def dropout(
+    x: ArrayLike,
+    p: float = ...,
+    *,
+    keep_prob: float | None = ...,
+    key: Key | None = ...,
+    rng: Rng = ...,
+    training: bool = ...,
+    broadcast_axes: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: bool,
+    out: NDArray[Any] | None = ...,
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[np.bool]]: ...
 def dropout(
     x: ArrayLike,
     p: float = _DEFAULT_P,
@@ -30,6 +82,8 @@ def dropout(
     rng: Rng = None,
     training: bool = True,
     broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
     return_mask: bool = False,
     out: NDArray[Any] | None = None,
 ) -> Any:
@@ -42,39 +96,42 @@ def dropout(
     p : int or float, default 0.5
         The probability of dropping an element, in [0, 1].
     keep_prob : int or float, optional
-        The textbook's spelling: the probability of keeping one, ``p = 1 - keep_prob``. Give
-        either.
+        The textbook's spelling: the probability of keeping an element, ``p = 1 - keep_prob``. Pass
+        p or keep_prob, not both.
     key : unidrop.Key, optional
-        The name of the mask. The same key drops the same elements in every framework.
+        The name of the mask: the same key drops the same elements in every framework.
     rng : None, int, numpy.random.Generator, BitGenerator or SeedSequence, default None
-        Where to draw a key from if none is given, as in Scientific Python's SPEC 7: None means
-        fresh entropy, an int seeds `numpy.random.default_rng`, and a generator is advanced by one
-        64-bit draw. Nothing is drawn where nothing can be dropped.
+        Source of a key if none is given, as in Scientific Python's SPEC 7: None means fresh
+        entropy, an int seeds `numpy.random.default_rng`, and a generator advances by one 64-bit
+        draw. A call that drops nothing draws nothing.
     training : bool, default True
-        If False x is returned unchanged.
+        If False, x is returned unchanged.
     broadcast_axes : sequence of int, default ()
-        Axes along which one decision is shared.
+        Axes along which elements share one decision, and the mask has length 1.
+    global_shape, start : sequence of int, optional
+        x is the block that begins at ``start`` of an array of shape ``global_shape``, and gets
+        exactly that block of the whole mask.
     return_mask : bool, default False
-        Whether to return the mask too: ``(output, mask)``.
+        If True, the mask is returned too: ``(output, mask)``.
     out : numpy.ndarray, optional
-        Where to write the output, of x's shape and dtype; may be x itself. Untouched if an
-        argument is wrong.
+        The array to write the output to, of x's shape and dtype; may be x itself. A call that
+        raises leaves it unchanged.
 
     Returns
     -------
     output : numpy.ndarray
         Of x's shape and dtype; ``out`` if given; x itself if p is 0 or training is False.
     mask : numpy.ndarray of bool
-        Only with ``return_mask``: True where kept, with length 1 along ``broadcast_axes``.
+        Only with ``return_mask``: True for kept elements, with length 1 along ``broadcast_axes``.
 
     Raises
     ------
     TypeError
-        If x has an integer or bool dtype, a rate is no Python number, key no Key, rng nothing
-        that `numpy.random.default_rng` takes, or out no array.
+        If x has an integer or bool dtype, a rate is not a Python number, key is not a Key,
+        `numpy.random.default_rng` does not accept rng, or out is not an array.
     ValueError
         If a rate is outside [0, 1], keep_prob is given with a p that is not the default, both key
-        and rng are given, an axis does not exist, or out does not fit.
+        and rng are given, an axis does not exist, the window does not fit, or out does not fit.
 
     Examples
     --------
@@ -92,14 +149,14 @@ def dropout(
     if key is not None:
         check_key(key)
         if rng is not None:
-            raise ValueError(f"give either key or rng, got key={key!r} and rng={rng!r}")
+            raise ValueError(f"pass key or rng, not both, got key={key!r} and rng={rng!r}")
     _check_out(out, x)
-    plan = _make_plan(x, rate, training, broadcast_axes, "x")
+    plan = _make_plan(x, rate, training, broadcast_axes, global_shape, start, "x")
     generator = _get_generator(rng) if key is None else None
     if not plan.drops:
-        output, mask = _written(out, x), plan.ones(x)
+        output, mask = _copy_to(out, x), plan.ones(x)
     else:
-        key = _drawn(generator) if key is None else key
+        key = _draw_key(generator) if key is None else key
         mask = plan.mask(x, key) if return_mask else None
         output = plan.run(x, key, mask, out)
     return (output, mask) if return_mask else output
@@ -114,9 +171,11 @@ def dropout_backward(
     mask: ArrayLike | None = None,
     training: bool = True,
     broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
     out: NDArray[Any] | None = None,
-) -> Any:
-    """Return the gradient of `dropout`: the same elements dropped, the rest scaled.
+) -> NDArray[Any]:
+    """Return the gradient of `dropout`: drop the same elements and scale the rest.
 
     Parameters
     ----------
@@ -127,16 +186,18 @@ def dropout_backward(
     keep_prob : int or float, optional
         As in the forward call.
     key : unidrop.Key, optional
-        The forward call's key; nothing else must be kept from it.
+        The forward call's key. Nothing else of the forward call is needed.
     mask : array_like of bool, optional
-        Or the mask that the forward call returned. Give one of the two, unless nothing was
-        dropped.
+        The mask that the forward call returned. Pass key or mask, not both; a call that drops
+        nothing needs neither.
     training : bool, default True
         As in the forward call.
     broadcast_axes : sequence of int, default ()
         As in the forward call.
+    global_shape, start : sequence of int, optional
+        As in the forward call.
     out : numpy.ndarray, optional
-        Where to write the result, of grad's shape and dtype; may be grad itself.
+        The array to write the result to, of grad's shape and dtype; may be grad itself.
 
     Returns
     -------
@@ -164,26 +225,39 @@ def dropout_backward(
     if key is not None:
         check_key(key)
     _check_out(out, grad)
-    plan = _make_plan(grad, rate, training, broadcast_axes, "grad")
+    plan = _make_plan(grad, rate, training, broadcast_axes, global_shape, start, "grad")
     if plan.drops and (key is None) == (mask is None):
         raise ValueError(
-            f"give the forward call's key or its mask, got key={key!r} and mask={mask!r}"
+            f"pass the forward call's key or its mask, got key={key!r} and mask={mask!r}"
         )
     if not plan.drops:
-        return _written(out, grad)
+        return _copy_to(out, grad)
     if key is not None:
-        return plan.run(grad, key, out=out)
-    return _written(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
+        gradient: NDArray[Any] = plan.run(grad, key, out=out)
+        return gradient
+    return _copy_to(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
 
 
 def _make_plan(
-    x: NDArray[Any], rate: Rate, training: bool, broadcast_axes: Sequence[int], name: str
+    x: NDArray[Any],
+    rate: Rate,
+    training: bool,
+    broadcast_axes: Sequence[int],
+    global_shape: Sequence[int] | None,
+    start: Sequence[Any] | None,
+    name: str,
 ) -> DropoutPlan:
-    if broadcast_axes == ():
+    if broadcast_axes == () and global_shape is None and start is None:
         drops = bool(training) and rate.p > 0
         return DropoutPlan.for_whole(LIBRARY, x.shape, x.dtype, rate, drops, name)
     return DropoutPlan.from_args(
-        x, rate, training=training, broadcast_axes=broadcast_axes, name=name
+        x,
+        rate,
+        training=training,
+        broadcast_axes=broadcast_axes,
+        global_shape=global_shape,
+        start=start,
+        name=name,
     )
 
 
@@ -192,20 +266,22 @@ def _get_rate(p: float, keep_prob: float | None) -> Rate:
     if keep_prob is None:
         return rate
     if rate.p != _DEFAULT_P:
-        raise ValueError(f"give either p or keep_prob, got p={p} and keep_prob={keep_prob}")
+        raise ValueError(f"pass p or keep_prob, not both, got p={p} and keep_prob={keep_prob}")
     return Rate.from_keep_prob(keep_prob)
 
 
 def _get_generator(rng: Rng) -> np.random.Generator:
     if isinstance(rng, bool):
-        raise TypeError(f"rng must be what default_rng takes, and no bool, got {rng!r}")
+        raise TypeError(f"rng must be an argument of numpy.random.default_rng, got {rng!r}")
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"rng must be what default_rng takes, got {rng!r}: {error}") from None
+        raise type(error)(
+            f"rng must be an argument of numpy.random.default_rng, got {rng!r}: {error}"
+        ) from None
 
 
-def _drawn(generator: Any) -> Key:
+def _draw_key(generator: Any) -> Key:
     return Key(int(generator.integers(0, 2**64, dtype=np.uint64)))
 
 
@@ -223,8 +299,8 @@ def _check_out(out: object, x: NDArray[Any]) -> None:
         raise ValueError("out must be writeable, got a read-only array")
 
 
-def _written(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
-    """Return a result, in ``out`` if that is given."""
+def _copy_to(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
+    """Return a result, copied to ``out`` if that is given."""
     if out is None:
         return result
     out[...] = result
@@ -252,14 +328,14 @@ class NumPyBuffers(Buffers):
     def allocate_like(self, x: Any) -> tuple[Any, Buffer]:
         """Return an empty array, in the memory order of x."""
         y = np.empty_like(x, subok=False)
-        return y, Buffer(get_address(y), _get_steps(y))
+        return y, Buffer(get_address(y), _element_strides(y))
 
 
 LIBRARY = ArrayLibrary(buffers=NumPyBuffers())
 
 
 def locate_array(x: np.ndarray[Any, Any]) -> Buffer | str:
-    """Return where a NumPy array lies, or why a kernel can't read it there."""
+    """Return the buffer of a NumPy array, or the reason why kernels cannot read it."""
     if not x.dtype.isnative:
         return "it is not in this machine's byte order"
     flags = x.flags
@@ -267,17 +343,17 @@ def locate_array(x: np.ndarray[Any, Any]) -> Buffer | str:
         return "its elements are not aligned"
     if flags.c_contiguous:
         return Buffer(get_address(x), None)
-    if any(step % x.itemsize for step in x.strides):
+    if any(stride % x.itemsize for stride in x.strides):
         return "its elements are not aligned"
-    return Buffer(get_address(x), _get_steps(x))
+    return Buffer(get_address(x), _element_strides(x))
 
 
-def aligned_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def allocate_aligned_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return an empty array of x's shape and dtype, in memory that other libraries can share."""
-    room = np.empty(x.nbytes + _ALIGNMENT, dtype=np.uint8)
-    first = -get_address(room) % _ALIGNMENT
+    memory = np.empty(x.nbytes + _ALIGNMENT, dtype=np.uint8)
+    first = -get_address(memory) % _ALIGNMENT
     aligned: np.ndarray[Any, Any]
-    aligned = room[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
+    aligned = memory[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
     return aligned
 
 
@@ -287,7 +363,8 @@ def get_address(x: np.ndarray[Any, Any]) -> int:
     return address
 
 
-def _get_steps(x: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
+def _element_strides(x: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
+    """Return the strides in elements, or None for C order."""
     if x.flags.c_contiguous:
         return None
-    return tuple(step // x.itemsize for step in x.strides)
+    return tuple(stride // x.itemsize for stride in x.strides)

@@ -1,12 +1,13 @@
-"""Dropout for TensorFlow: what `tf.nn.dropout` is, under a key.
+"""Dropout for TensorFlow: `tf.nn.dropout` under a key, and TensorFlow's part of the core.
 
 TensorFlow documentation: tf.nn.dropout, tf.nn.experimental.stateless_dropout.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import tensorflow as tf
@@ -23,41 +24,91 @@ from unidrop.words import Int64Words, SplitInteger
 __all__ = ["LIBRARY", "dropout"]
 
 
+@overload
 def dropout(
-    x: tf.Tensor,
+    x: Any,
+    rate: float,
+    noise_shape: Sequence[int | None] | None = ...,
+    *,
+    key: Key,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[False] = ...,
+    name: str | None = ...,
+) -> tf.Tensor: ...
+@overload
+def dropout(
+    x: Any,
+    rate: float,
+    noise_shape: Sequence[int | None] | None = ...,
+    *,
+    key: Key,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[True],
+    name: str | None = ...,
+) -> tuple[tf.Tensor, tf.Tensor]: ...
+@overload
+def dropout(
+    x: Any,
+    rate: float,
+    noise_shape: Sequence[int | None] | None = ...,
+    *,
+    key: Key,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: bool,
+    name: str | None = ...,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]: ...
+def dropout(
+    x: Any,
     rate: float,
     noise_shape: Sequence[int | None] | None = None,
     *,
     key: Key,
-) -> tf.Tensor:
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+    name: str | None = None,
+) -> Any:
     """Drop elements with probability rate and scale the rest by 1 / (1 - rate).
 
     Parameters
     ----------
     x : tf.Tensor
-        Of any shape of known rank (lengths may be unknown), of a floating-point or complex dtype;
-        or what `tf.convert_to_tensor` takes.
+        Any shape of known rank (lengths may be unknown), of a floating-point or complex dtype. Also
+        accepts any argument of `tf.convert_to_tensor`.
     rate : int or float
         The probability of dropping an element, in [0, 1].
     noise_shape : sequence of int or None, optional
-        For each axis 1, where one decision is shared, or None or x's own length; the latter is
-        not compared with a length that is unknown while a function is traced.
+        The shape of the mask: for each axis 1, along which elements share one decision, or None or
+        x's own length. A length that is unknown during tracing is not compared.
     key : unidrop.Key
-        The name of the mask. Inside a `tf.function` fold the step in as a tensor:
+        The name of the mask. Inside a `tf.function`, fold the step in as a tensor:
         ``Key(42).fold_in(step)``.
+    global_shape, start : sequence of int, optional
+        x is the block that begins at ``start`` of an array of shape ``global_shape``, and gets
+        exactly that block of the whole mask. Elements of start may be scalar integer tensors; their
+        values are not checked.
+    return_mask : bool, default False
+        If True, the mask is returned too.
+    name : str, optional
+        The name scope of the operations, in a graph.
 
     Returns
     -------
-    tf.Tensor
-        Of x's shape and dtype; x itself if rate is 0. The gradient makes the mask again from the
-        key, and keeps nothing for it.
+    y : tf.Tensor
+        Of x's shape and dtype; x itself if rate is 0. The gradient recomputes the mask from the
+        key, so nothing is kept for it.
+    mask : tf.Tensor of bool
+        Only with ``return_mask``: True for kept elements, with length 1 along shared axes.
 
     Raises
     ------
     TypeError
-        If x has an integer or bool dtype, rate is no Python number, or key no Key.
+        If x has an integer or bool dtype, rate is not a Python number, or key is not a Key.
     ValueError
-        If rate is outside [0, 1], or noise_shape does not fit x.
+        If rate is outside [0, 1], noise_shape does not fit x, or the window does not fit.
 
     Examples
     --------
@@ -67,28 +118,45 @@ def dropout(
     >>> dropout(tf.ones(6), 0.5, key=Key(42)).numpy()
     array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
-    x = tf.convert_to_tensor(x)
-    check_key(key)
-    axes = noise_shape_axes(noise_shape, LIBRARY.arrays.shape(x))
-    plan = DropoutPlan.from_args(x, Rate.from_p(rate, "rate"), broadcast_axes=axes)
-    return plan.apply(x, key) if plan.drops else x
+    with nullcontext() if name is None else tf.name_scope(name):
+        x = tf.convert_to_tensor(x)
+        check_key(key)
+        plan = DropoutPlan.from_args(
+            x,
+            Rate.from_p(rate, "rate"),
+            broadcast_axes=_get_axes(noise_shape, x),
+            global_shape=global_shape,
+            start=start,
+        )
+        if not plan.drops:
+            return (x, plan.ones(x)) if return_mask else x
+        if not return_mask:
+            return plan.apply(x, key)
+        mask = plan.mask(x, key)
+        return plan.apply(x, key, mask), mask
 
 
-_PHILOX = 1
+def _get_axes(noise_shape: Sequence[int | None] | None, x: Any) -> tuple[int, ...]:
+    if noise_shape is None:
+        return ()
+    return noise_shape_axes(noise_shape, LIBRARY.arrays.shape(x))
+
+
+_PHILOX = 1  # the algorithm of raw_ops
 
 _EagerTensor = tf.__internal__.EagerTensor
 
 
-def _placed(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a creation function the standard's ``device=`` keyword."""
+def _with_device(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the standard's keyword ``device`` to a creation function."""
 
-    def placed(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+    def make_on(*args: Any, device: Any = None, **kwargs: Any) -> Any:
         if device is None:
             return make(*args, **kwargs)
         with tf.device(device):
             return make(*args, **kwargs)
 
-    return placed
+    return make_on
 
 
 _NAMESPACE = SimpleNamespace(
@@ -98,11 +166,11 @@ _NAMESPACE = SimpleNamespace(
     int64=tf.int64,
     float32=tf.float32,
     float64=tf.float64,
-    arange=_placed(lambda stop, *, dtype: tf.range(tf.cast(stop, dtype), dtype=dtype)),
-    asarray=_placed(lambda value, *, dtype: tf.constant(value, dtype)),
-    ones=_placed(lambda shape, *, dtype=tf.float32: tf.ones(shape, dtype)),
-    zeros=_placed(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
-    empty=_placed(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
+    arange=_with_device(lambda stop, *, dtype: tf.range(tf.cast(stop, dtype), dtype=dtype)),
+    asarray=_with_device(lambda value, *, dtype: tf.constant(value, dtype)),
+    ones=_with_device(lambda shape, *, dtype=tf.float32: tf.ones(shape, dtype)),
+    zeros=_with_device(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
+    empty=_with_device(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
     zeros_like=tf.zeros_like,
     astype=lambda x, dtype, *, copy=True: tf.cast(x, dtype),
     reshape=tf.reshape,
@@ -204,17 +272,17 @@ class TensorFlowOperator(Operator):
         """Apply dropout as one operator, whose gradient recomputes the mask."""
 
         def backward(upstream: Any) -> Any:
-            # The upstream gradient of a gather is sparse; of a variable's reader, it is unread.
+            # A gather passes a sparse upstream gradient, and a variable's reader an unread one.
             upstream = tf.convert_to_tensor(upstream)
-            # Without this dependency Grappler merges the masks of both passes, or runs the second
-            # one early: either way every mask would be kept from the forward pass on.
+            # Without this dependency, Grappler merges the masks of both passes, or computes the
+            # second one early. Both keep every mask from the forward pass to the backward pass.
             with tf.control_dependencies([upstream]):
                 return plan.apply(upstream, key)
 
         def with_gradient(v: Any) -> Any:
             return plan.run(v, key, mask), backward
 
-        # AutoGraph, which tf.map_fn applies eagerly too, would turn the core's integers to tensors.
+        # AutoGraph would convert the core's integers to tensors; tf.map_fn applies it eagerly too.
         run = tf.autograph.experimental.do_not_convert(tf.custom_gradient(with_gradient))
         return run(tf.convert_to_tensor(x))
 
@@ -231,17 +299,17 @@ class TensorFlowBuffers(Buffers):
         if not x.device.endswith("CPU:0"):
             return f"it is on {x.device}, and kernels are for the first CPU"
         if x.shape.rank == 0:
-            return "it is a scalar, which TensorFlow gives no view of"
+            return "it is a scalar, and TensorFlow has no view of scalars"
         return locate_array(np.asarray(x))
 
     def allocate_like(self, x: Any) -> tuple[Any, Buffer]:
-        """Return a tensor from TensorFlow's own allocator that nobody else references yet."""
+        """Return a tensor from TensorFlow's own allocator, without another reference."""
         with tf.device(x.device):
             y = tf.raw_ops.Empty(shape=x.shape, dtype=x.dtype)
         return y, Buffer(get_address(np.asarray(y)), None)
 
     def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> Any:
-        """Return a tensor that is a copy."""
+        """Return a copy as a tensor."""
         with tf.device(device):
             return tf.constant(mask)
 
@@ -252,7 +320,7 @@ LIBRARY = ArrayLibrary(
 
 
 def _flat_words(first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int) -> Any:
-    """Return the words of consecutive blocks, four a block, in order."""
+    """Return the words of consecutive blocks in order, four words for each block."""
     return tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[4 * count],
         key=tf.reshape(_uint64(*key), [1]),

@@ -24,7 +24,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from unidrop.adapters.jax.primitive import drop, keep
-from unidrop.adapters.numpy import aligned_like, get_address, locate_array
+from unidrop.adapters.numpy import allocate_aligned_like, get_address, locate_array
 from unidrop.dispatch import check_fused
 from unidrop.key import Key
 from unidrop.philox import ODD_MULTIPLIER, ROUNDS, PhiloxBlock, next_round_key, philox
@@ -193,7 +193,7 @@ class JaxBuffers(Buffers):
 
     def allocate_like(self, x: Any) -> tuple[np.ndarray[Any, Any], Buffer]:
         """Return a NumPy array, whose memory JAX can adopt."""
-        y = aligned_like(np.asarray(x))
+        y = allocate_aligned_like(np.asarray(x))
         return y, Buffer(get_address(y), None)
 
     def wrap(self, handle: np.ndarray[Any, Any], x: Any) -> Any:
