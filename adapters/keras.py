@@ -1,9 +1,9 @@
-"""Dropout layers for Keras: what `keras.layers` calls by these names, whose runs resume.
+"""Dropout layers for Keras: `keras.layers` under keys, with runs that resume.
 
 Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
 """
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import keras
 import numpy as np
@@ -23,18 +23,19 @@ _STATE = "seed_generator_state"
 
 
 class _SeededLayerMixin(keras.layers.Layer):
-    """What our layers put before Keras' own: the mask of a key, and a call number that is saved.
+    """The mask of a key and a saved call number, for layers that also derive from Keras's own.
 
     The call number is the second element of the layer's own `keras.random.SeedGenerator`, which
-    Keras carries through every backend's training step. The first is the seed that Keras draws
-    where none is given; a seed that is given is a key of 64 bits and does not change.
+    Keras carries through every backend's training step. The first element is the seed that Keras
+    draws for a layer without one. A given seed is a key of 64 bits and does not change.
     """
 
-    def _set_key(self, seed: int | Key | None) -> None:
-        self.seed = int(seed) if isinstance(seed, Key) else seed
-        self._key = Key(seed) if isinstance(seed, int) else seed
-        # Looked up here, since what is looked up for the first time can't be compiled by torch, and
-        # has it compile again what it has: NumPy's arrays too, which users compare with.
+    seed: Key | None
+
+    def _set_seed(self, seed: int | Key | None) -> None:
+        self.seed = Key(seed) if isinstance(seed, int) else seed
+        # torch.compile cannot trace the first lookup of a type, and recompiles after one. So the
+        # constructor looks up the backend's types, and NumPy too, which users compare with.
         get_library(np.zeros(0))
         get_library(keras.ops.convert_to_tensor(0))
         if self.rate > 0:
@@ -42,33 +43,33 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @property
     def calls(self) -> int:
-        """The number of training calls so far; may be set, to resume or to follow a global step."""
+        """The number of training calls so far; set it to resume a run or follow a global step."""
         if self.rate == 0:
             return 0
         return int(keras.ops.convert_to_numpy(self.seed_generator.state.value)[1])
 
     @calls.setter
-    def calls(self, value: int) -> None:
+    def calls(self, value: SupportsIndex) -> None:
         value = checked_integer(value, "calls", bits=31)
         if self.rate > 0:
             self._set_state(keras.ops.convert_to_numpy(self.seed_generator.state.value)[0], value)
 
-    def _set_state(self, seed: Any, calls: Any) -> None:
+    def _set_state(self, drawn_seed: Any, calls: Any) -> None:
         state = self.seed_generator.state
-        state.assign(keras.ops.convert_to_tensor([int(seed), int(calls)], dtype=state.dtype))
+        state.assign(keras.ops.convert_to_tensor([int(drawn_seed), int(calls)], dtype=state.dtype))
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Apply dropout in training, and the identity otherwise."""
         if not training or self.rate == 0:
             return inputs
         if not keras.ops.is_tensor(inputs):
-            # Named: Keras on NumPy takes float64 for what Python calls a float, and narrows it.
+            # Without a dtype, Keras on NumPy would narrow arrays of float64.
             dtype = getattr(inputs, "dtype", None)
             inputs = keras.ops.convert_to_tensor(
                 inputs, dtype=dtype and keras.backend.standardize_dtype(dtype)
             )
         axes: tuple[int, ...] = ()
-        noise_shape = self._noise_shape(inputs)
+        noise_shape = self._make_noise_shape(inputs)
         if noise_shape is not None:
             shape = get_library(inputs, "inputs").arrays.shape(inputs)
             axes = noise_shape_axes(noise_shape, shape)
@@ -86,8 +87,8 @@ class _SeededLayerMixin(keras.layers.Layer):
         rank = None if window else rank
         state = self.seed_generator.state.value
         if get_library(state).arrays.is_traced(state):
-            # One thread traces, and torch.compile cannot record a lock; nothing was counted yet if
-            # the call raises.
+            # One thread traces, and torch.compile cannot record a lock. A trace that raises has
+            # counted nothing.
             return plan.apply(inputs, self._make_key(self._advance(state), rank))
         return run_counted(
             lambda: self._advance(self.seed_generator.state.value),
@@ -96,20 +97,25 @@ class _SeededLayerMixin(keras.layers.Layer):
         )
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the call as it is, under `keras.RematScope` too.
+        """Return the call unchanged, under `keras.RematScope` too.
 
-        Nothing is kept for the backward pass, so there is nothing to save by calling again; and
-        for Keras a second call would be another one, with a mask of its own.
+        Rematerialization would save no memory, because the backward pass keeps no mask. And Keras
+        would count the second call, which then had another mask.
         """
         return layer_call
 
-    def _noise_shape(self, inputs: Any) -> Any:
+    def get_config(self) -> dict[str, Any]:
+        """Return Keras's configuration, with the seed as an integer."""
+        config: dict[str, Any] = super().get_config()
+        return config | {"seed": None if self.seed is None else int(self.seed)}
+
+    def _make_noise_shape(self, inputs: Any) -> Any:
         return self.noise_shape
 
     def _advance(self, value: Any) -> Any:
-        """Return the seed and the call number, and count; as `SeedGenerator.next` does.
+        """Return the drawn seed and the call number, and count the call.
 
-        `SeedGenerator.next` makes a NumPy array on the way, which torch.compile cannot record.
+        `SeedGenerator.next` does the same, but by a NumPy array, which torch.compile cannot record.
         """
         state = self.seed_generator.state
         before = value * 1
@@ -117,47 +123,47 @@ class _SeededLayerMixin(keras.layers.Layer):
         return before
 
     def _read(self, state: Any) -> list[int]:
-        """Return the seed and the call number as integers."""
-        seed, calls = (int(number) for number in keras.ops.convert_to_numpy(state))
+        """Return the drawn seed and the call number as integers."""
+        drawn_seed, calls = (int(number) for number in keras.ops.convert_to_numpy(state))
         if not 0 <= calls < 1 << 31:
             raise ValueError(
-                f"calls must be below 2**31, the largest number of Keras's own state, got {calls}: "
+                f"calls must be below 2**31, the limit of Keras's own state, got {calls}: "
                 "give the layer another seed, and set its calls to 0"
             )
-        return [seed, calls]
+        return [drawn_seed, calls]
 
     def _make_key(self, state: Any, rank: Any) -> Key:
         """Return the key of a call; replicas without a window fold in their rank."""
-        key = Key.from_words(state[0], 0) if self._key is None else self._key
+        key = Key.from_words(state[0], 0) if self.seed is None else self.seed
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
     def _roll_back(self) -> None:
-        seed, calls = keras.ops.convert_to_numpy(self.seed_generator.state.value)
-        self._set_state(seed, calls - 1)
+        drawn_seed, calls = keras.ops.convert_to_numpy(self.seed_generator.state.value)
+        self._set_state(drawn_seed, calls - 1)
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
-        """Tell TensorFlow of the call number too, for its checkpoints and SavedModels."""
+        """Add the call number to TensorFlow's checkpoints and SavedModels."""
         children = super()._trackable_children(save_type, **kwargs)
         return {**children, _STATE: self.seed_generator.state} if self.rate > 0 else children
 
     def save_own_variables(self, store: Any) -> None:
-        """Save the call number beside what Keras saves, and the seed that it drew."""
+        """Save Keras's own variables, the call number and the drawn seed."""
         super().save_own_variables(store)
         if self.rate > 0:
             store[_STATE] = keras.ops.convert_to_numpy(self.seed_generator.state.value)
 
     def load_own_variables(self, store: Any) -> None:
-        """Load the call number; a file without one, such as of `keras.layers`, leaves it."""
+        """Load the call number; a file without one, such as Keras's own, leaves it unchanged."""
         if self.rate == 0 or _STATE not in store:
             return
-        seed, calls = store[_STATE][:]
-        if self._key is not None:
-            seed = keras.ops.convert_to_numpy(self.seed_generator.state.value)[0]
-        self._set_state(seed, calls)
+        drawn_seed, calls = store[_STATE][:]
+        if self.seed is not None:
+            drawn_seed = keras.ops.convert_to_numpy(self.seed_generator.state.value)[0]
+        self._set_state(drawn_seed, calls)
 
 
-def _keras_seed(seed: Any) -> int | None:
-    """Return the seed for Keras' own generator, whose 32 bits can't hold every key."""
+def _narrow_seed(seed: Any) -> int | None:
+    """Return the seed for Keras's own generator, whose 32 bits cannot hold every key."""
     if seed is None:
         return None
     if isinstance(seed, Key):
@@ -171,7 +177,7 @@ def _keras_seed(seed: Any) -> int | None:
 
 
 def _checked_rate(rate: Any) -> Any:
-    """Raise for a type that is no rate; Keras checks the range, with its own message."""
+    """Raise TypeError unless rate is a number; Keras checks the range, with its own message."""
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         Rate.from_p(rate, "rate")
     return rate
@@ -181,35 +187,37 @@ def _checked_rate(rate: Any) -> Any:
 class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     """Set input units to 0 with a frequency of ``rate`` at each training step.
 
-    As `keras.layers.Dropout`, and its replacement: kept inputs are scaled by ``1 / (1 - rate)``,
-    and inference is the identity. Beyond it, the same seed drops the same units in every
-    framework, the backward pass keeps no mask, and ``.keras`` and ``.weights.h5`` files save the
-    call number, so that a resumed run continues as if never stopped.
+    Replaces `keras.layers.Dropout`: kept inputs are scaled by ``1 / (1 - rate)``, and inference is
+    the identity. In addition, the same seed drops the same units in every framework, and the
+    backward pass keeps no mask. ``.keras`` and ``.weights.h5`` files save the call number, so a
+    resumed run continues as if never stopped.
 
     Parameters
     ----------
     rate : int or float
         Between 0 and 1. Fraction of the input units to drop.
     noise_shape : sequence of int or None, optional
-        The shape of the mask: 1 where one decision is shared, None or the input's own length
-        elsewhere, as ``(None, 1, features)`` for the same mask at all timesteps. A length that
-        is not known while a function is traced is not compared with the input's.
+        The shape of the mask: for each axis 1, along which units share one decision, or None or the
+        input's own length. ``(None, 1, features)`` uses one mask for all timesteps. A length that
+        is unknown during tracing is not compared.
     seed : int or unidrop.Key, optional
         Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two layers with one
-        seed drop the same units: give each its site, ``seed=Key(42).fold_in("encoder/0")``. If
-        None, Keras draws a seed once, when the layer is made.
+        seed drop the same units: fold each layer's site into its seed,
+        ``seed=Key(42).fold_in("encoder/0")``. If None, Keras draws a seed when the layer is made.
     **kwargs
-        Those of `keras.layers.Layer`: name, dtype, trainable, activity_regularizer.
+        Arguments of `keras.layers.Layer`: name, dtype, trainable, activity_regularizer.
 
     Attributes
     ----------
+    seed : unidrop.Key or None
+        The key that call numbers are folded into; None if Keras drew the seed.
     calls : int
-        The number of training calls so far. May be set: a run that resumes needs this one number.
+        The number of training calls so far. To resume a run, set this one number.
 
     Raises
     ------
     TypeError
-        If rate is no Python number.
+        If rate is not a Python number.
     ValueError
         If rate is outside [0, 1], noise_shape holds anything but positive integers and None, or
         seed is neither an integer in [0, 2^64) nor a Key.
@@ -218,8 +226,8 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     -----
     ``.keras`` and ``.weights.h5`` files hold the call number, and so does `tf.train.Checkpoint`.
 
-    Weights saved with `keras.layers.Dropout` load into this layer. The other way round Keras'
-    layer refuses the call number, unless it is told to by ``skip_mismatch=True``.
+    This layer loads weights that were saved with `keras.layers.Dropout`. The layer of Keras rejects
+    the call number of this layer, unless it loads with ``skip_mismatch=True``.
 
     Call numbers have 31 bits.
 
@@ -241,28 +249,22 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     def __init__(
         self, rate: float, noise_shape: Any = None, seed: int | Key | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(_checked_rate(rate), noise_shape, _keras_seed(seed), **kwargs)
-        self._set_key(seed)
+        super().__init__(_checked_rate(rate), noise_shape, _narrow_seed(seed), **kwargs)
+        self._set_seed(seed)
 
 
-class _Spatial(_SeededLayerMixin):
-    """What the three spatial layers share: Keras' own noise shape, of whole feature maps."""
+class _SpatialDropoutMixin(_SeededLayerMixin):
+    """Keras's own noise shape of whole feature maps, for the three spatial layers."""
 
-    def __init__(
-        self, rate: float, *args: Any, seed: int | Key | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(_checked_rate(rate), *args, seed=_keras_seed(seed), **kwargs)
-        self._set_key(seed)
-
-    def _noise_shape(self, inputs: Any) -> Any:
+    def _make_noise_shape(self, inputs: Any) -> Any:
         return [1 if isinstance(n, int) and n == 1 else None for n in self._get_noise_shape(inputs)]
 
 
 @keras.saving.register_keras_serializable(package="unidrop")
-class SpatialDropout1D(_Spatial, keras.layers.SpatialDropout1D):
+class SpatialDropout1D(_SpatialDropoutMixin, keras.layers.SpatialDropout1D):
     """Drop whole feature maps of a (samples, timesteps, channels) input.
 
-    As `keras.layers.SpatialDropout1D`; seed, calls and errors are those of `Dropout`.
+    Replaces `keras.layers.SpatialDropout1D`; seed, calls and errors are as in `Dropout`.
 
     Examples
     --------
@@ -273,20 +275,52 @@ class SpatialDropout1D(_Spatial, keras.layers.SpatialDropout1D):
             [2., 2., 0.]]], dtype=float32)
     """
 
+    def __init__(
+        self,
+        rate: float,
+        seed: int | Key | None = None,
+        name: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(_checked_rate(rate), seed=_narrow_seed(seed), name=name, dtype=dtype)
+        self._set_seed(seed)
+
 
 @keras.saving.register_keras_serializable(package="unidrop")
-class SpatialDropout2D(_Spatial, keras.layers.SpatialDropout2D):
+class SpatialDropout2D(_SpatialDropoutMixin, keras.layers.SpatialDropout2D):
     """Drop whole feature maps of a 4D input.
 
-    As `keras.layers.SpatialDropout2D`, with its ``data_format``; seed, calls and errors are those
-    of `Dropout`.
+    Replaces `keras.layers.SpatialDropout2D`, with its ``data_format``; seed, calls and errors are
+    as in `Dropout`.
     """
+
+    def __init__(
+        self,
+        rate: float,
+        data_format: str | None = None,
+        seed: int | Key | None = None,
+        name: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(_checked_rate(rate), data_format, _narrow_seed(seed), name, dtype)
+        self._set_seed(seed)
 
 
 @keras.saving.register_keras_serializable(package="unidrop")
-class SpatialDropout3D(_Spatial, keras.layers.SpatialDropout3D):
+class SpatialDropout3D(_SpatialDropoutMixin, keras.layers.SpatialDropout3D):
     """Drop whole feature maps of a 5D input.
 
-    As `keras.layers.SpatialDropout3D`, with its ``data_format``; seed, calls and errors are those
-    of `Dropout`.
+    Replaces `keras.layers.SpatialDropout3D`, with its ``data_format``; seed, calls and errors are
+    as in `Dropout`.
     """
+
+    def __init__(
+        self,
+        rate: float,
+        data_format: str | None = None,
+        seed: int | Key | None = None,
+        name: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(_checked_rate(rate), data_format, _narrow_seed(seed), name, dtype)
+        self._set_seed(seed)
