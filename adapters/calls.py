@@ -8,8 +8,8 @@ __all__ = ["COUNTING", "run_counted"]
 
 T = TypeVar("T")
 
-# Threads may share a layer, so reading a call number and advancing it is one step. All layers share
-# the lock, because layers are copied and pickled.
+# Threads may share a layer, so reading and advancing a call number is one step. All layers share
+# the lock, because users copy and pickle layers.
 COUNTING = Lock()
 
 
@@ -24,13 +24,13 @@ def run_counted(
     Parameters
     ----------
     take_number : callable
-        Returns the call number and advances it, given the state.
+        Returns the call number and advances it. Receives the state.
     roll_back : callable
-        Takes the number back, given the state.
+        Takes the number back. Receives the state.
     call : callable
-        The call, given its number.
+        The call. Receives its number.
     *state
-        What holds the call number.
+        The objects that hold the call number.
     """
     with COUNTING:
         number = take_number(*state)

@@ -1,6 +1,6 @@
-"""Dask: each chunk is a window of the whole array, computed on demand.
+"""Dask's part of the core: each chunk is a window of the whole array, computed on demand.
 
-A chunk is an array of a library of its own, and uses the path of that library.
+A chunk is an array of another library, such as NumPy, and uses that library's path.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ class DaskOperator(Operator):
     """Dropout of Dask arrays, chunk by chunk."""
 
     def dropout(self, x: Any, key: Key, plan: Any, mask: Any = None) -> Any:
-        """Return the output, chunk by chunk; or by Dask's operations for an array as key or start.
+        """Return the output, chunk by chunk; or by Dask's operations if key or start is an array.
 
-        A mask that the caller has is not used: each chunk computes its own.
+        Ignores ``mask``, because each chunk computes its own.
         """
         options = _options(key, plan.window, x.shape)
         if options is None:
@@ -57,7 +57,7 @@ class DaskOperator(Operator):
 
 
 class DaskArrays(Arrays):
-    """Dask arrays, of NumPy's chunks or another library's."""
+    """Dask arrays, with chunks of NumPy or another library."""
 
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return the complex array of two real ones of the same chunks."""
@@ -69,7 +69,7 @@ LIBRARY = ArrayLibrary(arrays=DaskArrays(), operator=DaskOperator())
 
 
 def _options(key: Key, window: Window, shape: Sequence[int]) -> dict[str, Any] | None:
-    """Return what each chunk needs to know of the whole, or None if that is an array."""
+    """Return the options that every chunk gets, or None if one of them is a traced array."""
     start = window.start or (0,) * len(shape)
     if key.is_traced or not all(isinstance(s, int) for s in start):
         return None

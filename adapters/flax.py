@@ -1,10 +1,10 @@
-"""Dropout for Flax: what `flax.nnx` calls by this name, whose runs resume.
+"""Dropout for Flax: `flax.nnx.Dropout` under keys, with runs that resume.
 
 Flax documentation: flax.nnx.Dropout (0.12).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import jax
 from flax import nnx, serialization
@@ -26,72 +26,75 @@ _NO_CALLS = (
 )
 
 
-def _saved(key: Key) -> dict[str, Any]:
+def _to_state_dict(key: Key) -> dict[str, Any]:
     lo, hi = jax.tree.leaves(key)
     return {"lo": lo, "hi": hi}
 
 
-def _loaded(_: Key, state: dict[str, Any]) -> Key:
+def _from_state_dict(_: Key, state: dict[str, Any]) -> Key:
     return Key.from_words(state["lo"], state["hi"])
 
 
-# Keys may stand in what is saved, such as an optimizer's state.
-serialization.register_serialization_state(Key, _saved, _loaded, override=True)
+# Saved trees, such as an optimizer's state, may hold keys.
+serialization.register_serialization_state(Key, _to_state_dict, _from_state_dict, override=True)
 
 
 class DropoutCalls(nnx.Variable[jax.Array]):
-    """How many training calls a `Dropout` with a seed has had, modulo 2^32: a ``uint32`` scalar."""
+    """The number of training calls of a seeded `Dropout`, modulo 2^32: a ``uint32`` scalar."""
 
 
 class Dropout(nnx.Dropout):
     """Drop elements with probability rate in training, and scale the rest by 1 / (1 - rate).
 
-    As `flax.nnx.Dropout`, and its replacement: `train`, `eval`, ``deterministic`` in the
-    constructor or the call, and ``rngs`` do what they do there. Beyond it, the same key drops the
-    same elements in every framework, the backward pass keeps no mask, and with a seed the module
-    counts its calls, so that a resumed run continues as if never stopped.
+    Replaces `flax.nnx.Dropout`: `train`, `eval`, ``deterministic`` in the constructor or the call,
+    and ``rngs`` work as they do there. In addition, the same key drops the same elements in every
+    framework, and the backward pass keeps no mask. With a seed the module counts its calls, so a
+    resumed run continues as if never stopped.
 
     Parameters
     ----------
     rate : int or float
         The probability of dropping an element, in [0, 1].
     broadcast_dims : sequence of int, default ()
-        Axes along which one decision is shared.
+        Axes along which elements share one decision.
     deterministic : bool or None, default False
-        If True, inputs are returned as they are.
+        If True, inputs are returned unchanged.
     rng_collection : str, default "dropout"
-        Which stream of ``rngs`` to use.
+        The name of the stream of ``rngs`` to use.
     rngs : nnx.Rngs or nnx.RngStream, optional
-        Where keys come from if there is no seed, one at each training call; with a seed they are
-        not used.
+        The source of keys if there is no seed, one key for each training call. Ignored with a seed.
     seed : int or unidrop.Key, optional
         Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two modules with one
-        seed drop the same units: give each its site, ``seed=Key(42).fold_in("encoder/0")``.
+        seed drop the same units: fold each module's site into its seed,
+        ``seed=Key(42).fold_in("encoder/0")``.
 
     Attributes
     ----------
+    seed : unidrop.Key or None
+        The key that call numbers are folded into; None without a seed.
     calls : DropoutCalls
         The number of training calls so far: with a seed, a variable of the module's state, which
         `nnx.jit`, `nnx.grad`, `nnx.scan` and `nnx.remat` carry. May be set, ``module.calls = 7``.
-        Without a seed there is none, and AttributeError says so.
+        Without a seed, reading or setting it raises AttributeError.
 
     Raises
     ------
     TypeError
-        If rate is no Python number, rngs of another type, or seed neither an integer nor a Key.
+        If rate is not a Python number, rngs of another type, or seed neither an integer nor a Key.
     ValueError
         If rate is outside [0, 1], or seed outside [0, 2^64).
 
     Notes
     -----
-    Under `nnx.remat` the recomputation has the call number of the first computation. The number has
-    32 bits, since JAX by default has no more: call 2^32 is number 0 again, with its mask.
+    Under `nnx.remat` the recomputation reuses the call number of the first computation. The number
+    has 32 bits, because JAX by default has no larger integers: call 2^32 is number 0 again, with
+    the same mask.
 
-    Of a module with a seed the state is ``calls`` alone; of one with ``rngs``, what it is of
-    `flax.nnx.Dropout`, and `nnx.update` takes either's into the other. A stream's state does not
-    fit a module with a seed: `nnx.update` raises ValueError. A checkpoint without ``calls`` loads
-    by `nnx.replace_by_pure_dict` and `nnx.update`, which leave the number as it is;
-    `flax.serialization.from_bytes` demands a value for all that it is given.
+    With a seed, ``calls`` is the whole state. With ``rngs`` the state is the same as in
+    `flax.nnx.Dropout`, and `nnx.update` accepts either module's state in the other. The state of a
+    stream does not fit a module with a seed: `nnx.update` raises ValueError. A checkpoint without
+    ``calls`` loads by `nnx.replace_by_pure_dict` and `nnx.update`, which leave the number
+    unchanged; `flax.serialization.from_bytes` requires a value for every entry of its target.
 
     N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
     JMLR 15 (2014).
@@ -108,7 +111,16 @@ class Dropout(nnx.Dropout):
     1
     """
 
-    calls: Any
+    seed: Key | None
+
+    if TYPE_CHECKING:  # at run time nnx keeps the variable among the module's attributes
+
+        @property
+        def calls(self) -> DropoutCalls:
+            """The number of training calls so far."""
+
+        @calls.setter
+        def calls(self, value: SupportsIndex | jax.Array | DropoutCalls) -> None: ...
 
     def __init__(
         self,
@@ -129,7 +141,7 @@ class Dropout(nnx.Dropout):
             rngs=rngs if seed is None else None,
         )
         key = seed if seed is None or isinstance(seed, Key) else Key(seed)
-        # A key that is traced, as where layers are made under nnx.vmap, belongs to the state.
+        # A traced key, as in layers that are made under nnx.vmap, belongs to the state.
         self.seed = nnx.data(key) if key is not None and key.is_traced else key
         if key is not None:
             self.calls = DropoutCalls(jnp.zeros((), jnp.uint32))
@@ -140,18 +152,18 @@ class Dropout(nnx.Dropout):
         *,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | Key | None = None,
-    ) -> Any:
+    ) -> jax.Array:
         """Apply dropout in training, and the identity otherwise.
 
         Parameters
         ----------
         inputs : jax.Array
-            Of any shape, of a floating-point or complex dtype.
+            Any shape, of a floating-point or complex dtype.
         deterministic : bool, optional
             Takes precedence over the constructor's.
         rngs : nnx.Rngs, nnx.RngStream, jax.Array or unidrop.Key, optional
-            The key of this call, or where it comes from. Takes precedence over the constructor's,
-            and over the seed: the call then is not counted.
+            The key of this call, or the source of the key. Takes precedence over the constructor's
+            and over the seed. A call with its own rngs is not counted.
 
         Returns
         -------
@@ -163,7 +175,7 @@ class Dropout(nnx.Dropout):
         TypeError
             If inputs have an integer or bool dtype, or rngs another type.
         ValueError
-            If nothing says whether to drop, or where the key comes from.
+            If ``deterministic`` is None here and in the constructor, or a training call has no key.
         """
         if deterministic is None:
             deterministic = self.deterministic
@@ -179,19 +191,19 @@ class Dropout(nnx.Dropout):
         self._check(inputs)
         if rngs is None and self.seed is not None:
             return self._drop_counted(inputs, self.seed)
-        return self._drop(inputs, self._drawn_key(self.rngs if rngs is None else rngs))
+        return self._drop(inputs, self._draw_key(self.rngs if rngs is None else rngs))
 
     def _check(self, inputs: Any) -> None:
-        """Raise what is wrong with the inputs, before a call is counted or a key drawn."""
+        """Validate the inputs, before a call is counted or a key drawn."""
         x = inputs if isinstance(inputs, jax.Array) else jnp.asarray(inputs)
         DropoutPlan.from_args(
             x, Rate.from_p(self.rate, "rate"), broadcast_axes=self.broadcast_dims, name="inputs"
         )
 
-    def _drop(self, inputs: Any, key: Any) -> Any:
+    def _drop(self, inputs: Any, key: Key) -> jax.Array:
         return dropout(inputs, self.rate, key, broadcast_dims=self.broadcast_dims)
 
-    def _drop_counted(self, inputs: Any, seed: Key) -> Any:
+    def _drop_counted(self, inputs: Any, seed: Key) -> jax.Array:
         return run_counted(
             self._take_number,
             lambda: self.calls.set_value(self.calls.get_value() - jnp.uint32(1)),
@@ -203,7 +215,7 @@ class Dropout(nnx.Dropout):
         self.calls.set_value(number + jnp.uint32(1))
         return number
 
-    def _drawn_key(self, rngs: Any) -> Key:
+    def _draw_key(self, rngs: Any) -> Key:
         if rngs is None:
             raise ValueError(
                 "`deterministic` is False, but Dropout has neither a seed nor rngs: pass one of "
@@ -221,7 +233,7 @@ class Dropout(nnx.Dropout):
         return as_key(rngs)
 
     def __getattr__(self, name: str) -> Any:
-        """Raise AttributeError, which says of ``calls`` why there are none."""
+        """Raise AttributeError, with a hint for ``calls``."""
         if name == "calls":
             raise AttributeError(_NO_CALLS)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -230,14 +242,14 @@ class Dropout(nnx.Dropout):
         if name != "calls" or isinstance(value, nnx.Variable):
             super().__setattr__(name, value)
         elif "calls" in vars(self):
-            self.calls.set_value(_call_number(value))
+            self.calls.set_value(_as_call_number(value))
         else:
             raise AttributeError(_NO_CALLS)
 
 
-def _call_number(value: Any) -> jax.Array:
+def _as_call_number(value: Any) -> jax.Array:
     if not isinstance(value, jax.Array):
         return jnp.asarray(checked_integer(value, "calls", bits=32), jnp.uint32)
-    # Looked at only for its type and shape: it may be traced, as a global step is.
+    # An array may be traced, as a global step is, so only its dtype and shape are checked.
     _, lo = get_library(value).split(value, "calls")
     return jnp.asarray(lo)

@@ -85,15 +85,20 @@ class _SeededLayerMixin(keras.layers.Layer):
             name="inputs",
         )
         rank = None if window else rank
+        is_traced = plan.library.arrays.is_traced
         state = self.seed_generator.state.value
-        if get_library(state).arrays.is_traced(state):
+        if is_traced(state):
             # One thread traces, and torch.compile cannot record a lock. A trace that raises has
             # counted nothing.
             return plan.apply(inputs, self._make_key(self._advance(state), rank))
+
+        def call(state: Any) -> Any:
+            # Inside a trace, JAX also traces operations on an array that is not traced.
+            numbers = state if is_traced(state) else self._read(state)
+            return plan.apply(inputs, self._make_key(numbers, rank))
+
         return run_counted(
-            lambda: self._advance(self.seed_generator.state.value),
-            self._roll_back,
-            lambda state: plan.apply(inputs, self._make_key(self._read(state), rank)),
+            lambda: self._advance(self.seed_generator.state.value), self._roll_back, call
         )
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +143,10 @@ class _SeededLayerMixin(keras.layers.Layer):
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
     def _roll_back(self) -> None:
-        drawn_seed, calls = keras.ops.convert_to_numpy(self.seed_generator.state.value)
+        state = self.seed_generator.state.value
+        if get_library(state).arrays.is_traced(state):  # a trace that raises has counted nothing
+            return
+        drawn_seed, calls = keras.ops.convert_to_numpy(state)
         self._set_state(drawn_seed, calls - 1)
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What Keras layers need of the backend that Keras runs on, beyond `keras.ops`."""
+"""Operations that Keras layers need from Keras's backend, and that `keras.ops` lacks."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,15 +16,15 @@ __all__ = ["Replica", "find_replica", "make_increment"]
 
 
 class Replica(NamedTuple):
-    """One of several replicas that run one step on parts of a batch.
+    """One of several replicas that train on the parts of a batch.
 
     Attributes
     ----------
     rank : int or 0-d integer array
         The number of the replica.
     window : (global_shape, start) or None
-        The place of the part in the whole batch, if it is known: parts follow one another along the
-        first axis, whose length in ``global_shape`` is only an upper bound.
+        The place of the part in the whole batch, or None if a length is unknown. Parts follow one
+        another along the first axis, whose length in ``global_shape`` is only an upper bound.
     """
 
     rank: Any
@@ -32,18 +32,18 @@ class Replica(NamedTuple):
 
 
 def make_increment(state: Any) -> Any:
-    """Return what to add to ``[seed, calls]`` for one more call."""
+    """Return the increment of ``[seed, calls]`` for one call."""
     if keras.backend.backend() == "torch":
-        # torch.compile traces keras.ops.arange for long.
+        # torch.compile takes long to trace keras.ops.arange.
         return torch.arange(2, dtype=state.dtype, device=state.device)
     return keras.ops.arange(2, dtype=keras.backend.standardize_dtype(state.dtype))
 
 
 def find_replica(x: Any) -> Replica | None:
-    """Return which replica of a `tf.distribute.Strategy` an array belongs to, or None.
+    """Return the replica of a `tf.distribute.Strategy` that an array belongs to, or None.
 
-    All replicas must call this together: they gather the lengths of their parts, one integer each.
-    So a batch that does not divide evenly gets the masks of a single device too.
+    All replicas must call this together, because they gather the lengths of their parts. So a batch
+    that does not divide evenly gets the same masks as on a single device.
     """
     if keras.backend.backend() != "tensorflow" or not tf.distribute.has_strategy():
         return None
@@ -58,7 +58,7 @@ def find_replica(x: Any) -> Replica | None:
     mine = tf.one_hot(rank, context.num_replicas_in_sync, dtype=tf.int64)
     lengths = context.all_reduce(tf.distribute.ReduceOp.SUM, mine * tf.cast(length, tf.int64))
     start = tf.cumsum(lengths, exclusive=True)[rank]
-    if not arrays.is_traced(x):  # a Python integer takes fewer operations
+    if not arrays.is_traced(x):  # a Python integer needs fewer operations
         start = int(start)
     longest = (1 << 64) // math.prod(max(1, n) for n in inner)
     return Replica(rank, ((longest, *inner), (start, *(0 for _ in inner))))

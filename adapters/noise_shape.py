@@ -17,11 +17,11 @@ def noise_shape_axes(
     Parameters
     ----------
     noise_shape : sequence of int or None
-        For each axis 1 to share one decision, or the length of the array, or None for that length.
-        A tensor whose value is not known yet stands for the length too. Missing leading axes are
-        shared, as in broadcasting. None shares nothing.
+        For each axis 1, along which elements share one decision, or the length of the array, or
+        None for that length. A tensor of unknown value also means the length. Elements share
+        decisions along missing leading axes, as in broadcasting. None shares nothing.
     shape : sequence of int
-        The shape of the array; lengths that are not known yet are not compared.
+        The shape of the array. Symbolic lengths are not compared.
 
     Raises
     ------

@@ -1,17 +1,17 @@
-"""JAX below the adapters: keys as pytrees, words, decisions, and where an array lies in memory.
+"""JAX's part of the core: words, keep flags, the operator, and buffers.
 
 Requirements this design meets:
 
-* XLA on the CPU fuses the generator's rounds into everything that reads a word, and computes them
-  again for each. A loop is a border that fusion does not cross. So decisions are made in four turns
-  of a loop, and what is left of a block after its turn is a bit an element, in one array of 32 bits
-  for 32 elements. The ten rounds are fused into that, and nothing else goes to memory.
-* It moves out of a loop what does not change in it, each such number with all that made it. So the
-  numbers of a turn are made to look as if they changed, and a step is folded into a key by a loop
-  of its own: else a program folds some twenty times, and takes four times as long to compile.
-* Nothing in it depends on where an element lies, so that a partitioner can give each device its
-  own part, and needs no communication for that.
-* A step that is traced has 32 bits unless the user has enabled 64: words are ``uint32`` always.
+* XLA on the CPU fuses the generator's rounds into every consumer of a word, and recomputes them in
+  each. A loop stops fusion. So four iterations of a loop compute the keep flags, and leave one bit
+  for each element: an array of 32-bit integers, each for 32 elements. XLA fuses the ten rounds into
+  an iteration, and writes nothing else to memory.
+* XLA hoists loop invariants out of a loop, each with its whole computation. So the numbers of an
+  iteration are made to look variant, and a separate loop folds a step into a key. Otherwise a
+  program folds some twenty times, and compiles four times as long.
+* No operation depends on an element's position, so a partitioner can give each device its own part
+  without communication.
+* A traced step has 32 bits unless the user has enabled 64, so words are always ``uint32``.
 """
 
 import operator
@@ -23,9 +23,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from unidrop.adapters.jax.primitive import drop, keep
+from unidrop.adapters.jax.primitive import drop, keep_mask
 from unidrop.adapters.numpy import allocate_aligned_like, get_address, locate_array
-from unidrop.dispatch import check_fused
+from unidrop.dispatch import check_fused, fused_dropout
 from unidrop.key import Key
 from unidrop.philox import ODD_MULTIPLIER, ROUNDS, PhiloxBlock, next_round_key, philox
 from unidrop.plan import DropoutPlan
@@ -34,9 +34,9 @@ from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import MASK32, SplitInteger, Uint32Words, WordArithmetic, add_split
 
-__all__ = ["LIBRARY", "as_jax_word", "generated"]
+__all__ = ["LIBRARY", "as_jax_word", "generate_block"]
 
-_TURNS = 4  # blocks that one word of 32 bits holds the decisions of
+_ITERATIONS = 4  # blocks whose keep flags fit into 32 bits
 _MASK16 = 0xFFFF
 
 
@@ -78,8 +78,8 @@ class _WrappingUint32Words(Uint32Words):
 class _Uint64Words:
     """Words in ``uint64`` arrays, whose upper halves are arbitrary: for the generator alone.
 
-    One multiplication makes both words of a product, where `_WrappingUint32Words` takes five, so a
-    program is quicker, and is compiled in half the time.
+    One multiplication computes both words of a product, while `_WrappingUint32Words` needs five. So
+    a program runs faster, and compiles in half the time.
     """
 
     sums_wrap = True
@@ -89,7 +89,7 @@ class _Uint64Words:
         return np.uint64(word)
 
     def split(self, value: Any, bits: int) -> SplitInteger:
-        """Return a word as it is."""
+        """Return a word unchanged."""
         return None, value
 
     def mulhilo(self, a: Any, m: int) -> SplitInteger:
@@ -100,7 +100,7 @@ class _Uint64Words:
 
 _WORDS = _WrappingUint32Words(jnp)
 
-# Up to this many blocks a row, the time goes into starting operations, and into compiling them.
+# Up to this many blocks in a row, launching and compiling operations take most of the time.
 _FEW = 1 << 11
 
 
@@ -131,7 +131,7 @@ class JaxWords(Words):
         self, xp: Any, device: Any, first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int
     ) -> PhiloxBlock:
         """Return the words of consecutive blocks, by one compiled program."""
-        block: PhiloxBlock = _words(*map(as_jax_word, (*first, *key, tag)), count=count)
+        block: PhiloxBlock = _generate(*map(as_jax_word, (*first, *key, tag)), count=count)
         return block
 
     def keep_flags(
@@ -143,7 +143,7 @@ class JaxWords(Words):
         key: tuple[Any, Any],
         threshold: int,
     ) -> Any:
-        """Return whether each element is kept, flat, by way of one bit for each."""
+        """Return whether each element is kept, flat, computed as one bit for each."""
         numbers = map(as_jax_word, (*first, *key, threshold))
         return _compiled_keep_flags(*numbers, count=count)
 
@@ -162,11 +162,11 @@ class JaxOperator(Operator):
 
     def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
         """Apply dropout by kernels if x is not traced, else by the primitive."""
-        y = plan.run_fused(x, key)
+        if mask is not None or plan.is_trivial(x):
+            return plan.run(x, key, mask)
+        y = fused_dropout(LIBRARY, x, key, plan.window, plan.rate)
         if y is not None:
             return y
-        if mask is not None or plan.is_trivial(x):
-            return plan.select(x, plan.mask(x, key) if mask is None else mask)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not support without x64")
         return drop(x, *_get_operands(key, plan.window), plan)
@@ -174,7 +174,9 @@ class JaxOperator(Operator):
     def traced_mask(self, like: Any, key: Key, window: Window, rate: Rate) -> Any:
         """Return the mask by the primitive, whose generator is faster."""
         check_fused(LIBRARY, like, key, window)
-        return keep(*_get_operands(key, window), DropoutPlan(LIBRARY, window, rate, drops=True))
+        return keep_mask(
+            *_get_operands(key, window), DropoutPlan(LIBRARY, window, rate, drops=True)
+        )
 
 
 class JaxBuffers(Buffers):
@@ -184,7 +186,7 @@ class JaxBuffers(Buffers):
         """Return the buffer of an array on the first CPU device."""
         devices = x.devices()
         if devices != {jax.devices()[0]}:
-            return "it is not on JAX's first device alone, where its output would be"
+            return "it is not on JAX's first device alone, and kernels would put its output there"
         if jax.devices()[0].platform != "cpu":
             return f"it is on {jax.devices()[0]}, and kernels are for the CPU"
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
@@ -209,9 +211,10 @@ LIBRARY = ArrayLibrary(JaxArrays(), JaxWords(), JaxOperator(), JaxBuffers())
 
 
 def _get_operands(key: Key, window: Window) -> tuple[SplitInteger, list[SplitInteger]]:
-    """Return the words of a key, and those of the starts of a window that are arrays."""
+    """Return the words of a key, and the words of the starts of a window that are arrays."""
     lo, hi = map(as_jax_word, key.words)
-    return (lo, hi), [LIBRARY.split(start, "start") for start, _ in window.offsets]
+    offsets = () if window.start is None else window.offsets
+    return (lo, hi), [LIBRARY.split(start, "start") for start, _ in offsets]
 
 
 def as_jax_word(word: Any) -> Any:
@@ -220,80 +223,82 @@ def as_jax_word(word: Any) -> Any:
 
 
 @partial(jax.jit, static_argnames="count")
-def _words(hi: Any, lo: Any, key_lo: Any, key_hi: Any, tag: Any, *, count: Any) -> PhiloxBlock:
+def _generate(hi: Any, lo: Any, key_lo: Any, key_hi: Any, tag: Any, *, count: Any) -> PhiloxBlock:
     steps = lax.iota(np.uint32, count)
     zero = lax.full_like(steps, 0)
     hi, lo = add_split(_WORDS, (hi, lo), (zero, steps))
-    return generated(lo, hi, zero, tag, key_lo, key_hi)
+    return generate_block(lo, hi, zero, tag, key_lo, key_hi)
 
 
-def generated(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> PhiloxBlock:
+def generate_block(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> PhiloxBlock:
     """Return the generator's words of a few counters, in ``uint32``, under keys."""
     numbers = (c0, c1, c2, c3, k0, k1)
-    # Made of all operands, so that it differs where they do: between devices, or over a batch.
+    # A zero that depends on all operands varies as they do: between devices, or over a batch.
     zero = reduce(operator.or_, numbers) & np.uint32(0)
     alike = (zero | number for number in numbers)
-    four: PhiloxBlock = lax.platform_dependent(*alike, cpu=_rolled, default=_unrolled)
-    return four
+    block: PhiloxBlock = lax.platform_dependent(
+        *alike, cpu=_generate_by_loop, default=_generate_unrolled
+    )
+    return block
 
 
-def _unrolled(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> PhiloxBlock:
+def _generate_unrolled(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> PhiloxBlock:
     return philox((c0, c1, c2, c3), (k0, k1), _WORDS)
 
 
-def _rolled(*numbers: Any) -> PhiloxBlock:
-    """Return the words, by a loop; on other devices than the CPU its turns would be launches."""
+def _generate_by_loop(*numbers: Any) -> PhiloxBlock:
+    """Return the words by a loop, whose iterations would be kernel launches on a GPU."""
     c0, c1, c2, c3, _, _ = lax.fori_loop(0, ROUNDS, lambda _, state: _one_round(*state), numbers)
     return c0, c1, c2, c3
 
 
 def _one_round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, ...]:
-    four = philox((c0, c1, c2, c3), (k0, k1), _WORDS, rounds=1)
-    return (*four, *next_round_key((k0, k1), _WORDS))
+    block = philox((c0, c1, c2, c3), (k0, k1), _WORDS, rounds=1)
+    return (*block, *next_round_key((k0, k1), _WORDS))
 
 
 def _keep_flags(hi: Any, lo: Any, key_lo: Any, key_hi: Any, threshold: Any, count: Any) -> Any:
-    """Return the decisions of blocks, flat; hi and lo are of shape () or (rows, 1)."""
+    """Return the keep flags of blocks, flat; hi and lo are of shape () or (rows, 1)."""
     few = isinstance(count, int) and count <= _FEW
-    turns = 1 if few else _TURNS
-    numbers = lax.iota(np.uint32, -(-count // turns))
+    iterations = 1 if few else _ITERATIONS
+    numbers = lax.iota(np.uint32, -(-count // iterations))
 
-    def turn(i: Any, bits: Any) -> Any:
-        which = lax.convert_element_type(i, np.uint32)
-        # Zero, which XLA does not know: all that follows is made here, turn by turn.
-        unmoved = which >> np.uint32(31)
-        own = numbers | unmoved
+    def iterate(i: Any, bits: Any) -> Any:
+        index = lax.convert_element_type(i, np.uint32)
+        # XLA does not know that this is 0, so it hoists nothing of the following out of the loop.
+        zero_of_loop = index >> np.uint32(31)
+        own = numbers | zero_of_loop
         # An array that is cut for many devices may have more than 2^32 blocks.
-        far = own >> np.uint32(30) if turns > 1 else lax.full_like(own, 0)
-        near = own * np.uint32(turns) + which
-        block_hi, block_lo = add_split(_WORDS, (hi, lo), (far, near))
+        high = own >> np.uint32(30) if iterations > 1 else lax.full_like(own, 0)
+        low = own * np.uint32(iterations) + index
+        block_hi, block_lo = add_split(_WORDS, (hi, lo), (high, low))
         zero = lax.full_like(block_lo, 0)
-        four = _generated((block_lo, block_hi, zero, zero), (key_lo | unmoved, key_hi | unmoved))
+        key = key_lo | zero_of_loop, key_hi | zero_of_loop
         byte = zero
-        for place, word in enumerate(four):
-            for u, at in ((word, 2 * place), (word * np.uint32(ODD_MULTIPLIER), 2 * place + 1)):
-                byte |= lax.convert_element_type(u >= threshold, np.uint32) << np.uint32(at)
-        return bits >> np.uint32(8) | byte << np.uint32(8 * (turns - 1))
+        for place, word in enumerate(_generate_fast((block_lo, block_hi, zero, zero), key)):
+            for u, bit in ((word, 2 * place), (word * np.uint32(ODD_MULTIPLIER), 2 * place + 1)):
+                byte |= lax.convert_element_type(u >= threshold, np.uint32) << np.uint32(bit)
+        return bits >> np.uint32(8) | byte << np.uint32(8 * (iterations - 1))
 
-    # Made of all operands, so that it differs where they do: between devices, or over a batch.
+    # A zero that depends on all operands varies as they do: between devices, or over a batch.
     bits = (hi | lo | numbers | key_lo | key_hi) & np.uint32(0)
-    bits = turn(0, bits) if few else lax.fori_loop(0, turns, turn, bits)
-    places = lax.broadcasted_iota(np.uint32, (1,) * bits.ndim + (8 * turns,), bits.ndim)
-    keep = (bits[..., None] >> places & np.uint32(1)) != 0
+    bits = iterate(0, bits) if few else lax.fori_loop(0, iterations, iterate, bits)
+    shifts = lax.broadcasted_iota(np.uint32, (1,) * bits.ndim + (8 * iterations,), bits.ndim)
+    keep = (bits[..., None] >> shifts & np.uint32(1)) != 0
     *rows, words, _ = keep.shape
-    return keep.reshape(*rows, words * 8 * turns)[..., : count * 8].reshape(-1)
+    return keep.reshape(*rows, words * 8 * iterations)[..., : count * 8].reshape(-1)
 
 
 _compiled_keep_flags = jax.jit(_keep_flags, static_argnames="count", inline=True)
 
 
-def _generated(counter: PhiloxBlock, key: SplitInteger) -> PhiloxBlock:
-    """Return the words of blocks, by numbers of 64 bits where JAX has them."""
+def _generate_fast(counter: PhiloxBlock, key: SplitInteger) -> PhiloxBlock:
+    """Return the words of blocks, by 64-bit integers if JAX has them."""
     if not jax.config.jax_enable_x64:
         return philox(counter, key, _WORDS)
-    double = partial(lax.convert_element_type, new_dtype=np.uint64)
-    k0, k1 = map(double, key)
-    c0, c1, c2, c3 = map(double, counter)
-    four = philox((c0, c1, c2, c3), (k0, k1), cast(Any, _Uint64Words()))
-    a, b, c, d = (lax.convert_element_type(word, np.uint32) for word in four)
+    widen = partial(lax.convert_element_type, new_dtype=np.uint64)
+    k0, k1 = map(widen, key)
+    c0, c1, c2, c3 = map(widen, counter)
+    block = philox((c0, c1, c2, c3), (k0, k1), cast(Any, _Uint64Words()))
+    a, b, c, d = (lax.convert_element_type(word, np.uint32) for word in block)
     return a, b, c, d

@@ -1,7 +1,7 @@
 """Dropout for JAX: a pure function of an array, a rate and a key, under every transformation.
 
-A `unidrop.Key` is a pytree of two ``uint32`` words: it goes into `jax.jit`, through `jax.vmap` and
-`jax.lax.scan`, and comes out of them. Fold the step in where it is known, traced or not:
+A `unidrop.Key` is a pytree of two ``uint32`` words: `jax.jit`, `jax.vmap` and `jax.lax.scan` accept
+and return it. Fold in the step, traced or not:
 
 >>> import jax
 >>> from unidrop import Key
@@ -25,7 +25,7 @@ Flax has a module, `unidrop.adapters.flax.Dropout`. An Equinox module takes the 
 >>> loss = eqx.filter_jit(lambda net, x, step: net(x, key=Key(42).fold_in(step)).sum())
 >>> gradient = eqx.filter_grad(loss)(net, jax.numpy.ones(3), 7)
 
-In Haiku a step comes in as an argument, or the key as what `hk.next_rng_key` returns:
+In Haiku, pass the step as an argument, or pass the result of `hk.next_rng_key` as the key:
 
 >>> import haiku as hk
 >>> def net(x, step, is_training):
@@ -37,11 +37,12 @@ In Haiku a step comes in as an argument, or the key as what `hk.next_rng_key` re
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.typing import ArrayLike
 
 import unidrop.adapters.jax.pytree  # noqa: F401 # registers Key as a pytree
 from unidrop.key import Key
@@ -51,10 +52,46 @@ from unidrop.rate import Rate
 __all__ = ["as_key", "dropout"]
 
 
+@overload
 def dropout(
-    x: Any,
+    x: ArrayLike,
     rate: float,
-    key: Any = None,
+    key: Key | jax.Array | None = ...,
+    *,
+    deterministic: bool = ...,
+    broadcast_dims: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[False] = ...,
+) -> jax.Array: ...
+@overload
+def dropout(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = ...,
+    *,
+    deterministic: bool = ...,
+    broadcast_dims: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def dropout(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = ...,
+    *,
+    deterministic: bool = ...,
+    broadcast_dims: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+    return_mask: bool,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+def dropout(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
     *,
     deterministic: bool = False,
     broadcast_dims: Sequence[int] = (),
@@ -67,38 +104,37 @@ def dropout(
     Parameters
     ----------
     x : jax.Array
-        Of any shape, of a floating-point or complex dtype; or what `jax.numpy` functions take for
-        one, such as a NumPy array.
+        Any shape, of a floating-point or complex dtype. Also accepts any array-like argument of
+        `jax.numpy` functions, such as a NumPy array.
     rate : int or float
         The probability of dropping an element, in [0, 1]; a Python number, also under `jax.jit`.
     key : unidrop.Key or jax.Array
-        The name of the mask: one key, one use. A `Key` may be traced, as ``Key(42).fold_in(step)``
-        is. A key of `jax.random`, typed or raw, is taken where it is of Threefry, and then is the
-        Key of its 64 bits, ``Key.from_words(lo=data[1], hi=data[0])``; it may be None where
-        nothing is dropped.
+        The name of the mask: use each key once. A `Key` may be traced, as ``Key(42).fold_in(step)``
+        is. A Threefry key of `jax.random`, typed or raw, is the Key of its 64 bits,
+        ``Key.from_words(lo=data[1], hi=data[0])``. May be None if nothing is dropped.
     deterministic : bool, default False
         If True, x is returned unchanged.
     broadcast_dims : sequence of int, default ()
-        Axes along which one decision is shared.
+        Axes along which elements share one decision, and the mask has length 1.
     global_shape, start : sequence of int, optional
         x is the block that begins at ``start`` of an array of shape ``global_shape``, and gets
         exactly that block of the whole mask, as each device does in `jax.shard_map`. Elements of
         start may be traced.
     return_mask : bool, default False
-        Whether to return the mask too.
+        If True, the mask is returned too.
 
     Returns
     -------
     y : jax.Array
-        Of x's shape and dtype. The gradient makes the mask again from the key; under
-        ``jit`` XLA may keep it instead, as a bit an element.
+        Of x's shape and dtype. The gradient recomputes the mask from the key; under ``jit`` XLA may
+        keep the mask instead, as one bit for each element.
     mask : jax.Array of bool
-        Only with ``return_mask``: True where kept, with length 1 along ``broadcast_dims``.
+        Only with ``return_mask``: True for kept elements, with length 1 along ``broadcast_dims``.
 
     Raises
     ------
     TypeError
-        If x has an integer or bool dtype, rate is no Python number, or key no key.
+        If x has an integer or bool dtype, rate is not a Python number, or key is not a key.
     ValueError
         If rate is outside [0, 1], an axis does not exist, the window does not fit, or key is a
         batch of keys or of another generator than Threefry.
@@ -124,27 +160,27 @@ def dropout(
     )
     if not plan.drops:
         return (x, plan.ones(x)) if return_mask else x
-    key = as_key(key)
+    one_key = as_key(key)
     if not return_mask:
-        return plan.apply(x, key)
-    mask = plan.mask(x, key)
-    return plan.apply(x, key, mask), mask
+        return plan.apply(x, one_key)
+    mask = plan.mask(x, one_key)
+    return plan.apply(x, one_key, mask), mask
 
 
 def as_key(key: Any) -> Key:
-    """Return the `Key` that a key is: of unidrop, or of `jax.random`.
+    """Return a key of `jax.random`, or a `Key`, as a `Key`.
 
     Parameters
     ----------
     key : unidrop.Key or jax.Array
-        As `dropout` takes it.
+        As in `dropout`.
 
     Raises
     ------
     TypeError
-        If key is no key.
+        If key is not a key.
     ValueError
-        If key is a batch of keys, or of another generator than Threefry, whose name it says.
+        If key is a batch of keys, or of another generator than Threefry; names the generator.
 
     Examples
     --------
@@ -168,7 +204,7 @@ def as_key(key: Any) -> Key:
 
 
 def _get_data(key: Any) -> Any:
-    """Return the words of a key of `jax.random`, the high one first; None if it is none."""
+    """Return the words of a key of `jax.random`, high word first, or None for other objects."""
     if not isinstance(key, jax.Array | np.ndarray):
         return None
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -185,7 +221,7 @@ def _check_threefry(is_threefry: bool, name: str) -> None:
     if not is_threefry:
         raise ValueError(
             "key must be a key of threefry2x32, whose 64 bits are a unidrop.Key, got one of "
-            f"{name}: give a unidrop.Key"
+            f"{name}: pass a unidrop.Key"
         )
 
 
@@ -204,4 +240,4 @@ def _as_array(x: Any) -> Any:
         return jnp.asarray(x)
     if hasattr(x, "__jax_array__"):
         return x.__jax_array__()
-    raise TypeError(f"x must be a jax.Array, or what jax.numpy takes for one, got {x!r}")
+    raise TypeError(f"x must be a jax.Array, or array-like to jax.numpy, got {x!r}")

@@ -1,9 +1,9 @@
-"""Dropout as one operation of JAX, and what JAX's transformations make of it.
+"""Dropout as one JAX primitive, with a rule for each of JAX's transformations.
 
-The operation is linear in x. Its derivative is itself, of a tangent; its transpose is itself, of a
-cotangent; so a backward pass keeps the key and makes the mask again. Over a batch it is itself with
-one more leading axis, along which each operand differs or not. What it computes is the core's rule,
-in operations that every platform has, and that a partitioner can cut.
+The primitive is linear in x. Its derivative is itself, applied to a tangent; its transpose is
+itself, applied to a cotangent. So a backward pass keeps the key and recomputes the mask. Over a
+batch it is itself with one more leading axis, along which each operand varies or not. It lowers to
+the core's portable operations, which every platform supports and a partitioner can cut.
 
 JAX documentation: JAX internals, primitives; `jax.extend.core.Primitive`.
 """
@@ -23,12 +23,13 @@ from jax.interpreters import ad, batching, mlir
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
 from unidrop.mask import portable_mask
+from unidrop.output import select
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import SplitInteger
 
-__all__ = ["drop", "keep", "programs"]
+__all__ = ["count_programs", "drop", "keep_mask"]
 
 _STATIC = ("plan", "batch")
 
@@ -48,24 +49,24 @@ def drop(x: Any, key: SplitInteger, starts: Sequence[SplitInteger], plan: Dropou
         A plan that keeps some elements.
     """
     words = [word for start in starts for word in start]
-    # Where devices share x but not the mask, they do not share the output; and it is the transpose
-    # of this cast that adds up what they each make of x's cotangent.
-    axes = frozenset[Any]().union(*map(_varying, (*key, *words))) - _varying(x)
+    # Devices that share x but not the mask do not share the output. The transpose of this cast sums
+    # their cotangents of x.
+    axes = frozenset[Any]().union(*map(_get_varying_axes, (*key, *words))) - _get_varying_axes(x)
     if axes:
         x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
     return _drop_p.bind(x, *key, *words, plan=_without_array_starts(plan), batch=())
 
 
-def keep(key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPlan) -> Any:
-    """Return the mask by which `drop` drops, of the window's shape: True where it keeps."""
+def keep_mask(key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPlan) -> Any:
+    """Return the mask of `drop`, of the window's shape: True for kept elements."""
     words = [word for start in starts for word in start]
-    mask: Any = _keep(*key, *words, plan=_without_array_starts(plan))
+    mask: Any = _keep_mask(*key, *words, plan=_without_array_starts(plan))
     return mask
 
 
-# One program, or part of one: the ones are made nowhere, and the mask is where the key is.
+# In one program, XLA allocates no ones, and places the mask on the device of the key.
 @partial(jax.jit, static_argnames=("plan",), inline=True)
-def _keep(lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
+def _keep_mask(lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
     starts = list(zip(words[::2], words[1::2], strict=True))
     return drop(jnp.ones(plan.window.shape, np.float32), (lo, hi), starts, plan) != 0
 
@@ -85,8 +86,8 @@ def _with_starts(window: Window, starts: Iterator[SplitInteger]) -> Window:
     return replace(window, start=tuple(next(starts) if s is None else s for s in window.start))
 
 
-def _varying(operand: Any) -> frozenset[Any]:
-    """Return the axes of `jax.shard_map`'s mesh along which an operand differs."""
+def _get_varying_axes(operand: Any) -> frozenset[Any]:
+    """Return the axes of `jax.shard_map`'s mesh along which an operand varies."""
     aval: Any = jax.typeof(operand)
     if hasattr(aval, "mat"):
         return frozenset(aval.mat.varying)
@@ -97,29 +98,30 @@ _drop_p = Primitive("unidrop_dropout")
 
 
 def _rule(*operands: Any, plan: DropoutPlan, batch: tuple[Any, ...]) -> Any:
-    """Return what the core makes of the operands; the outermost of the batch's axes is first."""
+    """Return the core's dropout of the operands; the outermost axis of the batch is first."""
     rule = partial(_rule_of_one, plan=plan)
-    for differs in reversed(batch):
-        rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in differs))
-    # Whether the user has enabled 64-bit numbers must not matter, and the generator is quicker by
-    # them; what they are used for is not seen by any transformation.
+    for varies in reversed(batch):
+        rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in varies))
+    # The result must not depend on the user's setting, and 64-bit integers make the generator
+    # faster. No transformation sees them, because they stay inside the rule.
     with jax.enable_x64(True):
         return rule(*operands)
 
 
-# Of a model's many layers of one shape, and their gradients, one is traced and lowered for all.
-_rule_of_all = jax.jit(_rule, static_argnames=_STATIC)
+# JAX traces and lowers this once for all layers of one shape in a model, and their gradients.
+_shared_rule = jax.jit(_rule, static_argnames=_STATIC)
 
 
 def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
     starts = zip(words[::2], words[1::2], strict=True)
     window = _with_starts(plan.window, starts)
     key = Key._from_raw_words((lo, hi))
-    return plan.select(x, portable_mask(plan.library, x, key, window, plan.rate, None))
+    mask = portable_mask(plan.library, x, key, window, plan.rate, None)
+    return select(plan.library, x, mask, plan.rate)
 
 
 class _TracedRate(Rate):
-    """A rate that keeps something, whose threshold and scale are operands of a program."""
+    """A rate that keeps some elements, with operands of a program as threshold and scale."""
 
     @property
     def keeps_all(self) -> bool:
@@ -140,20 +142,20 @@ def _run(threshold: Any, scale: Any, *operands: Any, plan: DropoutPlan, batch: A
     return _rule(*operands, plan=replace(plan, rate=rate), batch=batch)
 
 
-def programs() -> int:
-    """Return how many programs have been compiled for calls that run at once."""
+def count_programs() -> int:
+    """Return how many programs JAX has compiled for eager calls."""
     number: int = _run._cache_size()
     return number
 
 
-# In the place of a rate, so that a program serves all rates.
+# In place of a call's rate, so that one program serves all rates.
 _ANY_RATE = Rate.from_p(0.5)
 
 
 def _run_eagerly(
     x: Any, lo: Any, hi: Any, *words: Any, plan: DropoutPlan, batch: tuple[Any, ...]
 ) -> Any:
-    """Return dropout of an array that is not traced, such as a tangent."""
+    """Compute dropout of an array that is not traced, such as a tangent."""
     if isinstance(x, jax.Array) and not words and not batch:
         y = plan.run_fused(x, Key.from_words(lo, hi))
         if y is not None:
@@ -164,14 +166,14 @@ def _run_eagerly(
 
 
 _drop_p.def_impl(_run_eagerly)
-mlir.register_lowering(_drop_p, mlir.lower_fun(_rule_of_all, multiple_results=False))
+mlir.register_lowering(_drop_p, mlir.lower_fun(_shared_rule, multiple_results=False))
 
 
-def _abstract(x: Any, *others: Any, **settings: Any) -> Any:
+def _abstract_eval(x: Any, *others: Any, **settings: Any) -> Any:
     return x.update(weak_type=False)
 
 
-_drop_p.def_abstract_eval(_abstract)
+_drop_p.def_abstract_eval(_abstract_eval)
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **settings: Any) -> tuple[Any, Any]:
@@ -183,24 +185,24 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **settings: Any) -> tu
 
 
 def _transpose(cotangent: Any, x: Any, *numbers: Any, **settings: Any) -> list[Any]:
-    nothing = [None] * len(numbers)
+    no_cotangents = [None] * len(numbers)
     if isinstance(cotangent, ad.Zero):
-        return [cotangent, *nothing]
-    return [_drop_p.bind(cotangent, *numbers, **settings), *nothing]
+        return [cotangent, *no_cotangents]
+    return [_drop_p.bind(cotangent, *numbers, **settings), *no_cotangents]
 
 
-def _batched(
+def _batch(
     operands: Sequence[Any], axes: Sequence[int | None], *, batch: tuple[Any, ...], **settings: Any
 ) -> tuple[Any, int]:
-    """Return the operation over one more axis, which x must have for the output's sake."""
+    """Apply the primitive over one more axis; x gets the axis, because the output has it."""
     size = next(v.shape[a] for v, a in zip(operands, axes, strict=True) if a is not None)
     moved = [v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(operands, axes, strict=True)]
     if axes[0] is None:
         moved[0] = jnp.broadcast_to(moved[0], (size, *moved[0].shape))
-    differs = (True, *(a is not None for a in axes[1:]))
-    return _drop_p.bind(*moved, **settings, batch=(differs, *batch)), 0
+    varies = (True, *(a is not None for a in axes[1:]))
+    return _drop_p.bind(*moved, **settings, batch=(varies, *batch)), 0
 
 
 ad.primitive_jvps[_drop_p] = _jvp
 ad.primitive_transposes[_drop_p] = _transpose
-batching.primitive_batchers[_drop_p] = _batched
+batching.primitive_batchers[_drop_p] = _batch

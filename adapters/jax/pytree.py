@@ -12,23 +12,23 @@ __all__: list[str] = []
 
 
 class _TreeInteger(int):
-    """An integer that stands in a tree for a word, such as an axis for `jax.vmap`, and is none."""
+    """An integer in the place of a word in a tree, but not a word: an axis for `jax.vmap`."""
 
 
-def _leaves(key: Key) -> tuple[tuple[Any, Any], None]:
+def _flatten(key: Key) -> tuple[tuple[Any, Any], None]:
     lo, hi = (
         int(word) if isinstance(word, _TreeInteger) else as_jax_word(word) for word in key.words
     )
     return (lo, hi), None
 
 
-def _named_leaves(key: Key) -> tuple[tuple[Any, Any], None]:
-    (lo, hi), _ = _leaves(key)
+def _flatten_with_names(key: Key) -> tuple[tuple[Any, Any], None]:
+    (lo, hi), _ = _flatten(key)
     return ((jax.tree_util.GetAttrKey("lo"), lo), (jax.tree_util.GetAttrKey("hi"), hi)), None
 
 
-def _key_of(_: None, leaves: Any) -> Key:
-    """Return the key of two leaves, which stand for words, or in JAX's trees for anything."""
+def _unflatten(_: None, leaves: Any) -> Key:
+    """Return the key of two leaves: words, or any objects that JAX puts in their place."""
     lo, hi = leaves
     if isinstance(lo, np.uint32) and isinstance(hi, np.uint32):
         return Key.from_words(lo, hi)
@@ -36,4 +36,4 @@ def _key_of(_: None, leaves: Any) -> Key:
     return Key._from_raw_words((lo, hi))
 
 
-jax.tree_util.register_pytree_with_keys(Key, _named_leaves, _key_of, _leaves)
+jax.tree_util.register_pytree_with_keys(Key, _flatten_with_names, _unflatten, _flatten)

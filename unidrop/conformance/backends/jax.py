@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop.adapters.jax import dropout
-from unidrop.adapters.jax.arrays import generated
-from unidrop.adapters.jax.primitive import programs
+from unidrop.adapters.jax.arrays import generate_block
+from unidrop.adapters.jax.primitive import count_programs
 from unidrop.conformance import (
     CoreBackend,
     eager_modes,
@@ -158,12 +158,12 @@ class Jax(CoreBackend):
 
     def traces(self, mode: str) -> int:
         """Return the number of traces; the adapter counts them in eager mode."""
-        return self._traces if mode in _TRANSFORMED else programs()
+        return self._traces if mode in _TRANSFORMED else count_programs()
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator with the mode's x64 setting."""
         with _x64(mode):
-            words = self._jit(generated, "jit")(*map(np.uint32, (*counter, *key)))
+            words = self._jit(generate_block, "jit")(*map(np.uint32, (*counter, *key)))
             return [int(word) for word in words]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:

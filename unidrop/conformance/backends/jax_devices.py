@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from unidrop import Key
-from unidrop.adapters.jax.arrays import generated
+from unidrop.adapters.jax.arrays import generate_block
 from unidrop.conformance import CoreBackend
 from unidrop.conformance.backends.jax import call, fold_in, make_step
 
@@ -82,7 +82,7 @@ class JaxOnTwoDevices(CoreBackend):
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator on each device."""
-        words = self._replicate(generated, mode)(*map(np.uint32, (*counter, *key)))
+        words = self._replicate(generate_block, mode)(*map(np.uint32, (*counter, *key)))
         return [int(word) for word in words]
 
     def traced_key(self, seed: int, step: int, *, mode: str) -> int:

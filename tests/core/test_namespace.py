@@ -1,0 +1,65 @@
+"""Tests of the attributes of `unidrop` and `unidrop.adapters`: lazy, and public names alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+import unidrop
+
+FRAMEWORKS = ["flax", "jax", "keras", "numpy", "tensorflow", "torch"]
+
+
+def run(code):
+    """Run code in a new process and return what it prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_subpackages_are_imported_at_first_use():
+    code = """
+import sys, unidrop
+def loaded():
+    return sorted(name for name in sys.modules if name.startswith("unidrop."))
+before = loaded()
+unidrop.adapters.numpy.dropout
+print(*(name for name in loaded() if name not in before))
+"""
+    assert run(code) == ["unidrop.adapters", "unidrop.adapters.numpy"]
+
+
+@pytest.mark.parametrize("name", ["adapters", "conformance", "testing"])
+def test_a_subpackage_is_an_attribute(name):
+    assert run(f"import unidrop; print(unidrop.{name}.__name__)") == [f"unidrop.{name}"]
+
+
+def test_completion_shows_public_names_alone():
+    code = "import unidrop, unidrop.conformance, unidrop.adapters.numpy; print(*dir({}))"
+    public = sorted([*unidrop.__all__, "adapters", "conformance", "testing"])
+    assert run(code.format("unidrop")) == public
+    assert run(code.format("unidrop.adapters")) == FRAMEWORKS
+
+
+@pytest.mark.parametrize(("old", "new"), [("only", "force_path"), ("explain", "explain_path")])
+def test_an_old_name_raises_and_names_the_new_one(old, new):
+    with pytest.raises(AttributeError, match=rf"no attribute '{old}'; its new name is '{new}'"):
+        getattr(unidrop, old)
+    assert hasattr(unidrop, new)
+
+
+@pytest.mark.parametrize("package", [unidrop, unidrop.adapters], ids=lambda p: p.__name__)
+def test_an_unknown_attribute_raises(package):
+    with pytest.raises(AttributeError, match=f"'{package.__name__}' has no attribute 'nothing'"):
+        _ = package.nothing
+
+
+def test_an_adapter_without_its_framework_raises_and_names_it():
+    code = """
+import sys; sys.modules["torch"] = None
+import unidrop
+try:
+    unidrop.adapters.torch
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert "torch" in run(code)
