@@ -40,7 +40,7 @@ def dropout(
     global_shape: Sequence[int] | None = ...,
     start: Sequence[Any] | None = ...,
     return_mask: Literal[True],
-) -> tuple[Array, Array]: ...
+) -> tuple[Array, Any]: ...
 @overload
 def dropout(
     x: Array,
@@ -52,7 +52,7 @@ def dropout(
     global_shape: Sequence[int] | None = ...,
     start: Sequence[Any] | None = ...,
     return_mask: bool,
-) -> Array | tuple[Array, Array]: ...
+) -> Array | tuple[Array, Any]: ...
 def dropout(
     x: Any,
     p: float,

@@ -9,7 +9,7 @@ The number u of the even element is the word; the number u of the odd one is the
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy
 
@@ -30,6 +30,9 @@ from unidrop.words import (
     split64,
 )
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 __all__ = ["STREAM_VERSION", "keep_mask", "make_mask", "portable_mask"]
 
 STREAM_VERSION: Final = 1
@@ -39,6 +42,32 @@ STREAM_VERSION: Final = 1
 PIECE: Final = 1 << 18
 
 
+@overload
+def keep_mask(
+    shape: Sequence[int],
+    p: float,
+    key: Key,
+    *,
+    xp: None = ...,
+    device: Any = ...,
+    training: bool = ...,
+    broadcast_axes: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+) -> "NDArray[numpy.bool]": ...
+@overload
+def keep_mask(
+    shape: Sequence[int],
+    p: float,
+    key: Key,
+    *,
+    xp: Any,
+    device: Any = ...,
+    training: bool = ...,
+    broadcast_axes: Sequence[int] = ...,
+    global_shape: Sequence[int] | None = ...,
+    start: Sequence[Any] | None = ...,
+) -> Any: ...
 def keep_mask(
     shape: Sequence[int],
     p: float,
