@@ -231,7 +231,7 @@ class TensorFlowWords(Words):
     ) -> PhiloxBlock:
         """Return the words of consecutive blocks."""
         with tf.device(device):
-            flat = _flat_words(first, count, key, tag)
+            flat = _generate_words(first, count, key, tag)
             return tuple(tf.unstack(tf.reshape(tf.cast(flat, tf.int64), [-1, 4]), axis=1))
 
     def keep_flags(
@@ -254,7 +254,7 @@ class TensorFlowWords(Words):
             return super().keep_flags(xp, device, first, count, key, threshold)
         with tf.device(device):
             both = tf.constant(ODD_MULTIPLIER << 32 | 1, tf.uint64)
-            products = tf.cast(_flat_words(first, count, key, 0), tf.uint64) * both
+            products = tf.cast(_generate_words(first, count, key, 0), tf.uint64) * both
             numbers = tf.reshape(tf.bitcast(products, tf.uint32), [-1])
             return numbers >= tf.constant(threshold, tf.uint32)
 
@@ -265,7 +265,7 @@ class TensorFlowOperator(Operator):
     def fold_in(self, words: Any, data: Any, tag: int) -> Any:
         """Return the words of a key after folding in a tensor."""
         split = _WORDS.split(data, LIBRARY.words.width(data, "data"))
-        flat = tf.cast(_flat_words(split, 1, words, tag), tf.int64)
+        flat = tf.cast(_generate_words(split, 1, words, tag), tf.int64)
         return flat[0], flat[1]
 
     def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
@@ -319,19 +319,19 @@ LIBRARY = ArrayLibrary(
 )
 
 
-def _flat_words(first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int) -> Any:
+def _generate_words(first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int) -> Any:
     """Return the words of consecutive blocks in order, four words for each block."""
     return tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[4 * count],
-        key=tf.reshape(_uint64(*key), [1]),
-        counter=tf.stack([_uint64(*reversed(first)), tf.constant(tag << 32, tf.uint64)]),
+        key=tf.reshape(_join_uint64(*key), [1]),
+        counter=tf.stack([_join_uint64(*reversed(first)), tf.constant(tag << 32, tf.uint64)]),
         alg=_PHILOX,
         dtype=tf.uint32,
     )
 
 
-def _uint64(lo: Any, hi: Any) -> Any:
-    """Join two words."""
+def _join_uint64(lo: Any, hi: Any) -> Any:
+    """Return two words as one 64-bit integer."""
     if isinstance(lo, int):
         return tf.constant((hi << 32) | lo, tf.uint64)
     return tf.bitwise.left_shift(tf.cast(hi, tf.uint64), 32) | tf.cast(lo, tf.uint64)
