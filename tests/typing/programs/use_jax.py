@@ -14,7 +14,7 @@ x = jax.numpy.ones((2, 3))
 
 
 def drop(return_mask: bool) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Return the output, and the mask too if it is asked for."""
+    """Return the output, and the mask too if requested."""
     return dropout(x, 0.1, key, return_mask=return_mask)
 
 

@@ -14,7 +14,7 @@ x = np.ones((2, 3))
 
 
 def drop(return_mask: bool) -> NDArray[Any] | tuple[NDArray[Any], NDArray[np.bool]]:
-    """Return the output, and the mask too if it is asked for."""
+    """Return the output, and the mask too if requested."""
     return dropout(x, key=key, return_mask=return_mask)
 
 

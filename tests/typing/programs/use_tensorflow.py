@@ -13,7 +13,7 @@ x = tf.ones((2, 3))
 
 
 def drop(return_mask: bool) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
-    """Return the output, and the mask too if it is asked for."""
+    """Return the output, and the mask too if requested."""
     return dropout(x, 0.1, key=key, return_mask=return_mask)
 
 

@@ -14,7 +14,7 @@ x = torch.ones(2, 3)
 
 
 def drop(return_mask: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the output, and the mask too if it is asked for."""
+    """Return the output, and the mask too if requested."""
     return dropout(x, key=key, return_mask=return_mask)
 
 
