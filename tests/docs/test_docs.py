@@ -159,7 +159,7 @@ def run_ci(tmp_path):
     clone, programs = tmp_path / "clone", tmp_path / "programs"
     (clone / ".ci").mkdir(parents=True)
     programs.mkdir()
-    for name in ("python3", "pip", "unidrop", "pytest", "ruff", "mypy"):
+    for name in ("python3", "python", "pip", "unidrop", "pytest", "ruff", "mypy"):
         (programs / name).write_text(PROGRAM)
         (programs / name).chmod(0o755)
     shutil.copy(ROOT / ".ci" / "run", clone / ".ci" / "run")
@@ -182,7 +182,8 @@ def test_runs_the_readme_commands_in_ci(run_ci, tmp_path):
     expected = ["python3 -m venv .venv", "pip install --constraint constraints.txt .[test]"]
     expected += ["unidrop conformance", "pytest --numprocesses auto --dist loadfile"]
     assert calls[:4] == expected
-    assert {"ruff check .", "pytest tests/docs/test_site.py"} <= set(calls)
+    linters = {"ruff check .", "python tools/lint_prose.py", "pytest tests/docs/test_site.py"}
+    assert linters <= set(calls)
     assert not (tmp_path / "clone" / ".venv").exists()
     other = TEXTS["README.md"].replace("unidrop conformance\n", "unidrop conformance --jobs 3\n")
     assert "unidrop conformance --jobs 3" in run_ci(other)[1]
