@@ -9,7 +9,7 @@ from unidrop.dispatch import fused_dropout
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
 from unidrop.library import get_library
-from unidrop.mask import make_mask
+from unidrop.mask import make_mask, portable_mask
 from unidrop.output import select
 from unidrop.protocols import ArrayLibrary
 from unidrop.rate import KEEP_NOTHING, Rate
@@ -112,7 +112,13 @@ class DropoutPlan:
         y = self.run_fused(x, key, out)
         if y is not None:
             return y
-        y = self.select(x, self.mask(x, key) if mask is None else mask)
+        if mask is None:
+            if self.rate.threshold == 0 or self.is_trivial(x):
+                mask = self.mask(x, key)
+            else:  # kernels that cannot run for x cannot run for its mask either
+                device = self.library.arrays.device(x)
+                mask = portable_mask(self.library, x, key, self.window, self.rate, device)
+        y = self.select(x, mask)
         if out is None:
             return y
         self.library.buffers.copy_into(out, y)
