@@ -64,5 +64,5 @@ def test_prints_each_match_and_exits_with_1(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("page.md:3: has-to: ")
 
 
-def test_repository_has_no_wording_to_avoid(capsys):
+def test_finds_no_wording_to_avoid_in_repository(capsys):
     assert lint_prose.main([]) == 0, capsys.readouterr().out
