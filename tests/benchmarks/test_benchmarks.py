@@ -107,7 +107,7 @@ def test_writes_the_machine_and_libraries_to_json(quick):
     assert machine["python"].startswith(f"{sys.version_info.major}.")
 
 
-def test_json_ratios_and_verdicts_follow_from_times(quick):
+def test_derives_json_ratios_and_verdicts_from_times(quick):
     rows = quick[1]["rows"]
     assert any(row["targets"] for row in rows)
     for row in rows:
@@ -293,7 +293,7 @@ def test_warns_of_a_busy_machine(load, warns):
     assert ("other processes were busy" in render(report)) == warns
 
 
-def test_full_adds_the_largest_shape():
+def test_adds_the_largest_shape_in_full():
     assert full(DEFAULT) == replace(DEFAULT, shapes=(*DEFAULT.shapes, (10**8,)))
 
 
@@ -322,7 +322,7 @@ def test_has_the_documented_targets(group, name, shape, texts):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
-def test_peak_includes_the_allocations_of_a_call():
+def test_includes_allocations_of_call_in_peak():
     def peak(candidate):
         finished = python("-m", "benchmarks.memory", "numpy", candidate, str(1 << 22))
         assert finished.returncode == 0, finished.stderr

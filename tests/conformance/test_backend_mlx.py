@@ -40,7 +40,7 @@ def test_passes_the_whole_matrix(installed, tmp_path):
     }
 
 
-def test_core_accepts_mlx_arrays(installed):
+def test_accepts_mlx_arrays_in_core(installed):
     code = """
     import mlx.core as mx, numpy as np, unidrop
     key = unidrop.Key(42).fold_in("encoder/0").fold_in(7)

@@ -40,7 +40,7 @@ def careless(install):
     return "careless"
 
 
-def test_conformance_exits_with_0_if_all_contracts_hold():
+def test_exits_with_0_if_all_contracts_hold():
     result = run("conformance", "--backend", "numpy", "--table")
     assert result.exit_code == 0, result.output
     assert ", 0 failed" in result.output
@@ -48,7 +48,7 @@ def test_conformance_exits_with_0_if_all_contracts_hold():
         assert name in result.output
 
 
-def test_conformance_exits_with_1_and_explains_failures(careless):
+def test_exits_with_1_and_explains_failures(careless):
     result = run("conformance", "--backend", careless, "--contract", "windows")
     assert result.exit_code == 1
     assert "0 passed, 2 failed" in result.output
@@ -56,14 +56,14 @@ def test_conformance_exits_with_1_and_explains_failures(careless):
         assert word in result.output
 
 
-def test_conformance_exits_with_1_if_nothing_applies():
+def test_exits_with_1_if_nothing_applies():
     result = run("conformance", "--backend", "numpy", "--contract", "layer-calls", "--reasons")
     assert result.exit_code == 1
     assert "NumPy has no layers: layer-calls" in result.output
     assert "nothing was run: no chosen contract applies" in result.output
 
 
-def test_reproduce_line_raises_the_failure(careless, tmp_path):
+def test_raises_the_failure_by_reproduce_line(careless, tmp_path):
     path = tmp_path / "matrix.json"
     run("conformance", "--backend", careless, "--contract", "windows", "--json", str(path))
     cell = json.loads(path.read_text())["cells"][0]
@@ -73,7 +73,7 @@ def test_reproduce_line_raises_the_failure(careless, tmp_path):
         eval(f"check({call})", {"check": check})
 
 
-def test_diff_line_explains_the_failure(careless, tmp_path):
+def test_explains_the_failure_by_diff_line(careless, tmp_path):
     path = tmp_path / "matrix.json"
     run("conformance", "--backend", careless, "--contract", "windows", "--json", str(path))
     for cell in json.loads(path.read_text())["cells"]:
@@ -85,12 +85,12 @@ def test_diff_line_explains_the_failure(careless, tmp_path):
         assert "this explains all of it: the window is ignored" in result.output
 
 
-def test_check_runs_in_a_shell():
+def test_runs_check_in_a_shell():
     code = "from unidrop.conformance import check; check('mask', 'numpy', device='cpu')"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_check_rejects_contracts_that_do_not_apply():
+def test_rejects_contracts_that_do_not_apply_in_check():
     with pytest.raises(ValueError, match=r"eager: NumPy has no layers"):
         check("layer-calls", "numpy")
     with pytest.raises(ValueError, match=r"mode=graph$"):
@@ -98,7 +98,7 @@ def test_check_rejects_contracts_that_do_not_apply():
 
 
 @pytest.mark.parametrize("name", ["mine", "it's mine", "`$HOME`", '"!!"', "ünï drop"])
-def test_reproduce_line_survives_a_shell(name):
+def test_quotes_reproduce_line_for_a_shell(name):
     result = Result("mask", name, "cpu", "float32", "eager", "failed", 0)
     command, option, code = shlex.split(result.reproduce)
     assert (command, option) == ("python", "-c")
@@ -109,14 +109,14 @@ def test_reproduce_line_survives_a_shell(name):
     assert shell.stdout == code
 
 
-def test_conformance_prints_the_names_of_its_files(tmp_path):
+def test_prints_the_names_of_written_files(tmp_path):
     names = {name: tmp_path / f"matrix.{name}" for name in ("html", "json", "junit", "markdown")}
     files = [str(part) for name, path in names.items() for part in (f"--{name}", path)]
     output = run("conformance", "--backend", "numpy", "--contract", "mask", *files).output
     assert output.splitlines()[-4:] == [f"wrote {path}" for path in names.values()]
 
 
-def test_json_has_all_cells_and_exclusions(tmp_path):
+def test_writes_all_cells_and_exclusions_to_json(tmp_path):
     path = tmp_path / "matrix.json"
     result = run("conformance", "--backend", "numpy", "--json", str(path))
     report = json.loads(path.read_text())
@@ -126,7 +126,7 @@ def test_json_has_all_cells_and_exclusions(tmp_path):
     assert report["stream"] == 1
 
 
-def test_list_prints_promises_and_runs_nothing():
+def test_prints_promises_and_runs_nothing_with_list():
     result = run("conformance", "--list", "--backend", "numpy")
     assert result.exit_code == 0
     for contract in CONTRACTS.values():
@@ -151,18 +151,18 @@ def test_list_prints_promises_and_runs_nothing():
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_bad_arguments_are_named(arguments, mention):
+def test_names_bad_arguments(arguments, mention):
     result = run(*arguments)
     assert result.exit_code == 2
     assert mention in result.output
 
 
-def test_mask_prints_the_specified_mask():
+def test_prints_the_specified_mask():
     result = run("mask", *ENCODER_AT_STEP_7, "--shape", "3x8")
     assert result.output.split() == ["10011001", "10001011", "01101100"]
 
 
-def test_mask_json_has_the_key():
+def test_writes_key_to_json_of_mask():
     result = run("mask", *ENCODER_AT_STEP_7, "--shape", "1x8", "--json")
     assert json.loads(result.output) == {
         "stream": 1,
@@ -174,7 +174,7 @@ def test_mask_json_has_the_key():
 
 
 @pytest.mark.parametrize(("shape", "lines"), [("0", [""]), ("3x0", ["", "", ""]), ("2x1", None)])
-def test_mask_has_a_line_for_each_row(shape, lines):
+def test_prints_a_line_for_each_row_of_mask(shape, lines):
     result = run("mask", "--seed", "1", "--p", "0.5", "--shape", shape)
     assert result.exit_code == 0, result.output
     assert len(result.output.splitlines()) == (len(lines) if lines else 2)

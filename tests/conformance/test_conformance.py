@@ -34,7 +34,7 @@ def test_knows_the_library_of_every_registered_backend():
 
 
 @pytest.mark.parametrize("library", sorted({*LIBRARIES.values()}))
-def test_environment_has_every_library(library):
+def test_finds_every_library(library):
     assert find_spec(library) is not None
 
 

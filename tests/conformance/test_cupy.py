@@ -62,7 +62,7 @@ def test_drops_arrays_of_the_current_device(cupy):
     assert {array.device.id for array in (y, mask, drawn)} == {1}
 
 
-def test_large_mask_equals_numpy(cupy):
+def test_equals_numpy_in_large_mask(cupy):
     shape = (3, 100_001)
     mask = unidrop.keep_mask(shape, 0.3, KEY, xp=cupy)
     assert np.array_equal(cupy.asnumpy(mask), unidrop.keep_mask(shape, 0.3, KEY))

@@ -217,7 +217,7 @@ def dump(tmp_path):
 
 
 @pytest.mark.parametrize("golden", golden_masks(), ids=lambda golden: golden.name)
-def test_default_model_equals_the_specification(golden):
+def test_equals_the_specification_by_default_model(golden):
     axes = tuple(axis % len(golden.shape) for axis in golden.broadcast_axes)
     window = golden.global_shape, golden.start
     model = StreamModel(golden.seed, (golden.step,), golden.p, golden.shape, axes, *window)

@@ -74,7 +74,7 @@ def test_passes_the_test_module_of_the_page(package, tmp_path):
     assert re.search(r"^1\d passed", output, flags=re.MULTILINE), output
 
 
-def test_table_names_every_capability_and_its_contracts():
+def test_names_every_capability_and_its_contracts():
     from unidrop.conformance import CAPABILITIES, CONTRACTS
 
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", TEXT, flags=re.MULTILINE)

@@ -77,7 +77,7 @@ def mutant(where, statement):
     ("where", "how"),
     [*(("make", how) for how in (*DEATHS, *ERRORS)), ("dtypes", "SystemExit"), ("dtypes", "exit")],
 )
-def test_backend_that_cannot_be_loaded_is_one_outcome(install, where, how):
+def test_reports_one_outcome_if_loading_fails(install, where, how):
     statement, mention = {**DEATHS, **ERRORS}[how]
     install("mutant", mutant(where, statement))
     (outcome,) = run_matrix(["mutant"], ["mask"], jobs=1, timeout=5 if how == "hang" else None)
@@ -87,7 +87,7 @@ def test_backend_that_cannot_be_loaded_is_one_outcome(install, where, how):
 
 
 @pytest.mark.parametrize("how", DEATHS)
-def test_death_fails_its_cell_and_counts_the_cells_not_run(install, how):
+def test_fails_cell_of_death_and_counts_cells_not_run(install, how):
     statement, mention = DEATHS[how]
     install("mutant", mutant("dropout", statement))
     outcomes = list(run_matrix(["mutant"], ["traces", "steps", "mask"], jobs=1, timeout=10))
@@ -100,7 +100,7 @@ def test_death_fails_its_cell_and_counts_the_cells_not_run(install, how):
     assert rest.error.endswith("; 2 cells were not run")
 
 
-def test_death_leaves_other_backends_alone(install):
+def test_runs_other_backends_after_a_death(install):
     install("mutant", mutant("make", DEATHS["signal"][0]))
     result = run("--backend", "mutant", "--backend", "numpy", "--contract", "mask")
     assert result.exit_code == 1
@@ -109,7 +109,7 @@ def test_death_leaves_other_backends_alone(install):
 
 
 @pytest.mark.parametrize("how", [how for how in ERRORS if how not in ("error", "SystemExit")])
-def test_any_error_fails_its_cell_in_every_report(install, tmp_path, how):
+def test_fails_cell_of_any_error_in_every_report(install, tmp_path, how):
     statement, mention = ERRORS[how]
     install("mutant", mutant("dropout", statement))
     names = {name: tmp_path / name for name in ("html", "json", "junit", "markdown")}
@@ -121,19 +121,19 @@ def test_any_error_fails_its_cell_in_every_report(install, tmp_path, how):
         assert mention.partition(":")[0] in path.read_text(encoding="utf-8")
 
 
-def test_child_process_has_no_input(install):
+def test_runs_child_process_without_input(install):
     install("mutant", mutant("dropout", "assert os.read(0, 1) == b''"))
     assert {outcome.status for outcome in run_matrix(["mutant"], ["mask"], jobs=1)} == {"passed"}
 
 
-def test_output_of_backend_stays_out_of_the_report(install, capfd):
+def test_keeps_output_of_backend_out_of_report(install, capfd):
     install("mutant", mutant("dropout", "print('talkative'); os.write(2, b'talkative')"))
     result = run("--backend", "mutant", "--contract", "mask")
     assert result.exit_code == 0
     assert "talkative" not in result.output + "".join(capfd.readouterr())
 
 
-def test_traceback_option_shows_output_and_place_of_a_death(install):
+def test_shows_output_and_place_of_death_with_traceback(install):
     die = "print('last words'); os.kill(os.getpid(), signal.SIGSEGV)"
     install("mutant", mutant("dropout", die))
     chosen = ("--backend", "mutant", "--contract", "mask")
@@ -143,21 +143,21 @@ def test_traceback_option_shows_output_and_place_of_a_death(install):
         assert word in output
 
 
-def test_traceback_option_shows_where_loading_failed(install):
+def test_shows_where_loading_failed_with_traceback(install):
     install("mutant", mutant("make", "raise RuntimeError('boom')"))
     chosen = ("--backend", "mutant", "--contract", "mask")
     assert "Traceback" not in run(*chosen).output
     assert "raise RuntimeError('boom')" in run(*chosen, "--traceback").output
 
 
-def test_module_is_imported_once_even_if_that_fails(install):
+def test_imports_module_once_even_if_that_fails(install):
     first = "sys.imports = getattr(sys, 'imports', 0) + 1\nassert sys.imports != 1, 'the reason'\n"
     install("mutant", f"import sys\n{first}{dedent(mutant('make', 'pass'))}")
     (outcome,) = run_matrix(["mutant"], ["mask"], jobs=1)
     assert outcome.error == "AssertionError: the reason"
 
 
-def test_entry_point_without_its_module_is_broken(install, tmp_path):
+def test_reports_entry_point_without_module_as_broken(install, tmp_path):
     install("mutant", mutant("make", "pass"))
     (tmp_path / "mutant.py").unlink()
     result = run("--backend", "mutant", "--contract", "mask")
@@ -165,7 +165,7 @@ def test_entry_point_without_its_module_is_broken(install, tmp_path):
     assert "mutant: broken (ModuleNotFoundError: No module named 'mutant')" in result.output
 
 
-def test_backend_without_its_library_is_skipped(install):
+def test_skips_backend_without_its_library(install):
     install("mutant", "import no_such_library")
     result = run("--backend", "mutant", "--backend", "numpy", "--contract", "mask")
     assert "mutant: skipped (no_such_library is not installed)" in result.output
@@ -192,14 +192,14 @@ class make(Numpy):
 """
 
 
-def test_jobs_backends_run_at_a_time(install):
+def test_runs_as_many_backends_at_a_time_as_jobs(install):
     for name in ("one", "other"):
         install(name, MEET)
     outcomes = list(run_matrix(["one", "other"], ["steps"], jobs=2))
     assert {outcome.status for outcome in outcomes} == {"passed"}
 
 
-def test_one_job_runs_one_backend_at_a_time(install, tmp_path):
+def test_runs_one_backend_at_a_time_with_one_job(install, tmp_path):
     note = f"os.write(os.open({str(tmp_path / 'log')!r}, 1089, 0o600), b'%d ' % os.getpid())"
     for name in ("one", "other"):
         install(name, mutant("dropout", note).replace('"mutant"', repr(name)))
@@ -209,7 +209,7 @@ def test_one_job_runs_one_backend_at_a_time(install, tmp_path):
     assert (len(set(pids)), changes) == (2, 1)
 
 
-def test_outcomes_come_mode_by_mode_and_progress_counts_them():
+def test_yields_outcomes_by_mode_and_counts_them():
     begun, ran = [], []
     progress = Progress(lambda name, count: begun.append((name, count)), ran.append)
     outcomes = run_matrix(["numpy"], ["traces", "steps", "keys"], jobs=1, progress=progress)
@@ -221,7 +221,7 @@ def test_outcomes_come_mode_by_mode_and_progress_counts_them():
 
 
 @pytest.mark.parametrize(("backends", "contracts"), [(["numpi"], []), ([], ["masks"])])
-def test_unknown_names_raise_at_once(backends, contracts):
+def test_rejects_unknown_names_at_once(backends, contracts):
     with pytest.raises(ValueError, match=r"numpi|masks"):
         run_matrix(backends, contracts, jobs=1)
 
@@ -256,13 +256,13 @@ def in_own_environment(install, monkeypatch):
     return lambda wrong="pass": install("mutant", ENVIRONMENT.replace("WRONG", wrong))
 
 
-def test_child_process_has_the_backends_environment(in_own_environment):
+def test_runs_child_process_in_backend_environment(in_own_environment):
     in_own_environment()
     outcomes = list(run_matrix(["mutant"], ["mask", "threads"], jobs=1))
     assert [(outcome.backend, outcome.status) for outcome in outcomes] == [("mutant", "passed")] * 4
 
 
-def test_backend_needs_its_environment_to_load(in_own_environment, monkeypatch):
+def test_requires_environment_to_load_backend(in_own_environment, monkeypatch):
     in_own_environment()
     (backend,) = load_backends(["mutant"])
     assert backend.is_missing
@@ -272,7 +272,7 @@ def test_backend_needs_its_environment_to_load(in_own_environment, monkeypatch):
     assert backend.name == "mutant"
 
 
-def test_check_runs_in_the_backends_environment(in_own_environment):
+def test_runs_check_in_backend_environment(in_own_environment):
     in_own_environment()
     check("mask", "mutant", mode="eager")
     with pytest.raises(ValueError, match=r"eager: NumPy has no layers"):
@@ -283,13 +283,13 @@ def test_check_runs_in_the_backends_environment(in_own_environment):
     ("wrong", "mention"),
     [("step += 1", "the step is"), ("1 / 0", "ZeroDivisionError"), ("os._exit(3)", "status 3")],
 )
-def test_check_raises_what_fails_in_the_backends_environment(in_own_environment, wrong, mention):
+def test_raises_failure_of_check_in_backend_environment(in_own_environment, wrong, mention):
     in_own_environment(wrong)
     with pytest.raises(ContractError, match=mention):
         check("mask", "mutant", mode="eager")
 
 
-def test_check_raises_import_error_if_the_child_cannot_load(in_own_environment, tmp_path):
+def test_raises_import_error_if_child_cannot_load(in_own_environment, tmp_path):
     in_own_environment()
     text = (tmp_path / "mutant.py").read_text()
     (tmp_path / "mutant.py").write_text(text.replace("mutant:Target", "mutant:Absent"))
@@ -297,7 +297,7 @@ def test_check_raises_import_error_if_the_child_cannot_load(in_own_environment, 
         check("mask", "mutant")
 
 
-def test_diff_runs_in_the_backends_environment(in_own_environment, capfd):
+def test_runs_diff_in_backend_environment(in_own_environment, capfd):
     in_own_environment("step += 1")
     mask = ("--seed", "42", "--step", "7", "--p", "0.3", "--shape", "4x50")
     result = CliRunner().invoke(main, ["diff", "--backend", "mutant", *mask])
@@ -309,7 +309,7 @@ CACHE, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TI
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["for the run", "the user's"])
-def test_jax_cache_lasts_for_the_run_unless_the_user_sets_it(install, tmp_path, monkeypatch, own):
+def test_keeps_jax_cache_for_the_run_unless_user_sets_it(install, tmp_path, monkeypatch, own):
     folder, noted = tmp_path / "own", tmp_path / "noted"
     monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.delenv(LEAST, raising=False)
@@ -372,7 +372,7 @@ def is_running(pid):
 
 
 @needs_proc
-def test_children_end_with_a_run_that_is_closed(sleepers):
+def test_ends_children_when_run_is_closed(sleepers):
     outcomes = run_matrix(["mutant", "numpy"], ["keys"], jobs=2)
     assert next(outcomes).backend == "numpy"
     both = sleepers()
@@ -382,7 +382,7 @@ def test_children_end_with_a_run_that_is_closed(sleepers):
 
 @needs_proc
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_child_ends_with_the_command_that_a_signal_stops(sleepers, how):
+def test_ends_child_when_signal_stops_command(sleepers, how):
     command = [sys.executable, "-m", "unidrop.cli", "conformance", "--backend", "mutant"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         both = sleepers()

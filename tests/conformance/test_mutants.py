@@ -298,7 +298,7 @@ def test_catches_a_mutant_in_its_contract_and_dependent_ones(backend, contract, 
     assert evidence in f"{first.expected}, got {first.actual}: {first.cause}"
 
 
-def test_catches_mutants_of_installed_packages_on_the_command_line(install, tmp_path):
+def test_catches_installed_mutants_on_the_command_line(install, tmp_path):
     (tmp_path / "mutant_backends.py").write_text(Path(mutant.__file__).read_text())
     compiled = (
         mutant.CompiledFloat32Comparison,
@@ -328,7 +328,7 @@ def test_catches_mutants_of_installed_packages_on_the_command_line(install, tmp_
     assert not any(line.endswith("-Correct") for line in red)
 
 
-def test_dependencies_are_contracts_without_cycles():
+def test_has_dependencies_without_cycles():
     dependencies = {name for names in DEPENDENCIES.values() for name in names}
     assert {*DEPENDENCIES, *dependencies} <= set(CONTRACTS)
     for name in CONTRACTS:

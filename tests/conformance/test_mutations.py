@@ -12,7 +12,7 @@ from unidrop.conformance.diagnosis.mutations import scale
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("p", [0.1, 1 / 3, 0.4])
-def test_scale_rounds_a_float64_product_once(dtype, p):
+def test_rounds_float64_product_once_in_scale(dtype, p):
     fmt, factor = reference.FORMATS[dtype], np.float32(1 / (1 - p))
     magnitudes = range(fmt.infinity + 1)
     x = np.array(magnitudes, dtype=np.uint16).view(numpy_dtype(dtype))

@@ -77,13 +77,13 @@ class Page(HTMLParser):
             self.scripts[self._script] += data
 
 
-def test_page_has_a_cell_for_each_contract_and_column(report):
+def test_shows_a_cell_for_each_contract_and_column_on_page(report):
     page = Page(to_html(report))
     # mask, layout and output, in this order; eager and graph.
     assert page.cells == ["passed", "", "missing", "", "failed", "missing"]
 
 
-def test_page_has_the_evidence_of_each_cell(report):
+def test_shows_evidence_of_each_cell_on_page(report):
     data = json.loads(Page(to_html(report)).scripts["data"])
     assert data["columns"] == [["mine", "eager"], ["mine", "graph"]]
     row = data["contracts"].index("output")
@@ -100,20 +100,20 @@ def test_page_has_the_evidence_of_each_cell(report):
     assert data["evidence"][row][1] == {"results": [], "reasons": [f"not yet {HOSTILE}"]}
 
 
-def test_page_escapes_the_text_of_backends(report):
+def test_escapes_text_of_backends_on_page(report):
     page = Page(to_html(report))
     assert "b" not in page.tags
     assert page.tags.count("script") == 2
     assert f"it died {HOSTILE}" in "".join(page.text)
 
 
-def test_page_fits_dark_screens_and_phones(report):
+def test_fits_page_to_dark_screens_and_phones(report):
     text = to_html(report)
     assert "color-scheme: light dark" in text
     assert 'name="viewport" content="width=device-width' in text
 
 
-def test_json_has_everything(report):
+def test_writes_everything_to_json(report):
     data = json.loads(to_json(report))
     assert [cell["status"] for cell in data["cells"]] == ["passed", "failed", "passed"]
     failed = data["cells"][1]
@@ -125,7 +125,7 @@ def test_json_has_everything(report):
     assert [backend["backend"] for backend in data["unavailable"]] == ["absent", "dead"]
 
 
-def test_junit_counts_cases_failures_errors_and_skips(report):
+def test_counts_cases_failures_errors_and_skips_in_junit(report):
     root = ElementTree.fromstring(to_junit(report))
     suites = {suite.get("name"): suite for suite in root}
     counts = {
@@ -146,7 +146,7 @@ def test_junit_counts_cases_failures_errors_and_skips(report):
     assert "Traceback of it" in failure.text
 
 
-def test_markdown_has_a_badge_rows_and_failures(report):
+def test_writes_badge_rows_and_failures_to_markdown(report):
     text = to_markdown(report)
     assert "unidrop%20stream%201-2%20passed%2C%201%20failed-red" in text.splitlines()[0]
     rows = [line for line in text.splitlines() if line.startswith("| mine")]
@@ -158,7 +158,7 @@ def test_markdown_has_a_badge_rows_and_failures(report):
     )
 
 
-def test_markdown_escapes_names():
+def test_escapes_names_in_markdown():
     report = Report([Result("mask", "```$x$~", "cpu", "float32", "eager", "failed", 0, "1", "2")])
     lines = to_markdown(report).splitlines()
     begin = lines.index("````sh")
@@ -174,12 +174,12 @@ def printed(report, width=200, **options):
 
 
 @pytest.mark.parametrize("width", [20, 40, 200])
-def test_terminal_title_is_one_line_at_any_width(report, width):
+def test_prints_title_on_one_line_at_any_width(report, width):
     first, *_ = printed(report, width).splitlines()
     assert first == f"unidrop conformance, stream {STREAM_VERSION}"
 
 
-def test_terminal_has_a_line_for_each_backend(report):
+def test_prints_a_line_for_each_backend(report):
     text = printed(report)
     assert re.search(r"^mine +1 +2 +1 +2$", text, re.MULTILINE)
     assert "\nabsent: skipped (ModuleNotFoundError: no)\n" in text
@@ -187,7 +187,7 @@ def test_terminal_has_a_line_for_each_backend(report):
     assert "layout" not in text
 
 
-def test_terminal_has_every_failure_in_full(report):
+def test_prints_every_failure_in_full(report):
     text = printed(report)
     assert "\n✗ output-mine-cpu-float32-eager\n" in text
     for line in (
@@ -200,7 +200,7 @@ def test_terminal_has_every_failure_in_full(report):
     assert "  rerun      python -c" in text
 
 
-def test_terminal_has_the_rest_on_request(report):
+def test_prints_the_rest_on_request(report):
     *_, hint = printed(report).splitlines()
     assert re.findall("--[a-z]+", hint) == ["--table", "--reasons", "--traceback"]
     text = printed(report, table=True, reasons=True, tracebacks=True)
@@ -215,7 +215,7 @@ def red(*contracts, mode="eager"):
     return [result(name, "float32", "1", "2", mode=mode, status="failed") for name in contracts]
 
 
-def test_root_failures_come_first_and_are_named():
+def test_lists_root_failures_first_and_names_them():
     report = Report(
         [
             *red("output", "bad-rate", "mask"),
@@ -235,14 +235,14 @@ def test_root_failures_come_first_and_are_named():
     assert "\n- start with mask, bad-rate in mine" in to_markdown(report)
 
 
-def test_independent_failures_have_no_root():
+def test_finds_no_root_of_independent_failures():
     assert Report(red("bad-rate", "mask")).root_failures() == []
 
 
-def test_markdown_badge_is_green_if_all_passed():
+def test_colors_markdown_badge_green_if_all_passed():
     assert "brightgreen" in to_markdown(Report([result("mask", "float32")]))
 
 
-def test_every_format_writes_an_empty_report():
+def test_writes_empty_report_in_every_format():
     for write in (to_html, to_json, to_junit, to_markdown):
         assert write(Report())

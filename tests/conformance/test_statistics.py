@@ -14,7 +14,7 @@ KEY = Key(42).fold_in("statistics")
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
-def test_realized_rate_is_within_four_sigma(p):
+def test_drops_within_four_sigma_of_rate(p):
     dropped = SIZE - int(np.count_nonzero(keep_mask((SIZE,), p, KEY)))
     assert abs(dropped - SIZE * p) < 4 * math.sqrt(SIZE * p * (1 - p))
     # bfloat16 cannot represent the rate: the number of dropped elements must not depend on it.

@@ -92,18 +92,18 @@ def test_skips_excluded_contracts_with_the_declared_reason(suite):
     )
 
 
-def test_where_filters_skipped_items(suite):
+def test_filters_skipped_items_by_where(suite):
     decorator = "['careless'], where=lambda cell: cell.contract.name == 'mask'"
     suite(decorator).assert_outcomes(passed=1)
 
 
 @pytest.mark.parametrize("attribute", ["device == 'cpu'", "dtype == 'float32'"])
-def test_where_gets_a_device_and_a_dtype_of_skipped_items(suite, attribute):
+def test_passes_device_and_dtype_of_skipped_items_to_where(suite, attribute):
     decorator = f"['careless'], contracts=['mask', 'layer-calls'], where=lambda c: c.{attribute}"
     suite(decorator).assert_outcomes(passed=1, skipped=1)
 
 
-def test_where_gets_a_dtype_of_the_first_mode_for_missing_modes(suite, install):
+def test_passes_dtype_of_first_mode_to_where_for_missing_modes(suite, install):
     install("modeless", MODELESS)
     decorator = "['modeless'], contracts=['mask'], where=lambda cell: cell.dtype == 'float16'"
     result = suite(decorator)
@@ -226,7 +226,7 @@ def test_rejects_a_broken_backend_with_its_error(suite, install):
     result.stdout.fnmatch_lines(["*backend broken failed to load: ZeroDivisionError*"])
 
 
-def test_pytest_imports_no_framework_without_decorated_tests(pytester):
+def test_imports_no_framework_without_decorated_tests(pytester):
     pytester.makeini("[pytest]")
     pytester.makepyfile(
         """

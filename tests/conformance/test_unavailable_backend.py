@@ -30,13 +30,13 @@ def chip(install):
     return "chip"
 
 
-def test_load_backends_returns_the_reason(chip):
+def test_returns_the_reason_from_load_backends(chip):
     (backend,) = load_backends([chip])
     assert (backend.name, backend.error, backend.is_missing) == (chip, REASON, True)
     assert "Traceback" in backend.details
 
 
-def test_matrix_skips_it_and_runs_the_others(chip, tmp_path):
+def test_skips_it_in_matrix_and_runs_the_others(chip, tmp_path):
     path = tmp_path / "matrix.json"
     arguments = ["--backend", chip, "--backend", "numpy", "--contract", "generator"]
     result = CliRunner().invoke(main, ["conformance", *arguments, "--json", str(path)])
@@ -46,6 +46,6 @@ def test_matrix_skips_it_and_runs_the_others(chip, tmp_path):
     assert unavailable["error"] == REASON
 
 
-def test_check_raises_import_error(chip):
+def test_raises_import_error_in_check(chip):
     with pytest.raises(ImportError, match=REASON):
         check("generator", chip)

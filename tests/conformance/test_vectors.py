@@ -31,7 +31,7 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_schema_accepts_the_vectors(written):
+def test_accepts_the_vectors_by_schema(written):
     schema = read(written / "schema.json")
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(read(written / "vectors.json"), schema)
@@ -41,7 +41,7 @@ def test_schema_accepts_the_vectors(written):
     ("section", "field", "value"),
     [("masks", "keep", "102"), ("outputs", "dtype", "int8"), ("keys", "key", "2a"), (None, "", 2)],
 )
-def test_schema_rejects_an_invalid_vector(written, section, field, value):
+def test_rejects_an_invalid_vector_by_schema(written, section, field, value):
     # One vector of each section, since validating the whole file takes seconds.
     vectors = read(written / "vectors.json")
     few = {name: vectors if name == "stream" else vectors[:1] for name, vectors in vectors.items()}
@@ -55,7 +55,7 @@ def test_schema_rejects_an_invalid_vector(written, section, field, value):
         jsonschema.validate(few, schema)
 
 
-def test_readme_explains_every_field(written):
+def test_explains_every_field_in_readme(written):
     vectors = read(written / "vectors.json")
     readme = (written / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`\"?(\w+)\"?`", readme))
@@ -84,7 +84,7 @@ def compiled(source, folder):
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler is installed")
-def test_c_program_is_short_and_accepts_the_vectors(written, tmp_path):
+def test_accepts_the_vectors_in_short_c_program(written, tmp_path):
     assert len(CHECK.read_text(encoding="utf-8").splitlines()) < 150
     program = compiled(CHECK, tmp_path)
     run = subprocess.run([program, written / "vectors.json"], capture_output=True, text=True)
@@ -113,7 +113,7 @@ def test_c_program_is_short_and_accepts_the_vectors(written, tmp_path):
         ("f * (float)s", "f * s"),
     ],
 )
-def test_c_program_fails_if_it_is_mutated(written, tmp_path, right, wrong):
+def test_fails_in_mutated_c_program(written, tmp_path, right, wrong):
     source = CHECK.read_text(encoding="utf-8")
     assert source.count(right) == 1
     changed = tmp_path / "changed.c"
@@ -125,7 +125,7 @@ def test_c_program_fails_if_it_is_mutated(written, tmp_path, right, wrong):
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler is installed")
-def test_c_program_rejects_another_stream_version(written, tmp_path):
+def test_rejects_another_stream_version_in_c_program(written, tmp_path):
     other = tmp_path / "vectors.json"
     other.write_text((written / "vectors.json").read_text().replace('"stream": 1', '"stream": 2'))
     run = subprocess.run([compiled(CHECK, tmp_path), other], capture_output=True, text=True)

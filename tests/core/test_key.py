@@ -1,4 +1,4 @@
-"""Tests of keys: their numbers, their errors, and that an array gives what an integer gives."""
+"""Tests of keys: their numbers, their errors, and equal results for arrays and integers."""
 
 import copy
 import pickle

@@ -148,7 +148,7 @@ def test_ignores_start_along_broadcast_axis():
 
 @st.composite
 def windows(draw):
-    """Draw a block, the whole that it lies in, and axes."""
+    """Draw a block, the whole that contains it, and axes."""
     whole = draw(st.lists(st.integers(1, 12) | st.integers(2**31, 2**33), max_size=3))
     if np.prod(whole, dtype=object) > 2**64:
         whole = [min(length, 12) for length in whole]

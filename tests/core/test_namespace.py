@@ -16,7 +16,7 @@ def run(code):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def test_subpackages_are_imported_at_first_use():
+def test_imports_subpackages_at_first_use():
     code = """
 import sys, unidrop
 def loaded():
@@ -29,11 +29,11 @@ print(*(name for name in loaded() if name not in before))
 
 
 @pytest.mark.parametrize("name", ["adapters", "conformance", "testing"])
-def test_a_subpackage_is_an_attribute(name):
+def test_has_each_subpackage_as_attribute(name):
     assert run(f"import unidrop; print(unidrop.{name}.__name__)") == [f"unidrop.{name}"]
 
 
-def test_completion_shows_public_names_alone():
+def test_completes_public_names_alone():
     code = "import unidrop, unidrop.conformance, unidrop.adapters.numpy; print(*dir({}))"
     public = sorted([*unidrop.__all__, "adapters", "conformance", "testing"])
     assert run(code.format("unidrop")) == public
@@ -41,19 +41,19 @@ def test_completion_shows_public_names_alone():
 
 
 @pytest.mark.parametrize(("old", "new"), [("only", "force_path"), ("explain", "explain_path")])
-def test_an_old_name_raises_and_names_the_new_one(old, new):
+def test_rejects_old_name_and_names_the_new_one(old, new):
     with pytest.raises(AttributeError, match=rf"no attribute '{old}'; its new name is '{new}'"):
         getattr(unidrop, old)
     assert hasattr(unidrop, new)
 
 
 @pytest.mark.parametrize("package", [unidrop, unidrop.adapters], ids=lambda p: p.__name__)
-def test_an_unknown_attribute_raises(package):
+def test_rejects_unknown_attribute(package):
     with pytest.raises(AttributeError, match=f"'{package.__name__}' has no attribute 'nothing'"):
         _ = package.nothing
 
 
-def test_an_adapter_without_its_framework_raises_and_names_it():
+def test_names_missing_framework_of_adapter():
     code = """
 import sys; sys.modules["torch"] = None
 import unidrop

@@ -86,7 +86,7 @@ def test_imports_its_own_framework_alone_in_each_adapter():
         assert imported & FRAMEWORKS <= ADAPTERS.get(name, {name}), file
 
 
-# On its NumPy backend, with which Keras imports the fewest others.
+# Keras imports the fewest other frameworks on its NumPy backend.
 KERAS = """
 import os, sys
 os.environ["KERAS_BACKEND"] = "numpy"

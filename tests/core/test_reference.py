@@ -183,7 +183,7 @@ def random_patterns(dtype: np.dtype[Any], size: int) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("p", RATES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_rounds_exactly_as_numpy_does(dtype, p):
-    """Its products in the compute type and its casts are those of IEEE 754, subnormals included."""
+    """Products in the compute type and casts follow IEEE 754, subnormals included."""
     patterns = random_patterns(dtype, 3000)
     compute = np.result_type(dtype, np.float32)
     with np.errstate(all="ignore"):
@@ -222,7 +222,7 @@ def test_encodes_halfway_to_even_neighbor():
 
 
 def test_drops_complex_numbers_whole():
-    """A complex product would make NaN of an infinite component's neighbour."""
+    """A complex product would make NaN of an infinite component's neighbor."""
     inf, one, two, minus_zero = 0x7F800000, 0x3F800000, 0x40000000, 0x80000000
     x = [inf, one, one, one, one, minus_zero]
     y = reference.dropout_bits(x, "complex64", [1, 0, 1], 0.5)

@@ -16,7 +16,7 @@ CORE = sorted(path for path in ROOT.glob("*.py") if path.name != "testing.py")
 FUSED = sorted((ROOT / "fused").glob("*.py"))
 FRAMEWORKS = r"torch|tensorflow|keras|jax|flax|dask|cupy|mlx|dynamo|inductor|xla|symint"
 
-# What each module may import of the package, as each imports only what is listed before it.
+# The package's modules in order: each imports only modules listed before it.
 LAYERS = [
     "dtypes",
     "rate",

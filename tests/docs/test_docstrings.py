@@ -18,7 +18,7 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:keras")
-def test_docstrings_are_there_and_their_examples_right(name):
+def test_has_docstrings_with_correct_examples(name):
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

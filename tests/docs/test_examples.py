@@ -43,20 +43,20 @@ def numbers_after(label: str, output: str) -> list[float]:
     return [float(number) for number in re.findall(rf"{re.escape(label)}: (\S+)", output)]
 
 
-def test_numpy_example_learns(tmp_path: Path) -> None:
+def test_learns_in_numpy_example(tmp_path: Path) -> None:
     output = get_output(tmp_path, "numpy_dropout.py")
     assert "mean of a million ones: 1.000, after dropout: 1.00" in output
     assert numbers_after("train accuracy", output)[0] > 0.94
     assert numbers_after("test accuracy", output)[0] > 0.92
 
 
-def test_torch_example_learns_and_counts_calls(tmp_path: Path) -> None:
+def test_learns_and_counts_calls_in_torch_example(tmp_path: Path) -> None:
     output = get_output(tmp_path, "torch_net.py", "--epochs", "8")
     assert numbers_after("test accuracy", output)[0] > 0.92
     assert numbers_after("training calls of the dropout", output) == [8 * 22]
 
 
-def test_keras_example_learns_and_resumes(tmp_path: Path) -> None:
+def test_learns_and_resumes_in_keras_example(tmp_path: Path) -> None:
     output = get_output(tmp_path, "keras_sequential.py", "--epochs", "8")
     tests = numbers_after("test accuracy", output)
     assert len(tests) == 2
@@ -68,7 +68,7 @@ def test_keras_example_learns_and_resumes(tmp_path: Path) -> None:
     assert max(differences) < 1e-6
 
 
-def test_one_curve_coincides_only_with_unidrop(tmp_path: Path) -> None:
+def test_draws_one_curve_only_with_unidrop(tmp_path: Path) -> None:
     output = get_output(tmp_path, "one_curve.py", "--out", "plots/curves.png")
     assert numbers_after("with unidrop", output)[0] < 1e-4
     assert numbers_after("with each framework's own dropout", output)[0] > 1e-2
@@ -99,13 +99,13 @@ for wrong in (1e-3, -1e-3, np.nan):
 """
 
 
-def test_one_curve_fails_if_a_layer_drops_other_elements(tmp_path: Path) -> None:
+def test_fails_if_a_layer_in_one_curve_drops_other_elements(tmp_path: Path) -> None:
     finished = run(tmp_path, "-c", OTHER_ELEMENTS)
     assert finished.returncode == 1, finished.stderr
     assert "the curves are not one: they differ by" in finished.stderr
 
 
-def test_one_curve_rejects_unequal_curves(tmp_path: Path) -> None:
+def test_rejects_unequal_curves_in_one_curve(tmp_path: Path) -> None:
     finished = run(tmp_path, "-c", UNEQUAL_CURVES)
     assert finished.returncode == 0, finished.stderr
 
@@ -134,7 +134,7 @@ every_mode.main()
 """
 
 
-def test_every_mode_matches_numpy_and_resumes(
+def test_matches_numpy_and_resumes_in_every_mode(
     tmp_path: Path,
 ) -> None:
     output = get_output(tmp_path, "every_mode.py")
@@ -146,7 +146,7 @@ def test_every_mode_matches_numpy_and_resumes(
         assert when_resumed < 1e-5, name
 
 
-def test_every_mode_fails_if_other_elements_are_dropped(tmp_path: Path) -> None:
+def test_fails_if_every_mode_drops_other_elements(tmp_path: Path) -> None:
     finished = run(tmp_path, "-c", ANOTHER_KEY)
     assert finished.returncode == 1, finished.stderr
     assert "the losses differ by" in finished.stderr

@@ -1,9 +1,9 @@
-"""A stand-in for CuPy on two GPUs, of NumPy: what of CuPy a test can see where there is no GPU.
+"""A stand-in for CuPy on two GPUs, made of NumPy, for tests on machines without a GPU.
 
-It has CuPy's names and NumPy's values, and is as strict as CuPy, or more so: an array is never
-converted to a NumPy array unasked, nor combined with one; operations give arrays, and no scalars;
-and they are made on the current device, of arrays that are all there. It tells nothing of what
-CuPy's kernels compute.
+It has CuPy's names and NumPy's values, and is at least as strict as CuPy. It never converts an
+array to a NumPy array implicitly, nor combines the two. Operations return arrays, never scalars.
+They run on the current device, and all their arrays must be there. The stand-in does not test
+CuPy's kernels.
 """
 
 import threading
@@ -54,7 +54,7 @@ class ndarray:  # noqa: N801 # CuPy's name
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
 
     def __getattr__(self, name):
-        if name.startswith("__"):  # by which NumPy would reach the values
+        if name.startswith("__"):  # NumPy would reach the values through these
             raise AttributeError(name)
         value = getattr(self._values, name)
         return _on_device(value) if callable(value) else _arrays(value)
@@ -79,7 +79,7 @@ def _on_device(function):
 
 
 def _values(x):
-    """Return the values of arrays, in whatever holds them; they must be on this device."""
+    """Return the values of arrays in any container; they must be on the current device."""
     if isinstance(x, ndarray):
         assert x.device.id == Device().id, "an array is not on the current device"
         return x._values
@@ -91,7 +91,7 @@ def _values(x):
 
 
 def _arrays(y):
-    """Return NumPy's arrays and scalars as arrays."""
+    """Return NumPy arrays and scalars as arrays of the stand-in."""
     if isinstance(y, np.ndarray | np.generic):
         return ndarray(np.asarray(y))
     return type(y)(map(_arrays, y)) if type(y) in (tuple, list) else y
@@ -103,7 +103,7 @@ for _name in _OPERATORS.split():
 
 
 def asarray(x, dtype=None):
-    """Copy to the current device what is no array yet."""
+    """Copy values to the current device."""
     return ndarray(np.array(x._values if isinstance(x, ndarray) else x, dtype=dtype))
 
 

@@ -1,4 +1,4 @@
-"""What JAX' dropout must return, as the core's portable path makes it of NumPy arrays."""
+"""Expected results of JAX's dropout, from the core's portable path on NumPy arrays."""
 
 import numpy as np
 

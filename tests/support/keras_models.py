@@ -34,7 +34,7 @@ LAYERS = [Dropout, *SPATIAL_SHAPES]
 
 
 def native(layer):
-    """Return the layer of Keras that a layer of ours stands for."""
+    """Return the Keras layer that one of our layers replaces."""
     return getattr(keras.layers, layer.__name__)
 
 

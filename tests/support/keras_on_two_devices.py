@@ -1,6 +1,6 @@
 """Tests of the Keras layers under tf.distribute; `test_keras_backends.py` runs them.
 
-TensorFlow's devices are chosen before it is used, so these run in a process of their own.
+TensorFlow fixes its devices at first use, so these tests run in their own process.
 """
 
 import keras

@@ -1,4 +1,4 @@
-"""A plugin of pytest that puts our layers in the place of Keras' own, for Keras' own tests."""
+"""A pytest plugin that replaces Keras's own layers by ours, for Keras's own tests."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ for _name in NAMES:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail where a test that Keras has of a layer did not come to make one of ours."""
+    """Fail if Keras tests a layer but its tests made none of our replacements."""
     if session.testscollected and made != {name for name in NAMES if _is_tested(session, name)}:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

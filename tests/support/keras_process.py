@@ -1,4 +1,4 @@
-"""Runs Python and pytest in a process of its own, where Keras has a backend of its own."""
+"""Runs Python and pytest in a separate process, where Keras uses another backend."""
 
 import os
 import re

@@ -3,7 +3,7 @@
     python keras_training.py run FOLDER       trains in each of the backend's ways; saves at step 25
     python keras_training.py resume FOLDER    loads what is saved there, and goes on to step 50
 
-Both print the losses as JSON. What the losses must be, `small_network.py` says.
+Both print the losses as JSON. `small_network.py` has the expected losses.
 """
 
 import json
@@ -71,12 +71,12 @@ def train(model, steps):
     )
     x, y = np.tile(X, (steps, 1)), np.tile(Y, (steps, 1))
     model.fit(x, y, batch_size=len(X), verbose=0, shuffle=False, callbacks=[keep])
-    # Keras tells the mean over the steps so far.
+    # Keras reports the mean over the steps so far.
     return np.diff(np.arange(steps + 1) * means).tolist()
 
 
 def run(folder):
-    """Train in each way, and save where half the steps are done, in both of Keras' formats."""
+    """Train in each way, and save after half the steps, in both of Keras's formats."""
     losses = {}
     for way, options in WAYS.items():
         model = compiled(network(), **options)
@@ -91,7 +91,7 @@ def run(folder):
 
 
 def stateless():
-    """Train with Keras' stateless calls under JAX' own gradient and jit: one trace in all."""
+    """Train with Keras's stateless calls under JAX's own gradient and jit: one trace in all."""
     import jax
 
     model, traces = compiled(network()), 0

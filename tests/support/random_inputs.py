@@ -43,7 +43,7 @@ def at_random(examples):
 
 
 def check_random_masks(backend, mode, examples):
-    """Compare the masks of a backend in a mode with those of plain integers."""
+    """Compare the masks of a backend in a mode with masks from plain integers."""
 
     @at_random(examples)
     @given(masks(), seeds, st.integers(0, min(backend.step_limit, 2**64) - 1), rates)

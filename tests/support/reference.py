@@ -4,7 +4,7 @@ It shares no code with the package and uses no array library: the two agree only
 the specification. Read it beside the text; a test that needs to know what is right asks here.
 
 A key is one integer below 2**64, a mask a flat list of 0 (dropped) and 1 (kept) in C order, and an
-array a list of bit patterns. Values are exact fractions, rounded only where the text says so.
+array a list of bit patterns. Values are exact fractions, rounded only where the text requires it.
 """
 
 import operator
@@ -53,7 +53,7 @@ def fold_in(key: int, data: int | str) -> int:
     return lo + hi * 2**32
 
 
-# Eight neighbours share a block.
+# Eight neighbors share a block.
 @lru_cache(maxsize=2**16)
 def _block_words(key: int, block: int) -> Words:
     return philox((*_lo_hi(block), 0, MASK_TAG), _lo_hi(key))
@@ -179,7 +179,7 @@ class Format:
     def encode(self, value: Fraction) -> int:
         """Return the magnitude nearest to a value >= 0, half to even, infinity on overflow.
 
-        The value's denominator must be a power of two, as those of all products here are.
+        The value's denominator must be a power of two, as it is for all products here.
         """
         if value == 0:
             return 0

@@ -1,8 +1,8 @@
-"""One small network that is trained in every framework, and what its losses must be.
+"""One small network that the tests train in every framework, and its expected losses.
 
-The losses are those of NumPy in double precision: a hidden layer, its dropout under
-``Key(SEED).fold_in("hidden")`` with the step as the call number, and SGD with momentum as Keras
-and PyTorch have it.
+NumPy computes the losses in double precision. The network has a hidden layer, and its dropout uses
+``Key(SEED).fold_in("hidden")`` with the step as the call number. SGD with momentum follows Keras
+and PyTorch.
 """
 
 import numpy as np

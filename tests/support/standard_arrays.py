@@ -57,7 +57,7 @@ class Space:
             yield
 
     def array(self, array: Any) -> Any:
-        """Return NumPy's array as one of the namespace."""
+        """Return a NumPy array as one of the namespace."""
         return self.xp.asarray(np.asarray(array), device=self.device)
 
     def scalar(self, value: int) -> Any:
@@ -119,7 +119,7 @@ def assert_output(
 ) -> None:
     """Compare an output with the specification: bit for bit, but for NaN's payload.
 
-    If subnormals may be flushed, a zero of the same sign passes for what depends on one.
+    If subnormals may be flushed, a zero of the same sign passes for a value that depends on one.
     """
     name = x.dtype.name
     assert y.dtype == x.dtype

@@ -111,5 +111,5 @@ def messages(request, pythons, project):
 
 
 @pytest.mark.parametrize("program", [program.name for program in PROGRAMS])
-def test_checkers_infer_exact_types(messages, program):
+def test_infers_exact_types_in_each_checker(messages, program):
     assert not messages[program], "\n".join(messages[program])

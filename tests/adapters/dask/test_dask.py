@@ -1,4 +1,4 @@
-"""Dask's arrays: lazy, chunk by chunk, and equal to the whole."""
+"""Dropout of Dask arrays is lazy, works chunk by chunk, and equals dropout of the whole."""
 
 import dask
 import dask.array as da

@@ -1,4 +1,4 @@
-"""Dropout for Flax: nnx.Dropout's behaviours, and call numbers that every transform carries."""
+"""Dropout for Flax: nnx.Dropout's behavior, and call numbers that every transform carries."""
 
 import jax
 import jax.numpy as jnp

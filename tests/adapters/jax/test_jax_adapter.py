@@ -112,7 +112,7 @@ def test_returns_mask_of_its_output():
 
 @pytest.mark.parametrize("rate", [float("nan"), -0.1, 1.1])
 def test_rejects_bad_rate(rate):
-    with pytest.raises(ValueError, match="rate has to be between 0 and 1"):
+    with pytest.raises(ValueError, match=r"rate has to be between 0 and 1"):
         dropout(jnp.ones(3), rate, KEY)
 
 

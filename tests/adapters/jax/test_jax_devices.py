@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # a process of its own, with some thirty programs
+pytestmark = pytest.mark.slow  # runs about thirty programs in their own process
 
 CASES = Path(__file__).parents[2] / "support" / "jax_two_devices.py"
 

@@ -105,7 +105,7 @@ def test_compiles_one_program_for_eager_steps():
 @pytest.mark.parametrize("size", [100, 40000])
 def test_holds_generator_once_for_key_and_once_for_mask(size):
     program = jax.jit(step_function).lower(jnp.ones(size), 0).compile().as_text()
-    # 20 of the mask's rounds, a few more of its elements, and those of one round of the key's loop.
+    # The mask needs 20 for its rounds and a few for its elements; the key's loop needs one round's.
     assert 20 <= program.count(" multiply(") <= 50
     # Without the keys of each round, which XLA would move out of the loop.
     assert program.count(" fusion(") <= 25

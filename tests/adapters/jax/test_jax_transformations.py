@@ -1,4 +1,4 @@
-"""JAX' transformations of dropout: gradients, batches, loops, donated arrays."""
+"""JAX's transformations of dropout: gradients, batches, loops, donated arrays."""
 
 import jax
 import jax.numpy as jnp

@@ -12,7 +12,7 @@ from unidrop.adapters.keras import Dropout, SpatialDropout2D, SpatialDropout3D
 
 
 def get_error(make, *args, **kwargs):
-    """Return the type and message of what a call raises."""
+    """Return the type and message of a call's exception."""
     try:
         made = make(*args, **kwargs)
     except (TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""The Keras layers on any backend: on TensorFlow here, on others as `test_keras_backends.py` does.
+"""The Keras layers on TensorFlow; `test_keras_backends.py` runs these tests on other backends.
 
-Keras chooses a backend as it is imported, so each other one needs a process of its own.
+Keras chooses a backend at import, so each other backend needs its own process.
 """
 
 import keras
@@ -150,8 +150,8 @@ class Cell(keras.layers.Layer):
         return state, [state]
 
 
-# TensorFlow and torch run a cell once more, to see its outputs, before the loop over time; JAX's
-# loop forgets what layers in it do to their state. So it is with Keras' own dropout.
+# TensorFlow and torch run a cell once before the loop over time, to learn its outputs. JAX's loop
+# discards the state of layers in it. Keras's own dropout counts the same calls.
 CALLS = {True: (0, 1, 2), False: {"jax": (0, 0, 0), "numpy": (0, 1, 2)}.get(BACKEND, (1, 2, 3))}
 
 

@@ -14,7 +14,7 @@ BACKENDS = list(WAYS)
 
 
 def get_losses(backend, command, folder):
-    """Run `keras_training.py` and return its losses by what they are of."""
+    """Run `keras_training.py` and return its losses by way to train."""
     output = run_python(backend, str(TESTS / "keras_training.py"), command, str(folder))
     return json.loads(output.splitlines()[-1])
 
@@ -45,7 +45,7 @@ def test_learns_from_network_of_expected_losses():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_has_same_losses_in_every_way_to_train(whole_runs, backend):
     ways = whole_runs[backend]
-    assert len(ways) == WAYS[backend] + (backend == "jax")  # where there are stateless calls too
+    assert len(ways) == WAYS[backend] + (backend == "jax")  # JAX has stateless calls too
     for losses in ways.values():
         assert_losses(losses, expected_losses())
 

@@ -22,28 +22,28 @@ def layer(request):
 
 
 @pytest.mark.parametrize("rate", [0, 0.5])
-def test_a_seed_is_a_key_or_none(layer, rate):
+def test_keeps_seed_as_key_or_none(layer, rate):
     assert layer(rate, seed=SITE).seed is SITE
     assert layer(rate, seed=int(SITE)).seed == SITE
     assert layer(rate).seed is None
 
 
 @pytest.mark.parametrize("seed", [None, 42, SITE, Key(2**64 - 1)], ids=str)
-def test_a_config_is_json_from_which_the_seed_returns(layer, seed):
+def test_restores_seed_from_json_config(layer, seed):
     made = layer(0.5, seed=seed)
     config = json.loads(json.dumps(made.get_config()))
     assert config["seed"] == (seed if seed is None else int(seed))
     assert layer.from_config(made.get_config()).seed == made.seed
 
 
-def test_a_saved_model_has_the_seed(tmp_path):
+def test_saves_seed_with_model(tmp_path):
     model = keras.Sequential([keras.Input((10,)), Dropout(0.5, seed=SITE), Dropout(0.5)])
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert [layer.seed for layer in loaded.layers] == [SITE, None]
 
 
-def test_a_key_in_place_of_the_seed_is_the_one_used():
+def test_uses_key_assigned_to_seed():
     made = Dropout(0.5, seed=1)
     made.seed = SITE
     expected = unidrop.dropout(X, 0.5, SITE.fold_in(0))
@@ -51,7 +51,7 @@ def test_a_key_in_place_of_the_seed_is_the_one_used():
     assert made.get_config()["seed"] == int(SITE)
 
 
-def test_spatial_layers_accept_the_positional_arguments_of_keras():
+def test_accepts_positional_arguments_of_keras():
     one = SpatialDropout1D(0.5, SITE, "one", "float64")
     assert (one.seed, one.name, one.dtype) == (SITE, "one", "float64")
     for kind in (SpatialDropout2D, SpatialDropout3D):

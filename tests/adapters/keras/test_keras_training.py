@@ -21,9 +21,9 @@ if BACKEND != "torch":  # where Keras refuses it
 
 @pytest.fixture
 def quick_torch_compile(monkeypatch):
-    """Let torch.compile do all but generate machine code, which takes Inductor a minute.
+    """Let torch.compile skip code generation, which takes Inductor a minute.
 
-    It warns of what Keras does, which it can't take into a graph: of gradients it looks at.
+    Dynamo warns that Keras reads gradients, which it cannot trace.
     """
     if BACKEND != "torch":
         yield
@@ -51,7 +51,7 @@ def test_drops_and_advances_once_a_step_of_fit(options, quick_torch_compile):
 
 
 class Traced(Dropout):
-    """Tells how often its training calls are traced."""
+    """A layer that counts the traces of its training calls."""
 
     traces = 0
 
@@ -71,7 +71,7 @@ def assert_traced_once(jit_compile):
     assert layer.traces == 1
 
 
-if BACKEND != "torch":  # where Keras traces nothing unless it is asked to
+if BACKEND != "torch":  # Keras compiles on torch only on request
 
     def test_traces_fit_and_predictions_once():
         assert_traced_once(jit_compile=True)
@@ -101,7 +101,7 @@ def test_trains_by_mask_of_one_call_in_remat_scope():
     ones = np.ones((64, 1), "float32")
     model.fit(ones, -ones, batch_size=64, epochs=1, shuffle=False, verbose=0)
     assert layer.calls == 1
-    # Each kept element is 2, so the gradient is twice the share that is kept, by whatever mask.
+    # Each kept element is 2, so the gradient is twice the kept share, for any mask.
     kept = (dropped(ones, 0) != 0).mean()
     np.testing.assert_allclose(scale.get_weights()[0], [[1 - 0.5 * 2 * kept]], rtol=1e-6)
 

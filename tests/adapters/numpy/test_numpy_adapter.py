@@ -364,7 +364,7 @@ def test_has_numerical_gradient(p, axes, by):
     numerical = np.empty_like(X)
     for index in np.ndindex(X.shape):
         step = np.zeros_like(X)
-        step[index] = 0.5  # dropout is linear: any step gives the slope
+        step[index] = 0.5  # dropout is linear: any step has the same slope
         difference = dropout(X + step, p, key=KEY, **options) - dropout(
             X - step, p, key=KEY, **options
         )

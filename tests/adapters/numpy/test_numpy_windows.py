@@ -30,7 +30,7 @@ def path(request):
 
 @pytest.mark.parametrize("axes", [(), (1,), (0, 2)], ids=str)
 @pytest.mark.usefixtures("path")
-def test_a_window_is_its_block_of_the_whole(axes):
+def test_equals_block_of_the_whole(axes):
     whole = np.random.default_rng(1).standard_normal((9, 6, 8))
     block = whole[4:7, 1:6, 3:7]
     options = {"key": KEY, "broadcast_axes": axes, "return_mask": True}
@@ -45,7 +45,7 @@ def test_a_window_is_its_block_of_the_whole(axes):
 @pytest.mark.parametrize("by", ["key", "mask"])
 @pytest.mark.parametrize("axes", [(), (1,)], ids=str)
 @pytest.mark.usefixtures("path")
-def test_the_backward_pass_has_the_mask_of_the_window(by, axes):
+def test_uses_mask_of_window_in_backward_pass(by, axes):
     options = {"broadcast_axes": axes, **WHOLE}
     _, mask = dropout(X, 0.3, key=KEY, return_mask=True, **options)
     given = {"key": KEY} if by == "key" else {"mask": mask}
@@ -55,13 +55,13 @@ def test_the_backward_pass_has_the_mask_of_the_window(by, axes):
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("function", [dropout, dropout_backward])
-def test_out_receives_the_window(function):
+def test_writes_window_to_out(function):
     out = np.full_like(X, 7)
     assert function(X, 0.3, key=KEY, out=out, **WHOLE) is out
     assert_bits(out, unidrop.dropout(X, 0.3, KEY, **WHOLE))
 
 
-def test_keep_prob_and_a_generator_serve_a_window():
+def test_accepts_keep_prob_and_generator_with_window():
     key = Key(int(np.random.default_rng(5).integers(0, 2**64, dtype=np.uint64)))
     actual = dropout(X, keep_prob=0.75, rng=5, **WHOLE)
     assert_bits(actual, unidrop.dropout(X, 0.25, key, **WHOLE))

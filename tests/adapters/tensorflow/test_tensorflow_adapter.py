@@ -322,7 +322,7 @@ NOISE = [
     pytest.param([1, 1], (0, 1), id="a list"),
     pytest.param((37,), (0,), id="without its first axis"),
     pytest.param((), (0, 1), id="without any"),
-    pytest.param((np.int64(3), 1), (1,), id="NumPy's integers"),
+    pytest.param((np.int64(3), 1), (1,), id="NumPy integers"),
 ]
 
 

@@ -64,7 +64,7 @@ def test_tiles_of_a_tensor_join_to_the_whole(compiled, return_mask):
 
 
 @pytest.mark.parametrize("xla", [False, True], ids=["graph", "XLA"])
-def test_a_window_moves_without_retracing(xla):
+def test_moves_window_without_retracing(xla):
     spec = tf.TensorSpec((None, 5, 4)), tf.TensorSpec((), tf.int64)
 
     @tf.function(input_signature=spec, jit_compile=xla)
@@ -79,7 +79,7 @@ def test_a_window_moves_without_retracing(xla):
 
 @pytest.mark.parametrize("return_mask", [False, True])
 @pytest.mark.parametrize("window", [{}, WHOLE], ids=["whole", "window"])
-def test_the_gradient_has_the_returned_mask(compiled, window, return_mask):
+def test_uses_returned_mask_in_gradient(compiled, window, return_mask):
     @compiled
     def gradient(x, upstream):
         with tf.GradientTape() as tape:
@@ -94,14 +94,14 @@ def test_the_gradient_has_the_returned_mask(compiled, window, return_mask):
 
 
 @pytest.mark.parametrize("window", [{}, WHOLE], ids=["whole", "window"])
-def test_rate_0_returns_the_tensor_and_a_mask_of_ones(compiled, window):
+def test_returns_tensor_and_mask_of_ones_at_rate_0(compiled, window):
     drop = compiled(lambda x: dropout(x, 0, (3, 1, 4), key=KEY, return_mask=True, **window))
     y, mask = drop(tf.constant(X))
     assert_bits(y, X)
     assert_bits(mask, np.ones((3, 1, 4), bool))
 
 
-def test_rate_0_returns_a_mask_of_the_batch_that_arrives():
+def test_returns_mask_of_actual_batch_at_rate_0():
     @tf.function(input_signature=[tf.TensorSpec((None, 4))])
     def mask_of(x):
         return dropout(x, 0, key=KEY, return_mask=True)[1]
@@ -109,7 +109,7 @@ def test_rate_0_returns_a_mask_of_the_batch_that_arrives():
     assert_bits(mask_of(X[0]), np.ones((5, 4), bool))
 
 
-def test_forced_kernels_serve_windows_and_masks():
+def test_supports_windows_and_masks_in_forced_kernels():
     with unidrop.force_path("fused"):
         y, mask = dropout(tf.constant(X), 0.3, key=KEY, return_mask=True, **WHOLE)
     with unidrop.force_path("portable"):
@@ -142,7 +142,7 @@ def test_rejects_a_traced_start_of_floats():
         dropout(tf.constant(X), 0.5, key=KEY, global_shape=X.shape, start=(tf.constant(0.0), 0, 0))
 
 
-def test_a_name_is_the_scope_of_the_operations():
+def test_uses_name_as_scope_of_operations():
     graph = tf.function(lambda x: dropout(x, 0.5, key=KEY, name="first")).get_concrete_function(
         tf.TensorSpec((3,))
     )

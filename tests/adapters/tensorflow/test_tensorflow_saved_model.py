@@ -42,7 +42,7 @@ assert "unidrop" not in sys.modules
 
 
 class Module(tf.Module):
-    """A training step that is told its number."""
+    """A training step that accepts its number."""
 
     @tf.function(input_signature=[BATCH, tf.TensorSpec((), tf.int64)])
     def train(self, x, step):

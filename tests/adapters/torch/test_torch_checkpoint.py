@@ -1,4 +1,4 @@
-"""Tests of dropout under torch.utils.checkpoint: what is computed again has the first masks."""
+"""Tests of dropout under torch.utils.checkpoint: recomputation reuses the original masks."""
 
 import contextlib
 import copy
@@ -201,7 +201,7 @@ def test_recomputes_first_masks_with_early_stop_and_without(early):
 
     def function(x):
         y = region(layer)(x)
-        layer(y)  # of which nothing is needed again
+        layer(y)  # the backward pass does not need its output
         return y
 
     with set_checkpoint_early_stop(early):

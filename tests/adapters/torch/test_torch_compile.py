@@ -44,7 +44,7 @@ def numbers(*shape):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    mask(0, (1,))  # the first NumPy array of a process has what was traced before traced again
+    mask(0, (1,))  # a process's first NumPy array makes Dynamo retrace earlier functions
     torch._dynamo.reset()
     return CompileCounterWithBackend(request.param)
 

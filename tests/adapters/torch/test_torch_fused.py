@@ -1,4 +1,4 @@
-"""The fused path of PyTorch's tensors: gradients, in place, and what sees each operation."""
+"""The fused path for PyTorch tensors: gradients, in-place calls and dispatch modes."""
 
 import itertools
 from contextlib import contextmanager

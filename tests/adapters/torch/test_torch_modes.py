@@ -1,4 +1,4 @@
-"""Tests of the ways in which PyTorch runs a module: threads, subclasses, replicas and the like."""
+"""Tests of PyTorch's ways to run a module: threads, subclasses, replicas and the like."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

@@ -39,7 +39,7 @@ def samples(name, dtype):
 
 
 def bits(x):
-    """Return a tensor's bytes, in which 0 and -0 differ."""
+    """Return a tensor's bytes, so that 0 and -0 differ."""
     return x.detach().contiguous().view(torch.uint8).numpy().tobytes() if x.dim() else bits(x[None])
 
 
@@ -106,7 +106,7 @@ def test_equals_torch_but_for_choice_of_elements(name, dtype, keys):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_rejects_rate_as_torch_does(name, p):
     x = torch.ones(2, 3, 4, 5)
-    message = f"^dropout probability .*has to be between 0 and 1, but got {p}$"
+    message = rf"^dropout probability .*has to be between 0 and 1, but got {p}$"
     for function, keys in ((getattr(functional, name), {}), (getattr(adapter, name), {"key": KEY})):
         with pytest.raises(ValueError, match=message):
             function(x, p, **keys)
