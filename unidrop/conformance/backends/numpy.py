@@ -1,4 +1,4 @@
-"""Run the NumPy functions, and the core for options that they lack."""
+"""Run the NumPy functions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,9 +44,7 @@ class Numpy(CoreBackend):
         return np.asarray(y, dtype=y.dtype.newbyteorder("="))
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call the adapter, or the core if the call has a window."""
-        if "global_shape" in options:
-            return super().dropout(x, p, seed, step, mode=mode, **options)
+        """Call the adapter."""
         with use_mode_path(mode):
             return dropout(x, p, key=Key(seed).fold_in(step), **options)
 

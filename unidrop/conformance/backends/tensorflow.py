@@ -200,6 +200,6 @@ def _save_and_load(function: Callable[..., Any], gradients: bool) -> Callable[..
 
 
 def _call(x: Any, p: Any, key: Key, options: dict[str, Any]) -> Any:
-    if options:
+    if options.keys() & {"broadcast_axes", "training"}:
         return core_dropout(x, p, key, **options)
-    return dropout(x, p, key=key)
+    return dropout(x, p, key=key, **options)
