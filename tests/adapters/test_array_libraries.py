@@ -142,12 +142,13 @@ def test_accepts_array_key_in_window_of_unaligned_rows(library):
     assert_mask(library.numpy(mask), expected_mask((3, 5), 0.5, **window))
 
 
-@pytest.mark.parametrize("shape", [(300_001,), (3, 100_001), (100_001, 3)], ids=str)
-def test_makes_large_output_of_numpys_bits(library, shape):
-    for dtype in ("float32", "complex64"):
-        x = np.ones(shape, dtype)
-        y = library.numpy(dropout(library.array(x), 0.5, KEY))
-        np.testing.assert_array_equal(patterns(y), patterns(dropout(x, 0.5, KEY)))
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((300_001,), "complex64"), ((3, 100_001), "float32")], ids=str
+)
+def test_makes_large_output_of_numpys_bits(library, shape, dtype):
+    x = np.ones(shape, dtype)
+    y = library.numpy(dropout(library.array(x), 0.5, KEY))
+    np.testing.assert_array_equal(patterns(y), patterns(dropout(x, 0.5, KEY)))
 
 
 def test_makes_mask_on_given_device(library):
@@ -179,9 +180,7 @@ def compiled(request):
 @pytest.mark.parametrize(
     ("shape", "whole", "start"),
     [
-        ((13,), (100,), (11,)),
         ((3, 5), (6, 11), (2, 3)),
-        ((3, 16), (6, 16), (2, 0)),
         ((3, 24), (2**38, 24), (2**31 - 3, 0)),
         ((3, 7), (2**33, 2**31), (2**31 - 3, 2**31 - 7)),
     ],

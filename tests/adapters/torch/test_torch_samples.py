@@ -16,8 +16,11 @@ KEY = Key(42).fold_in("encoder/0")
 FUNCTIONS = ("dropout", "dropout2d", "dropout3d")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
-# PyTorch's samples hold what it warns of, and dropout3d of the adapter warns of the same.
-pytestmark = pytest.mark.filterwarnings("ignore:dropout.d. Received")
+pytestmark = [
+    pytest.mark.slow,  # PyTorch's description of its functions takes seconds to import
+    # PyTorch's samples hold what it warns of, and dropout3d of the adapter warns of the same.
+    pytest.mark.filterwarnings("ignore:dropout.d. Received"),
+]
 
 
 @cache
