@@ -126,7 +126,7 @@ class Dropout(torch.nn.Module):
         super().__init__()
         Rate.from_p(p)
         if inplace not in (True, False):
-            raise TypeError(f"inplace must be a bool, got {inplace!r}; seed= goes by name")
+            raise TypeError(f"inplace must be a bool, got {inplace!r}; pass a seed as seed=...")
         self.p = p
         self.inplace = inplace
         self.seed = seed

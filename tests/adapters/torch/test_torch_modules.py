@@ -372,7 +372,7 @@ def test_rolls_back_call_that_fails(monkeypatch):
 
 
 def test_rejects_seed_in_place_of_inplace():
-    with pytest.raises(TypeError, match=r"inplace must be a bool, got 42; seed= goes by name"):
+    with pytest.raises(TypeError, match=r"inplace must be a bool, got 42; pass a seed as seed="):
         Dropout(0.2, 42)
 
 

@@ -1,4 +1,4 @@
-"""Run the PyTorch function and module in every mode of PyTorch, and the core for windows."""
+"""Run the PyTorch function and module in every mode of PyTorch."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import unidrop
 from unidrop import Key
 from unidrop.adapters.torch import Dropout, dropout
 from unidrop.conformance import (
@@ -83,13 +82,11 @@ class Torch(CoreBackend):
         return y.device.type
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
-        """Call the function, or the core for options that it lacks."""
+        """Call the function."""
         if mode in MODES:
             return call(self._module(p, mode, options), x, mode, *_key_and_step(seed, step))
-        if set(options) <= {"training"}:
-            with use_mode_path(mode):
-                return dropout(x, p, key=Key(seed).fold_in(step), **options)
-        return super().dropout(x, p, seed, step, mode=mode, **options)
+        with use_mode_path(mode):
+            return dropout(x, p, key=Key(seed).fold_in(step), **options)
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Differentiate with autograd, or with the mode's own transformation."""
@@ -139,9 +136,7 @@ class _Function(torch.nn.Module):
     def forward(self, x: torch.Tensor, words: torch.Tensor, step: torch.Tensor) -> Any:
         lo, hi = words.unbind()
         key = Key.from_words(lo, hi).fold_in(step)
-        if set(self.options) <= {"training"}:
-            return dropout(x, self.p, key=key, **self.options)
-        return unidrop.dropout(x, self.p, key, **self.options)
+        return dropout(x, self.p, key=key, **self.options)
 
 
 class _Layer:
