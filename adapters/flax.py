@@ -12,11 +12,11 @@ from jax import numpy as jnp
 
 from unidrop.adapters.calls import run_counted
 from unidrop.adapters.jax import as_key, dropout
+from unidrop.arguments import checked_integer
 from unidrop.key import Key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
-from unidrop.words import checked_integer
 
 __all__ = ["Dropout", "DropoutCalls"]
 

@@ -11,11 +11,11 @@ import numpy as np
 from unidrop.adapters.calls import run_counted
 from unidrop.adapters.keras_backend import find_replica, make_increment
 from unidrop.adapters.noise_shape import noise_shape_axes
+from unidrop.arguments import checked_integer
 from unidrop.key import Key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
-from unidrop.words import checked_integer
 
 __all__ = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"]
 

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from unidrop.window import as_tuple, checked_index, is_symbolic
+from unidrop.arguments import as_tuple, checked_index, is_symbolic
 
 __all__ = ["noise_shape_axes"]
 

@@ -4,19 +4,16 @@ import hashlib
 import operator
 from typing import Any, Self
 
-import numpy
-
+from unidrop.arguments import checked_integer, is_index
 from unidrop.library import get_library
 from unidrop.philox import philox
 from unidrop.protocols import ArrayLibrary
-from unidrop.words import MASK32, SplitInteger, checked_integer, split64
+from unidrop.words import MASK32, SplitInteger, split64
 
 __all__ = ["Key", "check_key", "string_data"]
 
 _TAG_INTEGER = 1
 _TAG_STRING = 2
-
-_NUMPY = (numpy.ndarray, numpy.generic)  # compilers cannot trace a union of types
 
 
 class Key:
@@ -74,7 +71,7 @@ class Key:
         Key(0x00000010ddccbbaa)
         """
         for word, name in ((lo, "lo"), (hi, "hi")):
-            if not _is_index(word):
+            if not is_index(word):
                 packed = _get_integer_library(word, name).operator.pack_key(lo, hi)
                 if packed is not None:
                     return cls._from_raw_words(packed)
@@ -148,7 +145,7 @@ class Key:
             return self._fold((data >> 32, data & MASK32), _TAG_INTEGER)
         if isinstance(data, str):
             return self._fold(split64(string_data(data)), _TAG_STRING)
-        if _is_index(data):
+        if is_index(data):
             return self._fold(split64(checked_integer(data, "data")), _TAG_INTEGER)
         library = _get_integer_library(data, "data")
         words = library.operator.fold_in(self._words, data, _TAG_INTEGER)
@@ -233,21 +230,6 @@ def _check_scalar_word(word: Any) -> None:
         )
 
 
-def _is_index(value: object) -> bool:
-    """Return whether the number of a value can be read now, as Python and NumPy integers can.
-
-    Arrays of other libraries stay unread even if they have a value: reading one would stop a trace
-    or wait for a device.
-    """
-    # Keep this order, which compilers can trace. A subclass of int with a dtype stands for a
-    # constant of a trace.
-    if isinstance(value, int):
-        return True
-    if hasattr(value, "dtype"):
-        return isinstance(value, _NUMPY)
-    return hasattr(value, "__index__")
-
-
 def _as_array_word(word: int, array: Any) -> Any:
     """Return a Python word as an array, with the dtype and on the device of another word."""
     library = get_library(array)
@@ -273,7 +255,7 @@ def string_data(data: str) -> int:
 
 
 def _as_word(value: Any, name: str) -> Any:
-    if _is_index(value):
+    if is_index(value):
         return checked_integer(value, name, bits=32)
     return _get_integer_library(value, name).split(value, name)[1]
 

@@ -5,31 +5,18 @@ large mask is computed piece by piece in bounded memory.
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy
+from unidrop.arguments import as_tuple, checked_index, is_symbolic
 
-__all__ = [
-    "Axis",
-    "Piece",
-    "Window",
-    "as_tuple",
-    "checked_index",
-    "is_symbolic",
-    "register_symbolic_integer",
-]
+__all__ = ["Axis", "Piece", "Window"]
 
 _MOST_ELEMENTS = 1 << 64
 
 _INTEGER = frozenset((int,))
-
-_symbolic_integers: list[type] = []
-
-_NUMPY = (numpy.ndarray, numpy.generic)
 
 
 class Axis(NamedTuple):
@@ -166,43 +153,9 @@ def _pieces(piece: Piece, most: int) -> Iterator[Piece]:
         yield from _pieces(Piece(base + first * stride, (*axes[:at], cut, *axes[at + 1 :])), most)
 
 
-def as_tuple(value: Any, name: str) -> tuple[Any, ...]:
-    """Return a sequence as a tuple; raises TypeError that names the argument."""
-    if isinstance(value, str | bytes):
-        raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
-    try:
-        return tuple(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a sequence of integers, got {value!r}") from None
-
-
-def checked_index(value: Any, name: str) -> int:
-    """Return an element of an argument as an integer; raises TypeError that names the argument."""
-    try:
-        if isinstance(value, bool) or is_symbolic(value):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must hold integers, got {value!r}") from None
-
-
 def _checked_index_or_symbol(value: Any, name: str) -> Any:
     """Return a Python integer, or the value itself if it is symbolic."""
     return value if is_symbolic(value) else checked_index(value, name)
-
-
-def is_symbolic(value: Any) -> bool:
-    """Return whether a value stands for an integer without being one: an array, or a symbol."""
-    if isinstance(value, int):
-        return False
-    if hasattr(value, "dtype"):
-        return not isinstance(value, _NUMPY)
-    return isinstance(value, tuple(_symbolic_integers))
-
-
-def register_symbolic_integer(kind: type) -> None:
-    """Let instances of a type stand for integers that are not known yet, such as a batch size."""
-    _symbolic_integers.append(kind)
 
 
 def _lengths(

@@ -10,10 +10,7 @@ Requirements this design meets, each because of a library that has an adapter:
 A `SplitInteger` is a 64-bit number as ``(hi, lo)``, two 32-bit words.
 """
 
-import operator
 from typing import Any, Final
-
-from unidrop.dtypes import integer_bits
 
 __all__ = [
     "MASK32",
@@ -23,7 +20,6 @@ __all__ = [
     "WordArithmetic",
     "add_split",
     "arange64",
-    "checked_integer",
     "get_word_arithmetic",
     "mul_split",
     "shift_split",
@@ -145,39 +141,6 @@ class Uint32Words:
 
 
 WordArithmetic = Int64Words | Uint32Words
-
-
-def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
-    """Return the integer in [0, 2^bits) that `operator.index` makes of a value; never wraps.
-
-    Raises
-    ------
-    TypeError
-        If value is not an integer, or is a bool; names the argument.
-    ValueError
-        If value is negative, or 2^bits or more.
-
-    Examples
-    --------
-    >>> checked_integer(7, "step")
-    7
-    """
-    try:
-        # Arrays of some libraries have an index whatever their dtype is.
-        if type(value) is not int and (
-            isinstance(value, bool) or integer_bits(getattr(value, "dtype", "int64")) is None
-        ):
-            raise TypeError
-        # A compiler stops treating an integer as variable after operator.index.
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer, 0 <= {name} < 2**{bits}, "
-            f"got {value!r} of type {type(value).__name__}"
-        ) from None
-    if not 0 <= number < 1 << bits:
-        raise ValueError(f"{name} must be 0 <= {name} < 2**{bits}, got {number}")
-    return number
 
 
 def split64(value: int) -> tuple[int, int]:

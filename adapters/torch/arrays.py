@@ -13,11 +13,12 @@ from unidrop.adapters.torch.operators import (
     pack_words,
     trace_dropout,
 )
+from unidrop.arguments import register_symbolic_integer
 from unidrop.key import Key, string_data
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
 from unidrop.rate import Rate
-from unidrop.window import Window, register_symbolic_integer
+from unidrop.window import Window
 from unidrop.words import Int64Words
 
 __all__ = ["LIBRARY", "is_tracing"]

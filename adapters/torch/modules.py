@@ -28,10 +28,10 @@ from unidrop.adapters.torch.operators import (
     trace_call_key,
     trace_draw_words,
 )
+from unidrop.arguments import checked_integer
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.rate import Rate, checked_probability
-from unidrop.words import checked_integer
 
 __all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 

@@ -19,6 +19,7 @@ FRAMEWORKS = r"torch|tensorflow|keras|jax|flax|dask|cupy|mlx|dynamo|inductor|xla
 # The package's modules in order: each imports only modules listed before it.
 LAYERS = [
     "dtypes",
+    "arguments",
     "rate",
     "threads",
     "words",
