@@ -1,5 +1,6 @@
 """Call numbers: counted once for each training call, and rolled back if the call raises."""
 
+import os
 from collections.abc import Callable
 from threading import Lock
 from typing import Any, TypeVar
@@ -12,6 +13,11 @@ T = TypeVar("T")
 # the lock, because users copy and pickle layers.
 COUNTING = Lock()
 
+# A thread that held the lock does not exist in a forked child, and could not release it there. The
+# standard library resets its own locks in this way.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=COUNTING._at_fork_reinit)  # type: ignore[attr-defined]
+
 
 def run_counted(
     take_number: Callable[..., Any],
@@ -21,12 +27,15 @@ def run_counted(
 ) -> T:
     """Return ``call(number)`` for the next call number; a call that raises does not count.
 
+    If another thread has taken a later number meanwhile, the number of the call that raised is
+    skipped: two calls never share one.
+
     Parameters
     ----------
     take_number : callable
         Returns the call number and advances it. Receives the state.
     roll_back : callable
-        Takes the number back. Receives the state.
+        Takes the number back unless a later one was taken. Receives the number and the state.
     call : callable
         The call. Receives its number.
     *state
@@ -38,5 +47,5 @@ def run_counted(
         return call(number)
     except BaseException:
         with COUNTING:
-            roll_back(*state)
+            roll_back(number, *state)
         raise

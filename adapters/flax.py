@@ -143,8 +143,6 @@ class Dropout(nnx.Dropout):
         key = seed if seed is None or isinstance(seed, Key) else Key(seed)
         # A traced key, as in layers that are made under nnx.vmap, belongs to the state.
         self.seed = nnx.data(key) if key is not None and key.is_traced else key
-        if key is not None:
-            self.calls = DropoutCalls(jnp.zeros((), jnp.uint32))
 
     def __call__(
         self,
@@ -206,9 +204,13 @@ class Dropout(nnx.Dropout):
     def _drop_counted(self, inputs: Any, seed: Key) -> jax.Array:
         return run_counted(
             self._take_number,
-            lambda: self.calls.set_value(self.calls.get_value() - jnp.uint32(1)),
+            self._roll_back,
             lambda number: self._drop(inputs, seed.fold_in(number)),
         )
+
+    def _roll_back(self, number: jax.Array) -> None:
+        calls = self.calls.get_value()
+        self.calls.set_value(jnp.where(calls == number + jnp.uint32(1), number, calls))
 
     def _take_number(self) -> jax.Array:
         number: jax.Array = self.calls.get_value()
@@ -239,6 +241,12 @@ class Dropout(nnx.Dropout):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "key":
+            raise AttributeError("the key of a module is its attribute `seed`")
+        if name == "seed" and isinstance(value, int | str):
+            value = Key(value)  # type: ignore[arg-type] # raises for a string
+        if name == "seed" and value is not None and "calls" not in vars(self):
+            self.calls = DropoutCalls(jnp.zeros((), jnp.uint32))
         if name != "calls" or isinstance(value, nnx.Variable):
             super().__setattr__(name, value)
         elif "calls" in vars(self):

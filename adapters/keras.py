@@ -32,8 +32,15 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     seed: Key | None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "key":
+            raise AttributeError("the key of a layer is its attribute `seed`")
+        if name == "seed" and not (value is None or isinstance(value, Key)):
+            value = Key(value)
+        super().__setattr__(name, value)
+
     def _set_seed(self, seed: int | Key | None) -> None:
-        self.seed = Key(seed) if isinstance(seed, int) else seed
+        self.seed = seed  # type: ignore[assignment] # converted above
         # torch.compile cannot trace the first lookup of a type, and recompiles after one. So the
         # constructor looks up the backend's types, and NumPy too, which users compare with.
         get_library(np.zeros(0))
@@ -142,12 +149,15 @@ class _SeededLayerMixin(keras.layers.Layer):
         key = Key.from_words(state[0], 0) if self.seed is None else self.seed
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, taken: Any) -> None:
         state = self.seed_generator.state.value
-        if get_library(state).arrays.is_traced(state):  # a trace that raises has counted nothing
+        is_traced = get_library(state).arrays.is_traced
+        if is_traced(state) or is_traced(taken):  # a trace that raises has counted nothing
             return
         drawn_seed, calls = keras.ops.convert_to_numpy(state)
-        self._set_state(drawn_seed, calls - 1)
+        _, number = keras.ops.convert_to_numpy(taken)
+        if calls == number + 1:
+            self._set_state(drawn_seed, number)
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
         """Add the call number to TensorFlow's checkpoints and SavedModels."""

@@ -247,7 +247,8 @@ def _make_plan(
     start: Sequence[Any] | None,
     name: str,
 ) -> DropoutPlan:
-    if broadcast_axes == () and global_shape is None and start is None:
+    has_axes = type(broadcast_axes) is not tuple or broadcast_axes != ()
+    if not has_axes and global_shape is None and start is None:
         drops = bool(training) and rate.p > 0
         return DropoutPlan.for_whole(LIBRARY, x.shape, x.dtype, rate, drops, name)
     return DropoutPlan.from_args(

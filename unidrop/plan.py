@@ -61,9 +61,13 @@ class DropoutPlan:
         library = get_library(x, name)
         arrays = library.arrays
         drops = bool(training) and rate.p > 0
-        is_whole = broadcast_axes == () and global_shape is None and start is None
+        has_axes = type(broadcast_axes) is not tuple or broadcast_axes != ()
+        is_whole = not has_axes and global_shape is None and start is None
         if is_whole and not arrays.is_traced(x):
-            return cls.for_whole(library, tuple(x.shape), x.dtype, rate, drops, name)
+            try:
+                return cls.for_whole(library, tuple(x.shape), x.dtype, rate, drops, name)
+            except TypeError:  # the dtype is wrong, which raises below, or it cannot be hashed
+                pass
         compute_dtype(x.dtype, name)
         window = Window.from_args(arrays.shape(x), broadcast_axes, global_shape, start)
         return cls(library, window, rate, drops)

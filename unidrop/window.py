@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from unidrop.arguments import as_tuple, checked_index, is_symbolic
+from unidrop.library import get_library
 
 __all__ = ["Axis", "Piece", "Window"]
 
@@ -108,7 +109,8 @@ class Window:
             global shape, or the whole has more than 2^64 elements.
         """
         shape = _lengths(shape, "shape", _checked_index_or_symbol)
-        if global_shape is None and start is None and broadcast_axes == ():
+        has_axes = type(broadcast_axes) is not tuple or broadcast_axes != ()
+        if global_shape is None and start is None and not has_axes:
             _check_size(shape, "shape")
             return Window(shape)
         broadcast = _normalized_axes(broadcast_axes, len(shape))
@@ -208,6 +210,9 @@ def _starts(
     if len(given) != len(shape):
         raise ValueError(f"start must have one element per axis of shape {shape}, got {given}")
     starts = tuple(0 if i in broadcast else s for i, s in enumerate(given))
+    for s in starts:
+        if hasattr(s, "dtype") and not isinstance(s, int):
+            get_library(s, "start").words.width(s, "start")  # raises if it is not a 0-d integer
     for axis, (s, n, whole) in enumerate(zip(starts, shape, total, strict=True)):
         if axis in broadcast or not isinstance(n, int):
             continue

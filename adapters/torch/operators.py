@@ -159,10 +159,10 @@ def next_call_number(calls: Tensor, log: CheckpointLog | None) -> Any:
     return number
 
 
-def rollback_call(calls: Tensor, log: CheckpointLog | None) -> None:
-    """Undo `next_call_number` for a call that raised."""
+def rollback_call(number: Any, calls: Tensor, log: CheckpointLog | None) -> None:
+    """Undo `next_call_number` for a call that raised, unless a later number was taken."""
     if log is None or not log.replays:
-        calls.sub_(1)
+        calls.copy_(torch.where(calls == number + 1, calls - 1, calls))
     if log is not None:
         log.rollback()
 

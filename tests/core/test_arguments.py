@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from standard_arrays import KEY, expected_mask
 
-from unidrop import dropout, keep_mask
+from unidrop import Key, dropout, keep_mask
+from unidrop.plan import DropoutPlan
+from unidrop.rate import Rate
 
 ONES = np.ones((3, 5), "float32")
 ZERO = array_api_strict.asarray(0)
@@ -171,3 +173,26 @@ def test_rejects_integer_array(space, dtype, training):
 def test_rejects_non_array(x):
     with pytest.raises(TypeError, match=r"^x "):
         dropout(x, 0.5, KEY)
+
+
+def test_accepts_dtypes_that_cannot_be_hashed():
+    class Dtype:
+        __hash__ = None
+        name = "float64"
+
+        def __eq__(self, other):
+            return other == "float64"
+
+    class Array(np.ndarray):
+        dtype = property(lambda self: Dtype())
+
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(np.ones(6).view(Array).dtype)
+    plan = DropoutPlan.from_args(np.ones(6).view(Array), Rate.from_p(0.5))
+    assert plan.drops
+
+
+@pytest.mark.parametrize("axes", [np.array([0]), np.array([0, 1]), [0], range(1)])
+def test_accepts_broadcast_axes_of_any_sequence(axes):
+    mask = keep_mask((2, 3), 0.5, Key(1), broadcast_axes=axes)
+    np.testing.assert_array_equal(mask, keep_mask((2, 3), 0.5, Key(1), broadcast_axes=tuple(axes)))

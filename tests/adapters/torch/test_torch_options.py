@@ -462,3 +462,11 @@ def test_maps_evaluation_to_ones():
     y, mask = vmap(function)(numbers(4, 5))
     assert torch.equal(y, numbers(4, 5))
     assert torch.equal(mask, torch.ones(4, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("start", [torch.tensor(1.0), torch.tensor([1]), torch.tensor(True)])
+def test_rejects_start_tensor_before_it_draws_a_key(start):
+    state = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError), match="start must be"):
+        dropout(torch.ones(2, 3), 0.5, global_shape=(4, 4), start=(start, 0))
+    assert torch.equal(torch.get_rng_state(), state)
