@@ -30,17 +30,24 @@ class _SeededLayerMixin(keras.layers.Layer):
     draws for a layer without one. A given seed is a key of 64 bits and does not change.
     """
 
-    seed: Key | None
+    _seed: Key | None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "key":
-            raise AttributeError("the key of a layer is its attribute `seed`")
-        if name == "seed" and not (value is None or isinstance(value, Key)):
-            value = Key(value)
-        super().__setattr__(name, value)
+    @property
+    def seed(self) -> Key | None:
+        """The key of the layer; None if Keras drew a seed."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int | Key | None) -> None:
+        self._seed = value if value is None or isinstance(value, Key) else Key(value)
+
+    @property
+    def key(self) -> None:
+        """Raise AttributeError: the key of a layer is its attribute ``seed``."""
+        raise AttributeError("the key of a layer is its attribute `seed`")
 
     def _set_seed(self, seed: int | Key | None) -> None:
-        self.seed = seed  # type: ignore[assignment] # converted above
+        self.seed = seed
         # torch.compile cannot trace the first lookup of a type, and recompiles after one. So the
         # constructor looks up the backend's types, and NumPy too, which users compare with.
         get_library(np.zeros(0))
@@ -146,7 +153,7 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     def _make_key(self, state: Any, rank: Any) -> Key:
         """Return the key of a call; replicas without a window fold in their rank."""
-        key = Key.from_words(state[0], 0) if self.seed is None else self.seed
+        key = Key.from_words(state[0], 0) if self._seed is None else self._seed
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
     def _roll_back(self, taken: Any) -> None:

@@ -1,6 +1,7 @@
 """What tests share: backends that are installed as a third party's, and the order of files."""
 
 import os
+import sys
 import textwrap
 from collections import Counter
 
@@ -24,6 +25,8 @@ def install(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(name, code):
+        # Another test may have installed and imported other code under this name.
+        monkeypatch.delitem(sys.modules, name, raising=False)
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(code))
         info = tmp_path / f"{name}-1.0.dist-info"
         info.mkdir()

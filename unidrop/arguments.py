@@ -8,15 +8,16 @@ import numpy
 from unidrop.dtypes import integer_bits
 
 __all__ = [
+    "NUMPY_TYPES",
     "as_tuple",
     "checked_index",
     "checked_integer",
-    "is_index",
     "is_symbolic",
     "register_symbolic_integer",
 ]
 
-_NUMPY = (numpy.ndarray, numpy.generic)  # compilers cannot trace a union of types
+#: Types whose integers can be read now; a tuple, because compilers cannot trace a union of types.
+NUMPY_TYPES = (numpy.ndarray, numpy.generic)
 
 _symbolic_integers: list[type] = []
 
@@ -54,27 +55,12 @@ def checked_integer(value: Any, name: str, *, bits: int = 64) -> int:
     return number
 
 
-def is_index(value: object) -> bool:
-    """Return whether the number of a value can be read now, as Python and NumPy integers can.
-
-    Arrays of other libraries stay unread even if they have a value: reading one would stop a trace
-    or wait for a device.
-    """
-    # Keep this order, which compilers can trace. A subclass of int with a dtype stands for a
-    # constant of a trace.
-    if isinstance(value, int):
-        return True
-    if hasattr(value, "dtype"):
-        return isinstance(value, _NUMPY)
-    return hasattr(value, "__index__")
-
-
 def is_symbolic(value: Any) -> bool:
     """Return whether a value stands for an integer without being one: an array, or a symbol."""
     if isinstance(value, int):
         return False
     if hasattr(value, "dtype"):
-        return not isinstance(value, _NUMPY)
+        return not isinstance(value, NUMPY_TYPES)
     return isinstance(value, tuple(_symbolic_integers))
 
 

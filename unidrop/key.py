@@ -4,7 +4,7 @@ import hashlib
 import operator
 from typing import Any, Self
 
-from unidrop.arguments import checked_integer, is_index
+from unidrop.arguments import NUMPY_TYPES, checked_integer
 from unidrop.library import get_library
 from unidrop.philox import philox
 from unidrop.protocols import ArrayLibrary
@@ -71,7 +71,7 @@ class Key:
         Key(0x00000010ddccbbaa)
         """
         for word, name in ((lo, "lo"), (hi, "hi")):
-            if not is_index(word):
+            if not _is_index(word):
                 packed = _get_integer_library(word, name).operator.pack_key(lo, hi)
                 if packed is not None:
                     return cls._from_raw_words(packed)
@@ -145,7 +145,7 @@ class Key:
             return self._fold((data >> 32, data & MASK32), _TAG_INTEGER)
         if isinstance(data, str):
             return self._fold(split64(string_data(data)), _TAG_STRING)
-        if is_index(data):
+        if _is_index(data):
             return self._fold(split64(checked_integer(data, "data")), _TAG_INTEGER)
         library = _get_integer_library(data, "data")
         words = library.operator.fold_in(self._words, data, _TAG_INTEGER)
@@ -230,6 +230,21 @@ def _check_scalar_word(word: Any) -> None:
         )
 
 
+def _is_index(value: object) -> bool:
+    """Return whether the number of a value can be read now, as Python and NumPy integers can.
+
+    Arrays of other libraries stay unread even if they have a value: reading one would stop a trace
+    or wait for a device.
+    """
+    # Keep this order, which compilers can trace. A subclass of int with a dtype stands for a
+    # constant of a trace.
+    if isinstance(value, int):
+        return True
+    if hasattr(value, "dtype"):
+        return isinstance(value, NUMPY_TYPES)
+    return hasattr(value, "__index__")
+
+
 def _as_array_word(word: int, array: Any) -> Any:
     """Return a Python word as an array, with the dtype and on the device of another word."""
     library = get_library(array)
@@ -255,7 +270,7 @@ def string_data(data: str) -> int:
 
 
 def _as_word(value: Any, name: str) -> Any:
-    if is_index(value):
+    if _is_index(value):
         return checked_integer(value, name, bits=32)
     return _get_integer_library(value, name).split(value, name)[1]
 

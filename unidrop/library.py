@@ -28,7 +28,7 @@ _NOT_AN_ARRAY = (
     "{name} must be an array of a library that follows the array API standard or has an adapter, "
     "got {kind}"
 )
-_STANDARD = ArrayLibrary()
+
 
 # Classes that are attributes of a module live as long as it does. Compilers can trace this
 # dictionary, but not a weak one.
@@ -89,7 +89,9 @@ def _find(x: Any, name: str) -> ArrayLibrary:
                 library: ArrayLibrary = point.load()
             return library
     if array_api_compat.is_array_api_obj(x):
-        return _STANDARD
+        # One for each type: dtypes of two libraries then never meet in a cache, where some of them
+        # warn of the comparison.
+        return ArrayLibrary()
     raise TypeError(_NOT_AN_ARRAY.format(name=name, kind=type(x).__name__))
 
 
