@@ -42,6 +42,7 @@ def run(command, environment, folder, returncode=0):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_passes_every_contract_without_capabilities(package, tmp_path):
     (command,) = (line for line in COMMANDS if line.startswith("unidrop conformance"))
     run(f"{command} --json matrix.json", package, tmp_path)
@@ -51,6 +52,7 @@ def test_passes_every_contract_without_capabilities(package, tmp_path):
     assert len(passed) == len(matrix["cells"])
 
 
+@pytest.mark.slow
 def test_names_the_mistake_that_the_page_describes(package, tmp_path):
     broken = tmp_path / "plain.py"
     broken.write_text(FILES["plain.py"].replace("range(10)", "range(7)"), encoding="utf-8")
@@ -65,6 +67,7 @@ def test_names_the_mistake_that_the_page_describes(package, tmp_path):
     assert "the generator runs 7 rounds instead of 10" in run(diff, environment, tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_passes_the_test_module_of_the_page(package, tmp_path):
     module = FILES["test_plain.py"].replace('["numpy"],', '["plain"],')
     (tmp_path / "test_plain.py").write_text(module, encoding="utf-8")
@@ -87,6 +90,7 @@ def test_names_every_capability_and_its_contracts():
     assert set().union(*enabled.values()) <= {*CONTRACTS, *CAPABILITIES}
 
 
+@pytest.mark.slow
 def test_passes_with_a_library_of_the_standard(package, tmp_path):
     strict = tmp_path / "strict"
     strict.mkdir()

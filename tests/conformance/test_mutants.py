@@ -298,6 +298,7 @@ def test_catches_a_mutant_in_its_contract_and_dependent_ones(backend, contract, 
     assert evidence in f"{first.expected}, got {first.actual}: {first.cause}"
 
 
+@pytest.mark.slow
 def test_catches_installed_mutants_on_the_command_line(install, tmp_path):
     (tmp_path / "mutant_backends.py").write_text(Path(mutant.__file__).read_text())
     compiled = (

@@ -87,6 +87,7 @@ WITH_CODE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:keras")
 def test_runs_the_code_of_a_page(page, tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ import pytest
 
 inventory = pytest.importorskip("sphinx.util.inventory", reason="needs the extra docs")
 
+pytestmark = pytest.mark.slow  # Sphinx builds the whole site
+
 DOCS = Path(__file__).parents[2] / "docs"
 FRAMEWORKS = ("numpy", "torch", "tensorflow", "keras", "jax", "flax")
 MODULES = [

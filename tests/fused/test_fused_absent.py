@@ -180,6 +180,7 @@ def test_compiles_one_function_more_for_another_traversal():
     assert one == other._replace(run=one.run)
 
 
+@pytest.mark.slow
 def test_keeps_kernels_of_several_processes_apart(tmp_path):
     # In each process, Numba's name of the first function contains the same number.
     program = """

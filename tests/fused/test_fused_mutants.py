@@ -12,6 +12,8 @@ from unidrop.conformance import Cell, cells, run_cell
 from unidrop.conformance.backends.numpy import Numpy
 from unidrop.fused import kernels
 
+pytestmark = pytest.mark.slow  # Numba compiles each mutant
+
 SOURCE = Path(kernels.__file__).read_text(encoding="utf-8")
 PHILOX = Path(sys.modules["unidrop.philox"].__file__).read_text(encoding="utf-8")
 TENTH_ROUND = ("ROUNDS: Final = 10", "ROUNDS: Final = 9")

@@ -36,7 +36,13 @@ MODES = {
 }
 
 
-@pytest.fixture(params=MODES)
+GRAPHS = [
+    pytest.param(False, id="graph"),
+    pytest.param(True, id="XLA", marks=pytest.mark.slow),  # it compiles each program for seconds
+]
+
+
+@pytest.fixture(params=["eager", "graph", pytest.param("XLA", marks=pytest.mark.slow)])
 def compiled(request):
     """Return each way to run a function, in turn."""
     return MODES[request.param]
@@ -95,7 +101,7 @@ def test_accepts_what_tensorflow_converts(x):
 # --- Graphs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("xla", GRAPHS)
 @pytest.mark.parametrize(
     "signature", [(None, 37), (3, None), (None, None)], ids=["rows", "columns", "both"]
 )
@@ -109,14 +115,14 @@ def test_accepts_unknown_lengths(signature, xla):
     assert drop.experimental_get_tracing_count() == 1
 
 
-@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("xla", GRAPHS)
 def test_keeps_unknown_length_in_static_shape(xla):
     drop = tf.function(lambda x: dropout(x, 0.1, key=KEY), jit_compile=xla)
     concrete = drop.get_concrete_function(tf.TensorSpec((None, 37)))
     assert concrete.structured_outputs.shape.as_list() == [None, 37]
 
 
-@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("xla", GRAPHS)
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint32"])
 def test_moves_step_without_retracing(xla, dtype):
     drop = tf.function(lambda x, step: dropout(x, 0.1, key=SITE.fold_in(step)), jit_compile=xla)
@@ -162,7 +168,7 @@ def test_gives_gradient_as_output_of_upstream_gradient(compiled, dtype, rate):
     assert_bits(actual, np.ascontiguousarray(upstream), rate)
 
 
-@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("xla", GRAPHS)
 def test_gives_gradient_by_mask_at_unknown_lengths(xla):
     @tf.function(input_signature=[tf.TensorSpec((None, 37)), tf.TensorSpec((), "int64")])
     def gradient(x, step):
@@ -287,7 +293,7 @@ def test_gives_each_row_of_map_its_key(compiled, each, apply):
         assert row.tobytes() == unidrop.dropout(X[step], 0.1, SITE.fold_in(step)).tobytes()
 
 
-@pytest.mark.parametrize("xla", [False, True], ids=["graph", "XLA"])
+@pytest.mark.parametrize("xla", GRAPHS)
 def test_traces_100_steps_once(xla):
     drop = tf.function(lambda x, step: dropout(x, 0.1, key=SITE.fold_in(step)), jit_compile=xla)
     x, masks = tf.constant(X), set()
@@ -332,7 +338,7 @@ def test_shares_decisions_by_noise_shape(compiled, noise_shape, axes):
     assert_bits(y, X, 0.1, axes=axes)
 
 
-@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("xla", GRAPHS)
 def test_accepts_none_for_unknown_length_in_noise_shape(xla):
     @tf.function(input_signature=[tf.TensorSpec((None, 37))], jit_compile=xla)
     def drop(x):

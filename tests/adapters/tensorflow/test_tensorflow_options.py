@@ -22,7 +22,13 @@ MODES = {
 SHARED = {None: (), (3, 1, None): (1,), (1, 1): (0, 1, 2)} | {(4,): (0, 1), (1, 5, 1): (0, 2)}
 
 
-@pytest.fixture(params=MODES)
+GRAPHS = [
+    pytest.param(False, id="graph"),
+    pytest.param(True, id="XLA", marks=pytest.mark.slow),  # it compiles each program for seconds
+]
+
+
+@pytest.fixture(params=["eager", "graph", pytest.param("XLA", marks=pytest.mark.slow)])
 def compiled(request):
     """Return each way to run a function, in turn."""
     return MODES[request.param]
@@ -48,7 +54,7 @@ def test_returns_the_output_and_mask_of_the_core(compiled, noise_shape, window):
 
 
 @pytest.mark.parametrize("return_mask", [False, True])
-def test_tiles_of_a_tensor_join_to_the_whole(compiled, return_mask):
+def test_joins_tiles_to_whole_tensor(compiled, return_mask):
     @compiled
     def drop(x, row):
         return dropout(
@@ -63,7 +69,7 @@ def test_tiles_of_a_tensor_join_to_the_whole(compiled, return_mask):
         assert_bits(tf.concat(parts, axis=0), whole)
 
 
-@pytest.mark.parametrize("xla", [False, True], ids=["graph", "XLA"])
+@pytest.mark.parametrize("xla", GRAPHS)
 def test_moves_window_without_retracing(xla):
     spec = tf.TensorSpec((None, 5, 4)), tf.TensorSpec((), tf.int64)
 

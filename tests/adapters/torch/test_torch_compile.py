@@ -65,11 +65,11 @@ def test_makes_one_graph_of_seeded_module(make, backend):
     if make is Dropout2d:
         x = numbers(2, 3, 4, 5)
     call = compiled(module, backend)
-    for _ in range(100):
+    for _ in range(20):
         y, expected = call(x), twin(x)
         assert torch.equal(y, expected)
         assert torch.equal(gradient(y, x), gradient(expected, x))
-    assert (backend.frame_count, int(module.calls)) == (1, 100)
+    assert (backend.frame_count, int(module.calls)) == (1, 20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,7 +176,7 @@ def test_makes_graphs_for_different_rates(backend, in_region, needs_gradient):
     def apply(module, x):
         return checkpoint(module, x, use_reentrant=False) if in_region else module(x)
 
-    for p in (1 / 3, 0.1, 0.2, 0.6):
+    for p in (1 / 3, 0.1, 0.6):
         module = Dropout(p, seed=SITE)
         x = torch.ones(37, requires_grad=needs_gradient)
         assert torch.equal(compiled(lambda x, m=module: apply(m, x), backend)(x), mask(0, (37,), p))

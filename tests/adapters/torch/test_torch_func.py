@@ -297,7 +297,7 @@ def test_gives_per_example_gradients_of_a_loop():
 # --- Compiled ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 def test_compiles_transformations_with_eager_masks(backend, layer):
     torch._dynamo.reset()
     ones = torch.ones(5, WIDTH)

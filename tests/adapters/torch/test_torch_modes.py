@@ -70,7 +70,7 @@ def test_keeps_masks_of_thread_while_another_compiles(how):
 # --- Errors in a compiled call -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("x", "p", "error", "message"),
     [

@@ -295,7 +295,7 @@ def call(request):
     return request.param
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mask", [False, True])
 def test_compiles_options_to_one_graph(call, mask, backend):
     def function(x, step, row):
@@ -313,7 +313,7 @@ def test_compiles_options_to_one_graph(call, mask, backend):
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 def test_compiles_in_place_call_with_mask(backend):
     fast, graphs = compiled(
         lambda x, row: dropout(
@@ -330,7 +330,7 @@ def test_compiles_in_place_call_with_mask(backend):
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 def test_compiles_drawn_key_with_mask(backend):
     fast, graphs = compiled(lambda x: dropout(x, P, return_mask=True), backend)
     for seed in range(3):

@@ -51,7 +51,7 @@ def test_draws_by_seed_that_is_set(seed):
     assert module.state_dict() == {"calls": torch.tensor(2)}
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 def test_draws_by_seed_that_is_set_when_compiled(backend):
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend(backend)
