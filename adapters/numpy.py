@@ -11,14 +11,7 @@ from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Buffer, Buffers
 from unidrop.rate import Rate
 
-__all__ = [
-    "LIBRARY",
-    "allocate_aligned_like",
-    "dropout",
-    "dropout_backward",
-    "get_address",
-    "locate_array",
-]
+__all__ = ["dropout", "dropout_backward"]
 
 Rng = int | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
 

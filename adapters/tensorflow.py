@@ -21,7 +21,7 @@ from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, W
 from unidrop.rate import Rate
 from unidrop.words import Int64Words, SplitInteger
 
-__all__ = ["LIBRARY", "dropout"]
+__all__ = ["dropout"]
 
 
 @overload
