@@ -86,7 +86,7 @@ def test_converts_a_seed_that_is_set_and_refuses_the_name_key(make):
     np.testing.assert_array_equal(drop(layer), expected)
     with pytest.raises(TypeError, match="seed must be an integer"):
         layer.seed = "a"
-    with pytest.raises(AttributeError, match="seed|setter"):
+    with pytest.raises(AttributeError, match=r"seed|setter"):
         layer.key = Key(2)
 
 
