@@ -383,9 +383,17 @@ def test_ends_children_when_run_is_closed(sleepers):
 @needs_proc
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ends_child_when_signal_stops_command(sleepers, how):
-    command = [sys.executable, "-m", "unidrop.cli", "conformance", "--backend", "mutant"]
+    # A shell starts background jobs, such as a run of these tests, with SIGINT ignored.
+    script = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('unidrop.cli', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", script, "conformance", "--backend", "mutant"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        both = sleepers()
-        process.send_signal(how)
-        assert process.wait(timeout=60) != 0
+        try:
+            both = sleepers()
+            process.send_signal(how)
+            assert process.wait(timeout=60) != 0
+        finally:
+            process.kill()
     until(lambda: not any(map(is_running, both)))
