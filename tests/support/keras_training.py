@@ -1,6 +1,6 @@
 """Trains one small network with Keras, in a process for each backend: 50 steps, or the last 25.
 
-    python keras_training.py run FOLDER       trains in each of the backend's ways; saves at step 25
+    python keras_training.py run FOLDER       trains; saves at step 25
     python keras_training.py resume FOLDER    loads what is saved there, and goes on to step 50
 
 Both print the losses as JSON. `small_network.py` has the expected losses.
@@ -29,16 +29,6 @@ from unidrop import Key
 from unidrop.adapters.keras import Dropout
 
 BACKEND = keras.backend.backend()
-WAYS = {
-    "tensorflow": {
-        "eager": {"run_eagerly": True},
-        "graph": {"jit_compile": False},
-        "XLA": {"jit_compile": True},
-    },
-    "jax": {"eager": {"run_eagerly": True}, "jit": {"jit_compile": True}},
-    "torch": {"eager": {}},  # its compiler takes a minute, and is run in another test
-}[BACKEND]
-LAST = list(WAYS)[-1]
 
 
 def network():
@@ -55,10 +45,13 @@ def network():
     return model
 
 
-def compiled(model, **options):
-    """Return a model, ready to be trained."""
+def compiled(model):
+    """Return a model, ready to be trained.
+
+    PyTorch's compiler would take a minute. The matrix compiles the layers by it.
+    """
     optimizer = keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM)
-    model.compile(optimizer, "mse", **options)
+    model.compile(optimizer, "mse", jit_compile=BACKEND == "jax")
     optimizer.build(model.trainable_variables)
     return model
 
@@ -76,15 +69,12 @@ def train(model, steps):
 
 
 def run(folder):
-    """Train in each way, and save after half the steps, in both of Keras's formats."""
-    losses = {}
-    for way, options in WAYS.items():
-        model = compiled(network(), **options)
-        first = train(model, HALF)
-        model.save(folder / f"{BACKEND}-{way}.keras")
-        if way == LAST:
-            model.save_weights(folder / f"{BACKEND}.weights.h5")
-        losses[way] = first + train(model, STEPS - HALF)
+    """Train, and save after half the steps, in both of Keras's formats."""
+    model = compiled(network())
+    first = train(model, HALF)
+    model.save(folder / f"{BACKEND}.keras")
+    model.save_weights(folder / f"{BACKEND}.weights.h5")
+    losses = {"fit": first + train(model, STEPS - HALF)}
     if BACKEND == "jax":
         losses["stateless"] = stateless()
     return losses
@@ -124,15 +114,13 @@ def stateless():
 
 
 def resume(folder):
-    """Train the second half: of each way's model, and of the weights of every backend.
+    """Train the second half: of this backend's model, and of the weights of every backend.
 
     A ``.keras`` file holds the optimizer, which on torch is one of torch's own that no other
     backend can run; so of other backends' files the model alone is loaded, and its calls counted.
     """
-    losses = {}
-    for way in WAYS:
-        path = folder / f"{BACKEND}-{way}.keras"
-        losses[path.name] = train(keras.saving.load_model(path), STEPS - HALF)
+    path = folder / f"{BACKEND}.keras"
+    losses = {path.name: train(keras.saving.load_model(path), STEPS - HALF)}
     for path in sorted(folder.glob("*.weights.h5")):
         model = compiled(network())
         model.load_weights(path)
