@@ -7,8 +7,8 @@
 
 Mutants are chosen from the syntax trees of the core, the kernels and the adapters: a share of each
 file's places, the same ones at each run. Each mutant runs in a copy of the repository that is
-installed into its own environment. The everyday tests run first, a folder at a time, and
-those that mirror the changed file before the others. If all pass, the matrix of one backend runs.
+installed into its own environment. First the everyday tests that mirror the changed file run, and
+the matrix of one backend. Then mutants that survive run all other everyday tests.
 A test that fails without any mutant is left out. Results are appended to ``results.jsonl`` in the
 folder of ``--work``; delete a line to rerun its mutant, and begin with an empty folder when
 the tests have changed. A run of every mutant takes hours.
@@ -50,6 +50,9 @@ MIRRORS = {
     "adapters/torch/": (["adapters/torch"], "torch"),
     "adapters/tensorflow.py": (["adapters/tensorflow"], "tensorflow"),
     "adapters/keras.py": (["adapters/keras"], "keras"),
+    "adapters/keras_backend.py": (["adapters/keras"], "keras-2-devices"),
+    "adapters/noise_shape.py": (["adapters/tensorflow", "adapters/keras"], "keras"),
+    "adapters/jax/primitive.py": (["adapters/jax"], "jax-2-devices"),
     "adapters/jax/": (["adapters/jax"], "jax"),
     "adapters/flax.py": (["adapters/flax"], "flax"),
     "adapters/": (["adapters/torch", "adapters/keras", "adapters/flax"], "keras"),
@@ -132,20 +135,22 @@ class Baselines:
             return self.known[name]
 
 
-def commands(file: str) -> list[list[str]]:
-    """Return the commands to run against a mutant of a file, in order."""
+def commands(file: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the commands that mirror a file, in order, and the commands of all other tests."""
     mirrors, backend = next(MIRRORS[start] for start in MIRRORS if file.startswith(start))
     tests = {path.parent.relative_to(ROOT / "tests") for path in ROOT.glob("tests/**/test_*.py")}
     # The folders without a framework first: their tests are the quickest.
     others = sorted(map(Path.as_posix, tests), key=lambda name: (name not in QUICK, name))
-    folders = [*mirrors, *(folder for folder in others if folder not in mirrors)]
     pytest = ["pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *EVERYDAY]
     matrix = ["unidrop.cli", "conformance", "--backend", backend, "--jobs", "1"]
-    return [*([*pytest, f"tests/{folder}"] for folder in folders), matrix]
+    first = [*([*pytest, f"tests/{folder}"] for folder in mirrors), matrix]
+    return first, [[*pytest, f"tests/{folder}"] for folder in others if folder not in mirrors]
 
 
-def test(mutant: Mutant, copy: Copy, baselines: Baselines) -> dict[str, Any]:
-    """Run the commands against a mutant until one fails."""
+def test(
+    mutant: Mutant, commands: list[list[str]], copy: Copy, baselines: Baselines
+) -> dict[str, Any]:
+    """Run commands against a mutant until one fails."""
     original = ROOT / mutant.file
     begin = time.monotonic()
     is_compiled = mutant.file.startswith("unidrop/fused/") or (
@@ -153,7 +158,7 @@ def test(mutant: Mutant, copy: Copy, baselines: Baselines) -> dict[str, Any]:
     )
     cache = mutant.id if is_compiled else "numba"
     caught, by = "survived", ""
-    for command in commands(mutant.file):
+    for command in commands:
         seconds, status, failing = baselines.get(command, copy)
         if command[0] == "pytest":
             command = [*command, "-x", *(f"--deselect={name}" for name in failing)]
@@ -231,20 +236,27 @@ def run(mutants: list[Mutant], jobs: int, work: Path, path: Path) -> list[dict[s
     baselines = Baselines(work / "baselines.json")
     writing = threading.Lock()
 
-    def one(mutant: Mutant) -> dict[str, Any]:
+    def one(mutant: Mutant, commands: list[list[str]], is_last: bool) -> dict[str, Any]:
         copy = copies.get()
         try:
-            result = test(mutant, copy, baselines)
+            result = test(mutant, commands, copy, baselines)
         finally:
             copies.put(copy)
-        with writing, path.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        if is_last or result["caught"] != "survived":
+            with writing, path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
         where = f"{result['file']}:{result['line']}"
         print(f"{result['caught']:8} {result['seconds']:4} s {where} {result['by']}", flush=True)
         return result
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, mutants))
+        first = list(pool.map(lambda mutant: one(mutant, commands(mutant.file)[0], False), mutants))
+        caught = [result for result in first if result["caught"] != "survived"]
+        ids = {result["id"] for result in caught}
+        left = [mutant for mutant in mutants if mutant.id not in ids]
+        return caught + list(
+            pool.map(lambda mutant: one(mutant, commands(mutant.file)[1], True), left)
+        )
 
 
 if __name__ == "__main__":

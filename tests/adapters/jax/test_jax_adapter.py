@@ -9,6 +9,7 @@ from jax_by_the_core import KEY, RATE, assert_bits, step_function, values, wante
 
 import unidrop
 from unidrop.adapters.jax import dropout
+from unidrop.adapters.jax.arrays import _generate_by_loop, _generate_unrolled
 
 
 # Around the sizes at which the program changes: a block, a word of blocks, few blocks and many.
@@ -119,3 +120,10 @@ def test_rejects_bad_rate(rate):
 def test_rejects_traced_rate():
     with pytest.raises(TypeError, match="rate must be a Python int or float"):
         jax.jit(lambda rate: dropout(jnp.ones(3), rate, KEY))(0.5)
+
+
+def test_generates_same_words_on_devices_that_unroll():
+    numbers = [jnp.uint32(n) for n in (1, 2, 3, 4, 5, 6)]
+    expected = reference.philox((1, 2, 3, 4), (5, 6))
+    for generate in (_generate_unrolled, _generate_by_loop):
+        assert [int(word) for word in generate(*numbers)] == list(expected)

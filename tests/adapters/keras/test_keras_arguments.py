@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import torch
 from keras_models import LAYERS, SITE, SPATIAL_SHAPES, X, native
 
+from unidrop.adapters import keras_backend
 from unidrop.adapters.keras import Dropout, SpatialDropout2D, SpatialDropout3D
 
 
@@ -110,3 +112,10 @@ def test_rejects_input_of_another_rank_as_keras_does(layer):
     expected = get_error(native(layer)(0.5, name="drop"), X, training=True)
     assert get_error(made, X, training=True) == expected
     assert made.calls == 0
+
+
+def test_makes_increment_on_device_of_state(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    monkeypatch.setattr(keras_backend, "torch", torch, raising=False)
+    state = torch.zeros(2, dtype=torch.int64, device="meta")
+    assert keras_backend.make_increment(state).device == state.device

@@ -186,3 +186,11 @@ def test_loads_our_weights_into_keras_with_skip_mismatch(tmp_path):
         of_keras.load_weights(tmp_path / "model.weights.h5", skip_mismatch=True)
     assert_bits(of_keras(X), np.asarray(mine(X)))
     of_keras.set_weights(mine.get_weights())
+
+
+def test_has_no_state_in_files_at_rate_0(tmp_path):
+    layer, store = Dropout(0, seed=SITE), {}
+    layer.save_own_variables(store)
+    assert store == {}
+    path = tf.train.Checkpoint(layer=layer).save(tmp_path / "layer")
+    assert not any(name.startswith("layer/") for name, _ in tf.train.list_variables(path))

@@ -470,3 +470,18 @@ def test_rejects_start_tensor_before_it_draws_a_key(start):
     with pytest.raises((TypeError, ValueError), match="start must be"):
         dropout(torch.ones(2, 3), 0.5, global_shape=(4, 4), start=(start, 0))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rejects_window_beyond_operators_when_traced():
+    def call(x):
+        return dropout(x, 0.5, key=KEY, global_shape=(2**63, 2), start=(0, 0))
+
+    assert call(torch.ones(2, 2)).shape == (2, 2)
+    with pytest.raises(ValueError, match=rf"global_shape must be below 2\*\*63 .*{2**63}"):
+        torch.vmap(call, randomness="same")(torch.ones(4, 2, 2))
+
+
+def test_returns_mask_on_device_of_input_under_vmap():
+    x = torch.ones(4, 2, 3, device="meta")
+    masks = torch.vmap(lambda x: dropout(x, 0.5, key=KEY, return_mask=True)[1], randomness="same")
+    assert masks(x).device == x.device
