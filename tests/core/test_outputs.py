@@ -91,6 +91,10 @@ def test_stays_on_device_of_input(name, dtype):
         y = dropout(array_api_strict.asarray(x, device=device), 0.1, KEY, **options)
         assert y.device == device
         assert_output(np.asarray(y.to_device(CPU)), x, expected_mask(x.shape, 0.1, **options), 0.1)
+        for p in (0.0, 0.1, 1.0):
+            x_on = array_api_strict.asarray(x, device=device)
+            _, mask = dropout(x_on, p, KEY, return_mask=True, **options)
+            assert mask.device == device
 
 
 @pytest.mark.parametrize("name", ["device1", "device2", "no_float64", "no_x64"])

@@ -86,6 +86,16 @@ def test_explains_that_plain_arrays_are_fused_and_their_dtype(name):
     assert str(path) == f"fused: {path.reason}"
 
 
+@pytest.mark.parametrize(("number", "text"), [(1, "1 thread"), (3, "3 threads")])
+def test_explains_number_of_threads(number, text):
+    before = unidrop.get_num_threads()
+    unidrop.set_num_threads(number)
+    try:
+        assert unidrop.explain_path(values((9,))).reason.endswith(f" up to {text}")
+    finally:
+        unidrop.set_num_threads(before)
+
+
 @pytest.mark.parametrize("x", [[1.0], 3.0, None, "text"], ids=repr)
 def test_rejects_non_array_in_explain_path(x):
     with pytest.raises(TypeError, match="x must be an array"):

@@ -270,3 +270,15 @@ def test_saves_checkpoint_that_torch_loads_unless_strict():
     loaded = of_torch.load_state_dict(mine.state_dict(), strict=False)
     assert loaded.unexpected_keys == ["1.calls"]
     assert torch.equal(of_torch[0].weight, mine[0].weight)
+
+
+@pytest.mark.parametrize("seed", [SITE, None], ids=["seeded", "unseeded"])
+def test_runs_on_cpu_while_another_device_is_the_default(seed):
+    module = Dropout(seed=seed)
+    with torch.device("meta"):
+        if seed is not None:
+            module.calls = 5
+        torch.manual_seed(0)
+        actual = module(torch.ones(SHAPE, device="cpu"))
+    torch.manual_seed(0)
+    assert torch.equal(actual, dropout(torch.ones(SHAPE), key=seed and seed.fold_in(5)))
