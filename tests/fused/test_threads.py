@@ -436,3 +436,13 @@ def test_bounds_memory_of_a_thousand_large_calls(tmp_path, callers):
     assert grown < 100, grown
     """
     assert_success(run_script(tmp_path, code))
+
+
+def test_starts_one_thread_fewer_than_the_number(tmp_path):
+    code = """
+    assert threading.active_count() == 1
+    set_num_threads(3)
+    check_bits()
+    assert threading.active_count() == 3, threading.enumerate()
+    """
+    assert_success(run_script(tmp_path, code))
