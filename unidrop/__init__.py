@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 # In a clone, the folder unidrop/ shadows the installed package but lacks its part adapters/.
 __path__ = extend_path(__path__, __name__)
 
+import unidrop.adapters.key_types  # noqa: F401 # frameworks must accept keys
 from unidrop.dispatch import explain_path, force_path
 from unidrop.dropout import dropout
 from unidrop.key import Key

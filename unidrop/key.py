@@ -103,9 +103,8 @@ class Key:
     def is_traced(self) -> bool:
         """Whether the words of the key are arrays, whose values may not be known yet."""
         words = self._words
-        return not (
-            isinstance(words, tuple) and isinstance(words[0], int) and isinstance(words[1], int)
-        )
+        # A bool may be in the place of a word, where a tree of flags has the structure of a key.
+        return not (isinstance(words, tuple) and type(words[0]) is type(words[1]) is int)
 
     def fold_in(self, data: Any) -> Self:
         """Return the key made of this one and an integer or a string.
@@ -217,8 +216,15 @@ def check_key(key: object) -> None:
     words = key._words
     if isinstance(words, tuple):
         for word in words:
-            if not isinstance(word, int):
+            if type(word) is not int:
+                check_array_word(word)
                 _check_scalar_word(word)
+
+
+def check_array_word(word: Any) -> None:
+    """Raise TypeError unless a word of a key is an array: a tree may hold any object instead."""
+    if not hasattr(word, "dtype"):
+        raise TypeError(f"key must be a Key of two words, got one with {word!r} in their place")
 
 
 def _check_scalar_word(word: Any) -> None:

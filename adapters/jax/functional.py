@@ -44,8 +44,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-import unidrop.adapters.jax.pytree  # noqa: F401 # registers Key as a pytree
-from unidrop.key import Key
+from unidrop.key import Key, check_array_word
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
@@ -191,6 +190,9 @@ def as_key(key: Any) -> Key:
     True
     """
     if isinstance(key, Key):
+        for word in key.words:
+            if type(word) is not int:
+                check_array_word(word)
         _check_one(key, jnp.shape(key.words[0]))
         return key
     data = _get_data(key)

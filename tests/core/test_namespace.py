@@ -22,10 +22,13 @@ import sys, unidrop
 def loaded():
     return sorted(name for name in sys.modules if name.startswith("unidrop."))
 before = loaded()
-unidrop.adapters.numpy.dropout
-print(*(name for name in loaded() if name not in before))
+unidrop.conformance.BaseBackend, unidrop.adapters.numpy.dropout
+print(*(name for name in before if name.startswith("unidrop.adapters.")), "|")
+print(*(name for name in loaded() if name not in before and name.count(".") == 1))
+print(*(name for name in loaded() if name not in before and name.startswith("unidrop.adapters.")))
 """
-    assert run(code) == ["unidrop.adapters", "unidrop.adapters.numpy"]
+    first = ["unidrop.adapters.key_types", "|", "unidrop.conformance"]
+    assert run(code) == [*first, "unidrop.adapters.numpy"]
 
 
 @pytest.mark.parametrize("name", ["adapters", "conformance", "testing"])
