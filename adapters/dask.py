@@ -10,6 +10,7 @@ import dask.array
 import numpy as np
 from numpy.typing import NDArray
 
+from unidrop.adapters.numpy import check_not_masked
 from unidrop.dropout import dropout
 from unidrop.key import Key
 from unidrop.mask import keep_mask
@@ -28,6 +29,7 @@ class DaskOperator(Operator):
 
         Ignores ``mask``, because each chunk computes its own.
         """
+        check_not_masked(type(x._meta), "x")
         options = _options(key, plan.window, x.shape)
         if options is None:
             return plan.run(x, key, mask)

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
-from unidrop.protocols import ArrayLibrary, Buffer, Buffers
+from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers
 from unidrop.rate import Rate
 
 __all__ = ["dropout", "dropout_backward"]
@@ -137,7 +137,7 @@ def dropout(
     >>> mask
     array([ True, False, False, False])
     """
-    x = np.asarray(x)
+    x = _as_array(x, "x")
     rate = _get_rate(p, keep_prob)
     if key is not None:
         check_key(key)
@@ -213,7 +213,7 @@ def dropout_backward(
     >>> dropout_backward(np.ones(4), 0.5, key=Key(42))
     array([2., 0., 0., 0.])
     """
-    grad = np.asarray(grad)
+    grad = _as_array(grad, "grad")
     rate = _get_rate(p, keep_prob)
     if key is not None:
         check_key(key)
@@ -229,6 +229,20 @@ def dropout_backward(
         gradient: NDArray[Any] = plan.run(grad, key, out=out)
         return gradient
     return _copy_to(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
+
+
+def _as_array(x: ArrayLike, name: str) -> NDArray[Any]:
+    check_not_masked(type(x), name)
+    return np.asarray(x)
+
+
+def check_not_masked(kind: type, name: str) -> None:
+    """Raise TypeError for masked arrays: arithmetic changes masked elements only in part."""
+    if issubclass(kind, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must not be a masked array: apply dropout to {name}.filled(0) or {name}.data, "
+            "and mask the output"
+        )
 
 
 def _make_plan(
@@ -310,6 +324,14 @@ def _checked_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool]:
     return checked
 
 
+class NumPyArrays(Arrays):
+    """NumPy arrays, and arrays of subclasses."""
+
+    def check_type(self, kind: type, name: str) -> None:
+        """Raise TypeError for masked arrays."""
+        check_not_masked(kind, name)
+
+
 class NumPyBuffers(Buffers):
     """Plain NumPy arrays, memory-mapped ones included; subclasses use the portable path."""
 
@@ -325,7 +347,7 @@ class NumPyBuffers(Buffers):
         return y, Buffer(get_address(y), _element_strides(y))
 
 
-LIBRARY = ArrayLibrary(buffers=NumPyBuffers())
+LIBRARY = ArrayLibrary(arrays=NumPyArrays(), buffers=NumPyBuffers())
 
 
 def locate_array(x: np.ndarray[Any, Any]) -> Buffer | str:

@@ -119,6 +119,7 @@ def dropout(
     array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
     with nullcontext() if name is None else tf.name_scope(name):
+        _check_dense(type(x), "x")
         x = tf.convert_to_tensor(x)
         check_key(key)
         plan = DropoutPlan.from_args(
@@ -140,6 +141,21 @@ def _get_axes(noise_shape: Sequence[int | None] | None, x: Any) -> tuple[int, ..
     if noise_shape is None:
         return ()
     return noise_shape_axes(noise_shape, LIBRARY.arrays.shape(x))
+
+
+_REMEDIES = {
+    tf.RaggedTensor: "tf.ragged.map_flat_values(dropout, x, rate, key=key)",
+    tf.SparseTensor: "x.with_values(dropout(x.values, rate, key=key))",
+}
+
+
+def _check_dense(kind: type, name: str) -> None:
+    """Raise TypeError, with a remedy, for tensors whose elements have no index in an array."""
+    if kind in _REMEDIES:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a {kind.__name__}: drop its values, as in "
+            f"{_REMEDIES[kind]}"
+        )
 
 
 _PHILOX = 1  # the algorithm of raw_ops
@@ -189,6 +205,10 @@ _NAMESPACE = SimpleNamespace(
 
 class TensorFlowArrays(Arrays):
     """TensorFlow tensors, eager or symbolic."""
+
+    def check_type(self, kind: type, name: str) -> None:
+        """Raise TypeError for ragged and sparse tensors."""
+        _check_dense(kind, name)
 
     def namespace(self, x: Any) -> Any:
         """Return the functions of the standard that the core uses."""

@@ -71,6 +71,7 @@ def _look_up(x: Any, name: str) -> ArrayLibrary:
     library = _by_local_type.get(kind)
     if library is None:
         library = _find(x, name)
+        library.arrays.check_type(kind, name)
         module = sys.modules.get(kind.__module__)
         if getattr(module, kind.__qualname__, None) is kind:
             _by_type[kind] = library

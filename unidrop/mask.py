@@ -33,7 +33,7 @@ from unidrop.words import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["STREAM_VERSION", "keep_mask", "make_mask", "portable_mask"]
+__all__ = ["STREAM_VERSION", "constant_mask", "keep_mask", "make_mask", "portable_mask"]
 
 STREAM_VERSION: Final = 1
 
@@ -130,7 +130,7 @@ def keep_mask(
     window = Window.from_args(shape, broadcast_axes, global_shape, start)
     library, xp = get_namespace_library(numpy if xp is None else xp)
     if not training:
-        return xp.ones(window.shape, dtype=xp.bool, device=device)
+        return constant_mask(xp, window, True, device)
     return make_mask(library, xp.zeros((0,), device=device), key, window, rate, device)
 
 
@@ -144,8 +144,7 @@ def make_mask(
     """
     if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
         xp = library.arrays.namespace(like)
-        fill = xp.ones if rate.threshold == 0 else xp.zeros
-        return fill(window.shape, dtype=xp.bool, device=device)
+        return constant_mask(xp, window, rate.threshold == 0, device)
     mask = None
     if library.arrays.is_traced(like):
         mask = library.operator.traced_mask(like, key, window, rate)
@@ -194,6 +193,14 @@ def _piece_size(window: Window) -> int:
     """
     *rows, (length, _) = window.whole.axes
     return max(1, PIECE * length // (length + 14)) if rows else PIECE
+
+
+def constant_mask(xp: Any, window: Window, value: bool, device: Any) -> Any:
+    """Return the mask of a window that keeps all elements, or none."""
+    if _is_zero(window.size):  # a library of chunks cannot cut every empty shape
+        return xp.reshape(xp.zeros((0,), dtype=xp.bool, device=device), window.shape)
+    fill = xp.ones if value else xp.zeros
+    return fill(window.shape, dtype=xp.bool, device=device)
 
 
 def _is_zero(size: Any) -> bool:

@@ -9,7 +9,7 @@ from unidrop.dispatch import fused_dropout
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
 from unidrop.library import get_library
-from unidrop.mask import make_mask, portable_mask
+from unidrop.mask import constant_mask, make_mask, portable_mask
 from unidrop.output import select
 from unidrop.protocols import ArrayLibrary
 from unidrop.rate import KEEP_NOTHING, Rate
@@ -94,7 +94,7 @@ class DropoutPlan:
         """Return the mask of a call that drops nothing."""
         xp = self.library.arrays.namespace(x)
         device = self.library.arrays.device(x)
-        return xp.ones(self.window.shape, dtype=xp.bool, device=device)
+        return constant_mask(xp, self.window, True, device)
 
     def mask(self, x: Any, key: Key) -> Any:
         """Return the mask of a key for x: recorded if x is traced, otherwise computed now."""

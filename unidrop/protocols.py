@@ -39,6 +39,9 @@ __all__ = ["ArrayLibrary", "Arrays", "Buffer", "Buffers", "Operator", "Words"]
 class Arrays:
     """Gaps of the array API standard, filled for one library."""
 
+    def check_type(self, kind: type, name: str) -> None:
+        """Raise TypeError, naming the argument, for a class of arrays that dropout would break."""
+
     def namespace(self, x: Any) -> Any:
         """Return the standard's namespace for an array."""
         with fork_guard:  # array-api-compat imports a library's namespace at its first call

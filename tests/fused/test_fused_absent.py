@@ -134,7 +134,7 @@ def test_raises_import_errors_inside_package_of_kernels(monkeypatch):
         "import unidrop, numpy; unidrop.dropout(numpy.ones(9), 1, unidrop.Key(1))",
         "import unidrop, numpy\n"
         "with unidrop.force_path('portable'): unidrop.dropout(numpy.ones(9), 0.5, unidrop.Key(1))",
-        "import unidrop, numpy; unidrop.dropout(numpy.ma.ones(9), 0.5, unidrop.Key(1))",
+        "import unidrop, numpy; unidrop.dropout(numpy.ones(9, '>f4'), 0.5, unidrop.Key(1))",
     ],
 )
 def test_imports_numba_only_for_a_kernel(code):

@@ -36,7 +36,6 @@ REFUSED = {
     "unaligned": (unaligned, "aligned"),
     "a field": (field, "aligned"),
     "a subclass": (lambda x: x.view(Subclass), "Subclass"),
-    "a masked array": (np.ma.masked_array, "MaskedArray"),
     "a matrix": (lambda x: np.matrix(x, copy=True), "matrix"),
 }
 
