@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from unidrop.adapters.calls import run_counted
-from unidrop.adapters.keras_backend import find_replica, make_increment
+from unidrop.adapters.keras_backend import find_replica, make_increment, restore_value
 from unidrop.adapters.noise_shape import noise_shape_axes
 from unidrop.arguments import checked_integer
 from unidrop.key import Key
@@ -31,6 +31,7 @@ class _SeededLayerMixin(keras.layers.Layer):
     """
 
     _seed: Key | None
+    _drawn_seed: int | None = None
 
     @property
     def seed(self) -> Key | None:
@@ -53,23 +54,32 @@ class _SeededLayerMixin(keras.layers.Layer):
         get_library(np.zeros(0))
         get_library(keras.ops.convert_to_tensor(0))
         if self.rate > 0:
-            get_library(self.seed_generator.state.value)
+            state = self.seed_generator.state.value
+            # Kept beside the state too, which is lost if a trace leaks into it.
+            if not get_library(state).arrays.is_traced(state):
+                self._drawn_seed = int(keras.ops.convert_to_numpy(state)[0])
 
     @property
     def calls(self) -> int:
         """The number of training calls so far; set it to resume a run or follow a global step."""
         if self.rate == 0:
             return 0
+        restore_value(self.seed_generator.state)
         return int(keras.ops.convert_to_numpy(self.seed_generator.state.value)[1])
 
     @calls.setter
     def calls(self, value: SupportsIndex) -> None:
         value = checked_integer(value, "calls", bits=31)
         if self.rate > 0:
-            self._set_state(keras.ops.convert_to_numpy(self.seed_generator.state.value)[0], value)
+            restore_value(self.seed_generator.state)
+            drawn_seed = self._drawn_seed
+            if drawn_seed is None:
+                drawn_seed = keras.ops.convert_to_numpy(self.seed_generator.state.value)[0]
+            self._set_state(drawn_seed, value)
 
     def _set_state(self, drawn_seed: Any, calls: Any) -> None:
         state = self.seed_generator.state
+        self._drawn_seed = int(drawn_seed)
         state.assign(keras.ops.convert_to_tensor([int(drawn_seed), int(calls)], dtype=state.dtype))
 
     def call(self, inputs: Any, training: bool = False) -> Any:

@@ -1,6 +1,7 @@
 """Operations that Keras layers need from Keras's backend, and that `keras.ops` lacks."""
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import keras
@@ -12,7 +13,7 @@ if keras.backend.backend() == "tensorflow":
 elif keras.backend.backend() == "torch":
     import torch
 
-__all__ = ["Replica", "find_replica", "make_increment"]
+__all__ = ["Replica", "find_replica", "make_increment", "restore_value"]
 
 
 class Replica(NamedTuple):
@@ -37,6 +38,33 @@ def make_increment(state: Any) -> Any:
         # torch.compile takes long to trace keras.ops.arange.
         return torch.arange(2, dtype=state.dtype, device=state.device)
     return keras.ops.arange(2, dtype=keras.backend.standardize_dtype(state.dtype))
+
+
+def restore_value(variable: Any) -> None:
+    """Let a trainer on JAX put back the value of a variable, which it removes while it fits.
+
+    Callbacks read and set variables. Those that use ``self.model`` make the trainer do this, others
+    do not. The trainer that calls the callback is on the stack.
+
+    Raises
+    ------
+    RuntimeError
+        If no trainer is on the stack.
+    """
+    if keras.backend.backend() != "jax" or variable._value is not None:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if hasattr(type(trainer), "jax_state_sync"):
+            trainer.jax_state_sync()
+            if variable._value is not None:
+                return
+        frame = frame.f_back  # type: ignore[assignment] # None at the end
+    raise RuntimeError(
+        f"calls must be read and set between the steps of fit, in a callback: {variable.path} has "
+        "no value while a model is fitted on JAX in another thread"
+    )
 
 
 def find_replica(x: Any) -> Replica | None:

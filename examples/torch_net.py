@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"epoch {epoch + 1:2}: loss {loss:.3f}")
     print(f"train accuracy: {evaluate(model, x_train, y_train):.3f}")
     print(f"test accuracy: {evaluate(model, x_test, y_test):.3f}")
-    print(f"training calls of the dropout: {model.state_dict()['2.calls']}")
+    print(f"training calls of the dropout: {model[2].calls}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
+from unidrop.adapters.torch.fx import call_override
 from unidrop.adapters.torch.operators import (
     as_key,
     cached_rate,
@@ -36,6 +37,7 @@ __all__ = [
     "dropout3d",
     "make_plan",
     "run_with_drawn_key",
+    "trace_identity",
     "traced_call_drops",
 ]
 
@@ -167,6 +169,10 @@ def dropout(
     >>> dropout(torch.ones(3), 0.5, key=Key(42), global_shape=(6,), start=(3,), return_mask=True)
     (tensor([0., 0., 2.]), tensor([False, False,  True]))
     """
+    if not isinstance(input, Tensor):
+        options = {"key": key, "global_shape": global_shape, "start": start}
+        options |= {"broadcast_axes": broadcast_axes, "return_mask": return_mask}
+        return call_override(dropout, input, p, training, inplace, **options)
     axes = broadcast_axes if broadcast_axes == () else _checked_axes(input, broadcast_axes)
     return _dropout(input, p, training, inplace, key, axes, global_shape, start, return_mask)
 
@@ -223,6 +229,10 @@ def dropout1d(
     Parameters, returns and errors are as in `dropout`; the mask has length 1 along L. As
     `torch.nn.functional.dropout1d`, it raises RuntimeError for an input of another rank.
     """
+    if not isinstance(input, Tensor):
+        options = {"key": key, "global_shape": global_shape, "start": start}
+        options["return_mask"] = return_mask
+        return call_override(dropout1d, input, p, training, inplace, **options)
     axes = axes1d(input, training)
     return _dropout(input, p, training, inplace, key, axes, global_shape, start, return_mask)
 
@@ -280,6 +290,10 @@ def dropout2d(
     `torch.nn.functional.dropout2d`, it warns of an input of another rank, and treats a 3D input as
     (N, C, L).
     """
+    if not isinstance(input, Tensor):
+        options = {"key": key, "global_shape": global_shape, "start": start}
+        options["return_mask"] = return_mask
+        return call_override(dropout2d, input, p, training, inplace, **options)
     axes = axes2d(input, training)
     return _dropout(input, p, training, inplace, key, axes, global_shape, start, return_mask)
 
@@ -336,13 +350,17 @@ def dropout3d(
     Parameters, returns and errors are as in `dropout`; the mask has length 1 along D, H and W.
     As `torch.nn.functional.dropout3d`, it warns of an input of another rank.
     """
+    if not isinstance(input, Tensor):
+        options = {"key": key, "global_shape": global_shape, "start": start}
+        options["return_mask"] = return_mask
+        return call_override(dropout3d, input, p, training, inplace, **options)
     axes = axes3d(input, training)
     return _dropout(input, p, training, inplace, key, axes, global_shape, start, return_mask)
 
 
 def axes1d(input: Tensor, training: bool) -> Sequence[int]:
     """Return the axes along which `dropout1d` shares a mask, or raise as PyTorch does."""
-    rank = _get_rank(input)
+    rank = input.dim()
     if rank not in (2, 3):
         raise RuntimeError(f"dropout1d: Expected 2D or 3D input, but received a {rank}D input.")
     return _axes_after_channels(rank, training, batched=rank == 3)
@@ -350,7 +368,7 @@ def axes1d(input: Tensor, training: bool) -> Sequence[int]:
 
 def axes2d(input: Tensor, training: bool) -> Sequence[int]:
     """Return the axes along which `dropout2d` shares a mask, and warn as PyTorch does."""
-    rank = _get_rank(input)
+    rank = input.dim()
     if rank == 3:
         warnings.warn(
             "dropout2d: Received a 3D input, which is interpreted as shape (N, C, L), as "
@@ -364,16 +382,10 @@ def axes2d(input: Tensor, training: bool) -> Sequence[int]:
 
 def axes3d(input: Tensor, training: bool) -> Sequence[int]:
     """Return the axes along which `dropout3d` shares a mask, and warn as PyTorch does."""
-    rank = _get_rank(input)
+    rank = input.dim()
     if rank not in (4, 5):
         _warn_of_rank("dropout3d", rank, "4D or 5D")
     return _axes_after_channels(rank, training, batched=rank == 5)
-
-
-def _get_rank(input: Tensor) -> int:
-    if not isinstance(input, Tensor):
-        raise _not_a_tensor(input)
-    return input.dim()
 
 
 def _axes_after_channels(rank: int, training: bool, *, batched: bool) -> Sequence[int]:
@@ -394,13 +406,7 @@ def _warn_of_rank(function: str, rank: int, expected: str) -> None:
 
 def _checked_axes(input: Tensor, broadcast_axes: Sequence[int]) -> Sequence[int]:
     """Return the axes counted from the first; raises as `dropout`."""
-    if not isinstance(input, Tensor):
-        raise _not_a_tensor(input)
     return Window.from_args(input.shape, broadcast_axes).broadcast_axes
-
-
-def _not_a_tensor(input: object) -> TypeError:
-    return TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
 
 
 def _dropout(
@@ -444,7 +450,7 @@ def _trace_whole(
     if key is not None:
         check_key(key)
     if not traced_call_drops(input, p, training):
-        return input
+        return trace_identity(input)
     words = trace_draw_words(input) if key is None else key_tensor(key)
     return apply_traced(input, p, axes, words, inplace)
 
@@ -461,9 +467,9 @@ def _dropout_of_window(
     return_mask: bool,
 ) -> _Result:
     """Run a call with a window or a mask, whether PyTorch traces it or not."""
-    if not isinstance(input, Tensor):
-        raise _not_a_tensor(input)
     rate = Rate.from_p(p)
+    if input.layout is not torch.strided or input.is_nested:
+        raise _not_dense(input)
     if key is not None:
         check_key(key)
     plan = DropoutPlan.from_args(
@@ -494,8 +500,8 @@ def _dropout_of_window(
 def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
     """Return the plan of a call that is not traced, or None if the call drops nothing."""
     rate = cached_rate(p) if type(p) is float else Rate.from_p(p)
-    if not isinstance(input, Tensor):
-        raise _not_a_tensor(input)
+    if input.layout is not torch.strided or input.is_nested:
+        raise _not_dense(input)
     if not training:
         return None
     if axes == ():
@@ -511,19 +517,40 @@ def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> D
     return plan
 
 
+def _not_dense(input: Tensor) -> TypeError:
+    """Return an error with a remedy: the elements of such tensors have no index in an array."""
+    kind = "a nested tensor" if input.is_nested else f"one of layout {input.layout}"
+    remedy = (
+        "torch.nested.nested_tensor_from_jagged(dropout(x.values()), x.offsets())"
+        if input.is_nested
+        else "torch.sparse_coo_tensor(x.indices(), dropout(x.values()), x.shape)"
+    )
+    return TypeError(f"input must be a dense tensor, got {kind}: drop its values, as in {remedy}")
+
+
 def traced_call_drops(input: Tensor, p: float, training: bool) -> bool:
     """Return whether a traced call drops anything; raises as `make_plan`.
 
     The operator checks the remaining arguments when it runs, so a compiler need not trace the
     checks.
     """
-    if not isinstance(input, Tensor):
-        raise _not_a_tensor(input)
+    if input.layout is not torch.strided or input.is_nested:
+        raise _not_dense(input)
     if not training:
         return False
     if input.dtype not in _SUPPORTED_DTYPES:
         compute_dtype(input.dtype, "input")
     return p > 0
+
+
+def trace_identity(input: Tensor) -> Tensor:
+    """Return the input, by an operator if Dynamo traces the call.
+
+    A branch of `torch.cond` must not return its input. Compilers remove the operator.
+    """
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return torch.nn.functional.dropout(input, training=False)
+    return input
 
 
 def apply_plan(

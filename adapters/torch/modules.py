@@ -1,5 +1,7 @@
 """The dropout modules of `torch.nn`, with a seed and a count of training calls."""
 
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
@@ -19,15 +21,20 @@ from unidrop.adapters.torch.functional import (
     axes3d,
     make_plan,
     run_with_drawn_key,
+    trace_identity,
     traced_call_drops,
 )
+from unidrop.adapters.torch.fx import record_module
 from unidrop.adapters.torch.operators import (
+    as_key,
     key_tensor,
     next_call_number,
     rollback_call,
     trace_call_key,
     trace_draw_words,
 )
+from unidrop.adapters.torch.seeds import warn_of_twins
+from unidrop.adapters.torch.state import get_number, make_calls, read_saved, set_number
 from unidrop.arguments import checked_integer
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
@@ -44,8 +51,258 @@ _HINTS = {
     "key": "Dropout.key was renamed: use Dropout.seed",
 }
 
+# The buffers of a module, and what contains the call number in a state dictionary.
+_CALLS, _KEY, _EXTRA_STATE = "_calls", "_key", "_extra_state"
 
-class Dropout(torch.nn.Module):
+# The state dictionary that each module was last saved into.
+_DESTINATIONS: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+
+
+class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
+    """The seed and the call number of each module."""
+
+    _buffers: dict[str, Any]
+    _seed: Key | None = None
+    # The seed as a tensor, so that one compiled graph serves modules of any seed. It is on the CPU.
+    _words: Tensor | None
+    # The buffer of the key that this module made. `torch.func` replaces it by the key of another
+    # module, which then counts. DDP copies the key of another process into it, which does not.
+    _own_key: Tensor | None
+    # The identity of the module that looked for others with its seed; a copy has another one.
+    _checked: int | None = None
+
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, seed: int | Key | None = None
+    ) -> None:
+        Rate.from_p(p)
+        if inplace not in (True, False):
+            raise TypeError(f"inplace must be a bool, got {inplace!r}; pass a seed as seed=...")
+        super().__init__(p, inplace)
+        self.seed = seed
+
+    @property
+    def seed(self) -> Key | None:
+        """The key of the module, or None if it draws a key for each call."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int | Key | None) -> None:
+        seed = value if value is None or isinstance(value, Key) else Key(value)
+        with torch.inference_mode(False):  # else training could not advance the call number
+            self._seed, self._checked = seed, None
+            self._words = None if seed is None else key_tensor(seed)
+            if self._words is None:
+                self._own_key = None
+                for name in (_CALLS, _KEY):
+                    self._buffers.pop(name, None)
+            elif _CALLS not in self._buffers:
+                self._set_buffers(make_calls(), self._words.clone())
+            else:
+                self._buffers[_KEY].copy_(self._words)
+
+    if TYPE_CHECKING:
+
+        @property
+        def calls(self) -> Tensor:
+            """The call number; `__setattr__` also accepts other integers."""
+
+        @calls.setter
+        def calls(self, value: SupportsIndex | Tensor) -> None: ...
+
+        def __call__(self, input: Tensor) -> Tensor:
+            """Run `forward` and the hooks."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply dropout in training, and the identity in evaluation."""
+        if not isinstance(input, Tensor):
+            proxy: Tensor = record_module(self, input)
+            return proxy
+        if is_tracing():
+            return self._trace(input)
+        plan = make_plan(input, self.p, self.training, self._get_axes(input))
+        if plan is None:
+            return input
+        seed, inplace = self._get_key(), self.inplace
+        if seed is None:
+            return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
+
+        if self._checked != id(self):
+            warn_of_twins(self)
+
+        def call(number: Any) -> Tensor:
+            key = seed.fold_in(number)
+            if inplace:
+                return apply_plan(input, plan, key, inplace)
+            output: Tensor = LIBRARY.operator.dropout(input, key, plan)
+            return output
+
+        calls = self._get_calls()
+        return run_counted(next_call_number, rollback_call, call, calls, current_log())
+
+    def _trace(self, input: Tensor) -> Tensor:
+        """Run `forward` by operators of a trace."""
+        p = checked_probability(self.p)
+        axes = self._get_axes(input)
+        if not traced_call_drops(input, p, self.training):
+            return trace_identity(input)
+        if self._words is None:
+            words = trace_draw_words(input)
+        else:
+            calls, key = self._buffers[_CALLS], self._buffers[_KEY]
+            randomness(input, calls)  # raises before anything is counted
+            words = trace_call_key(calls, self._words if key is self._own_key else key)
+        return apply_traced(input, p, axes, words, self.inplace)
+
+    def _get_axes(self, input: Tensor) -> Sequence[int]:
+        """Return the axes along which elements share one decision."""
+        return ()
+
+    def _get_key(self) -> Key | None:
+        """Return the seed of this module, or of the module that `torch.func` took buffers from."""
+        key = self._buffers.get(_KEY)
+        return self._seed if key is self._own_key or key is None else as_key(key)
+
+    def _get_calls(self) -> Tensor:
+        """Return the call number, after replacing a tensor that cannot be advanced."""
+        calls: Tensor = self._buffers[_CALLS]
+        if calls.is_meta:
+            self.reset_parameters()
+            calls = self._buffers[_CALLS]
+        elif calls.is_inference() and not torch.is_inference_mode_enabled():
+            calls = calls.clone()
+            self._set_buffers(calls, self._buffers[_KEY].clone())
+        return calls
+
+    def _set_buffers(self, calls: Tensor, key: Tensor) -> None:
+        self.register_buffer(_CALLS, calls, persistent=False)
+        self.register_buffer(_KEY, key, persistent=False)
+        self._own_key = key
+
+    def __prepare_scriptable__(self) -> Self:
+        """Raise, because torch.jit cannot compile this module."""
+        raise RuntimeError(TORCHSCRIPT_MESSAGE)
+
+    def extra_repr(self) -> str:
+        """Return the text of `torch.nn.Dropout`, and the seed if there is one."""
+        text = super().extra_repr()
+        return text if self.seed is None else f"{text}, seed={self.seed}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "calls":
+            if self._seed is None:
+                raise AttributeError(_HINTS[name], name=name, obj=self)
+            self._set_calls(value)
+        elif name == "key":
+            raise AttributeError(_HINTS[name], name=name, obj=self)
+        elif name in (_CALLS, _KEY) and not self.__dict__.get("_is_replica"):
+            # Transformers sets buffers to uninitialized memory on a device.
+            self._move_buffers(value.device)
+        elif name != _EXTRA_STATE:  # Transformers sets it too, if a checkpoint has none
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "calls" and self._seed is not None:
+            return get_number(self._buffers[_CALLS])
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in _HINTS:
+                raise
+            raise AttributeError(_HINTS[name], name=name, obj=self) from None
+
+    def _set_calls(self, value: Any) -> None:
+        """Write a number to the buffer, so that it shares no memory with the value."""
+        if isinstance(value, Tensor):
+            if value.dim() != 0 or integer_bits(value.dtype) is None:
+                raise TypeError(f"calls must be an integer, got {value!r}")
+            calls = self._get_calls()
+            if value.device.type != "cpu":
+                set_number(calls, value.to(calls.device, torch.int64))
+                return
+        number = checked_integer(value, "calls", bits=63)
+        set_number(self._get_calls(), number)
+
+    def _move_buffers(self, device: torch.device) -> None:
+        """Move the buffers to a device that has memory, and keep their numbers."""
+        calls, key = self._buffers[_CALLS], self._buffers[_KEY]
+        if device.type != "meta" and not calls.is_meta and calls.device != device:
+            with torch.inference_mode(False):
+                self._set_buffers(calls.to(device), key.to(device))
+
+    def reset_parameters(self) -> None:
+        """Set the call number to 0, as users do after `torch.nn.Module.to_empty`."""
+        if self._words is not None:
+            device = self._buffers[_CALLS].device
+            device = torch.device("cpu") if device.type == "meta" else device
+            with torch.inference_mode(False):
+                self._set_buffers(make_calls().to(device), self._words.clone().to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the buffers with the module; keep their numbers, whatever ``fn`` does to others."""
+        calls, key = self._buffers.get(_CALLS), self._buffers.get(_KEY)
+        super()._apply(fn, recurse)
+        if calls is not None and key is not None:
+            device = self._buffers[_CALLS].device
+            self._buffers.update({_CALLS: calls, _KEY: key})
+            self._move_buffers(device)
+        return self
+
+    def get_extra_state(self) -> Any:
+        """Return the tensor of the call number and its check, or None without a seed."""
+        return None if self._seed is None else self._get_calls()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Load the call number of a checkpoint; a module without a seed ignores it.
+
+        Raises
+        ------
+        TypeError
+            If the state is not an int64 tensor of shape (2,).
+        ValueError
+            If the number is damaged.
+        """
+        if self._seed is None or (isinstance(state, Tensor) and state.is_meta):
+            return
+        self._set_calls(read_saved(state))
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Save the call number if there is one; a module shared in a model is saved as copies."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = prefix + _EXTRA_STATE
+        if self._seed is None:
+            del destination[name]
+        elif (last := _DESTINATIONS.get(self)) is not None and last() is destination:
+            destination[name] = destination[name].clone()  # safetensors rejects shared memory
+        elif isinstance(destination, OrderedDict):
+            _DESTINATIONS[self] = weakref.ref(destination)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load a state, and accept one without a call number, such as one of nn.Dropout."""
+        name = prefix + _EXTRA_STATE
+        missing: list[str] = []
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+            )
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+        missing_keys.extend(key for key in missing if key != name)
+        if strict and self._seed is None and name in state_dict:
+            unexpected_keys.append(name)
+
+
+class Dropout(_SeededDropout, torch.nn.Dropout):
     """During training, zero elements of the input with probability p and scale the others.
 
     A replacement of `torch.nn.Dropout`: every forward call zeroes elements independently and
@@ -71,9 +328,10 @@ class Dropout(torch.nn.Module):
         The key of the module. It can be set: a seed keeps the call number of a module that counts
         calls, and starts at 0 in one that does not; None removes the call number.
     calls : torch.Tensor
-        The number of training calls so far, an int64 scalar. With a seed it is a buffer, which
-        ``state_dict`` contains. It can be set: ``module.calls = step``. A checkpoint without it,
-        such as one of `torch.nn.Dropout`, loads in strict mode and leaves the number as it is.
+        The number of training calls so far, an int64 scalar; only with a seed. It can be set:
+        ``module.calls = step``. ``state_dict`` contains it as extra state, with a check. A
+        checkpoint without it, such as one of `torch.nn.Dropout`, loads in strict mode and leaves
+        the number as it is.
 
     Raises
     ------
@@ -113,171 +371,8 @@ class Dropout(torch.nn.Module):
     1
     """
 
-    __constants__ = ("p", "inplace")
 
-    p: float
-    inplace: bool
-    _seed: Key | None
-    _words: Tensor | None
-
-    def __init__(
-        self, p: float = 0.5, inplace: bool = False, *, seed: int | Key | None = None
-    ) -> None:
-        super().__init__()
-        Rate.from_p(p)
-        if inplace not in (True, False):
-            raise TypeError(f"inplace must be a bool, got {inplace!r}; pass a seed as seed=...")
-        self.p = p
-        self.inplace = inplace
-        self.seed = seed
-
-    @property
-    def seed(self) -> Key | None:
-        """The key of the module, or None if it draws a key for each call."""
-        return self._seed
-
-    @seed.setter
-    def seed(self, value: int | Key | None) -> None:
-        seed = value if value is None or isinstance(value, Key) else Key(value)
-        self._seed = seed
-        # The seed is a tensor too, so that one compiled graph serves modules of any seed. It is
-        # neither a parameter nor a buffer: it stays on the CPU, and DDP does not broadcast it.
-        self._words = None if seed is None else key_tensor(seed)
-        if seed is None:
-            self._buffers.pop("calls", None)
-        elif "calls" not in self._buffers:
-            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-    if TYPE_CHECKING:
-
-        @property
-        def calls(self) -> Tensor:
-            """The buffer; `__setattr__` also accepts other integers."""
-
-        @calls.setter
-        def calls(self, value: SupportsIndex | Tensor) -> None: ...
-
-        def __call__(self, input: Tensor) -> Tensor:
-            """Run `forward` and the hooks."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply dropout in training, and the identity in evaluation."""
-        if is_tracing():
-            return self._trace(input)
-        plan = make_plan(input, self.p, self.training, self._get_axes(input))
-        if plan is None:
-            return input
-        seed, inplace = self._seed, self.inplace
-        if seed is None:
-            return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
-
-        def call(number: Any) -> Tensor:
-            key = seed.fold_in(number)
-            if inplace:
-                return apply_plan(input, plan, key, inplace)
-            output: Tensor = LIBRARY.operator.dropout(input, key, plan)
-            return output
-
-        return run_counted(
-            next_call_number, rollback_call, call, self._buffers["calls"], current_log()
-        )
-
-    def _trace(self, input: Tensor) -> Tensor:
-        """Run `forward` by operators of a trace."""
-        p = checked_probability(self.p)
-        axes = self._get_axes(input)
-        if not traced_call_drops(input, p, self.training):
-            return input
-        if self._words is None:
-            words = trace_draw_words(input)
-        else:
-            randomness(input, self.calls)  # raises before anything is counted
-            words = trace_call_key(self._words, self.calls)
-        return apply_traced(input, p, axes, words, self.inplace)
-
-    def _get_axes(self, input: Tensor) -> Sequence[int]:
-        """Return the axes along which elements share one decision."""
-        return ()
-
-    def __prepare_scriptable__(self) -> Self:
-        """Raise, because torch.jit cannot compile this module."""
-        raise RuntimeError(TORCHSCRIPT_MESSAGE)
-
-    def extra_repr(self) -> str:
-        """Return the text of `torch.nn.Dropout`, and the seed if there is one."""
-        text = f"p={self.p}, inplace={self.inplace}"
-        return text if self.seed is None else f"{text}, seed={self.seed}"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "key":
-            raise AttributeError(_HINTS[name], name=name, obj=self)
-        # DataParallel sets a buffer on each replica, a copy of this module's call number.
-        if name != "calls" or self.__dict__.get("_is_replica"):
-            super().__setattr__(name, value)
-        elif "calls" in self._buffers:
-            self._set_calls(value)
-        else:
-            raise AttributeError(_HINTS[name], name=name, obj=self)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name not in _HINTS:
-                raise
-            raise AttributeError(_HINTS[name], name=name, obj=self) from None
-
-    def _set_calls(self, value: Any) -> None:
-        """Write a number to the buffer, so that it shares no memory with the value."""
-        if isinstance(value, Tensor):
-            if value.dim() != 0 or integer_bits(value.dtype) is None:
-                raise TypeError(f"calls must be an integer, got {value!r}")
-            if value.is_meta or (value.device.type != "cpu" and not self.calls.is_meta):
-                self.calls.copy_(value)
-                return
-        number = checked_integer(value, "calls", bits=63)
-        if self.calls.is_meta:
-            self._replace_calls(torch.tensor(number, device="cpu"))
-        else:
-            self.calls.fill_(number)
-
-    def _replace_calls(self, calls: Tensor) -> None:
-        super().__setattr__("calls", calls)
-
-    def reset_parameters(self) -> None:
-        """Set the call number to 0, as users do after `torch.nn.Module.to_empty`."""
-        if self.seed is not None:
-            self._replace_calls(torch.zeros_like(self.calls))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the call number with the module, but keep it an integer for every dtype."""
-        calls = self._buffers.get("calls")
-        super()._apply(fn, recurse)
-        if calls is not None and self.calls.dtype != torch.int64:
-            self._replace_calls(calls.to(self.calls.device))
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load a state, and accept one without a call number, such as one of nn.Dropout."""
-        missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
-        missing_keys.extend(name for name in missing if name != prefix + "calls")
-        if missing and self.seed is not None and self.calls.is_meta:
-            self._replace_calls(torch.zeros((), dtype=torch.int64, device="cpu"))
-
-
-class Dropout1d(Dropout):
+class Dropout1d(_SeededDropout, torch.nn.Dropout1d):
     """Zero whole channels of a (N, C, L) or (C, L) input, as `torch.nn.Dropout1d`.
 
     Parameters, attributes and errors are as in `Dropout`.
@@ -295,7 +390,7 @@ class Dropout1d(Dropout):
         return axes1d(input, self.training)
 
 
-class Dropout2d(Dropout):
+class Dropout2d(_SeededDropout, torch.nn.Dropout2d):
     """Zero whole channels of a (N, C, H, W) input, as `torch.nn.Dropout2d`.
 
     Parameters, attributes and errors are as in `Dropout`.
@@ -312,7 +407,7 @@ class Dropout2d(Dropout):
         return axes2d(input, self.training)
 
 
-class Dropout3d(Dropout):
+class Dropout3d(_SeededDropout, torch.nn.Dropout3d):
     """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input, as `torch.nn.Dropout3d`.
 
     Parameters, attributes and errors are as in `Dropout`.

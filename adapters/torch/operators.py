@@ -25,6 +25,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from unidrop.adapters.calls import COUNTING
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
 from unidrop.adapters.torch.func import randomness
+from unidrop.adapters.torch.state import ADVANCE, check_number, get_number
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
@@ -68,6 +69,7 @@ _library.define("stack_integers(Tensor[] values) -> Tensor")
 _library.define("pack_key(Tensor lo, Tensor hi) -> Tensor")
 _library.define("fold_in(Tensor key, Tensor data) -> Tensor")
 _library.define("next_call(Tensor(a!) calls) -> Tensor")
+_library.define("call_key(Tensor(a!) calls, Tensor key) -> Tensor")
 _library.define("draw_key(Tensor(a!) order) -> Tensor")
 
 
@@ -146,14 +148,19 @@ def as_key(words: Tensor) -> Key:
 def next_call_number(calls: Tensor, log: CheckpointLog | None) -> Any:
     """Return a call number and advance it; a recomputation replays the original number.
 
-    The caller holds the lock `COUNTING`.
+    The number is a tensor where reading it would wait for a device. The caller holds the lock
+    `COUNTING`.
     """
     if log is not None and log.replays:
         return log.replay()
-    # Reading the value of any other tensor would wait for a device.
-    can_read = calls.device.type == "cpu" and calls.dim() == 0
-    number = int(calls) if can_read else calls.clone()
-    calls.add_(1)
+    number: Any
+    if calls.device.type == "cpu" and calls.dim() == 1:
+        number, check = calls.tolist()
+        check_number(number, check)
+        calls.add_(ADVANCE)
+    else:
+        number = get_number(calls).clone()
+        calls.add_(ADVANCE.to(calls.device))
     if log is not None:
         log.append(number)
     return number
@@ -162,7 +169,8 @@ def next_call_number(calls: Tensor, log: CheckpointLog | None) -> Any:
 def rollback_call(number: Any, calls: Tensor, log: CheckpointLog | None) -> None:
     """Undo `next_call_number` for a call that raised, unless a later number was taken."""
     if log is None or not log.replays:
-        calls.copy_(torch.where(calls == number + 1, calls - 1, calls))
+        is_last = get_number(calls) == number + 1
+        calls.copy_(torch.where(is_last.unsqueeze(-1), calls - ADVANCE.to(calls.device), calls))
     if log is not None:
         log.rollback()
 
@@ -205,16 +213,16 @@ def _generate_words() -> Tensor:
     return torch.randint(1 << 32, (2,), dtype=torch.int64, device="cpu")
 
 
-def trace_call_key(words: Tensor, calls: Tensor) -> Tensor:
+def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
     """Advance a call number in a trace, and return the words of the key of the call.
 
-    On the CPU an operator folds in the number. On another device it would wait for the number, so
-    there the trace contains the arithmetic, on 0-d tensors.
+    On the CPU one operator does both. On another device it would wait for the number, so there the
+    trace contains the arithmetic, on 0-d tensors.
     """
-    number = torch.ops.unidrop.next_call(calls)
     if calls.device.type == "cpu":
-        folded: Tensor = torch.ops.unidrop.fold_in(words, number)
+        folded: Tensor = torch.ops.unidrop.call_key(calls, words)
         return folded
+    number = torch.ops.unidrop.next_call(calls)
     lo, hi = words.to(calls.device).unbind()
     return key_tensor(Key.from_words(lo, hi).fold_in(number))
 
@@ -307,9 +315,12 @@ def _fold_in(key: Tensor, data: Tensor) -> Tensor:
 def _next_call(calls: Tensor) -> Tensor:
     with COUNTING:
         number = next_call_number(calls, current_log())
-    if isinstance(number, Tensor):
-        return number.clone()
-    return torch.tensor(number, dtype=torch.int64)
+    return number.clone() if isinstance(number, Tensor) else torch.tensor(number)
+
+
+@_disable_dynamo
+def _call_key(calls: Tensor, key: Tensor) -> Tensor:
+    return key_tensor(as_key(key).fold_in(int(_next_call(calls))))
 
 
 @_disable_dynamo
@@ -419,11 +430,11 @@ def _batch_dropout(
 def _make_saved_kernel(name: str) -> Any:
     """Return an autograd kernel of an operator whose output compilers save, not recompute."""
 
-    def kernel(keyset: Any, state: Tensor) -> Tensor:
+    def kernel(keyset: Any, state: Tensor, *key: Tensor) -> Tensor:
         operator = getattr(torch.ops.unidrop, name).default
         traced: Any = _get_dispatch_mode(_DispatchMode.PROXY)
         before = 0 if traced is None else len(traced.tracer.graph.nodes)
-        output = _below_autograd(operator, keyset, state)
+        output = _below_autograd(operator, keyset, state, *key)
         if traced is not None:
             # Activation checkpointing has marked these nodes for recomputation.
             for node in list(traced.tracer.graph.nodes)[before:]:
@@ -435,7 +446,15 @@ def _make_saved_kernel(name: str) -> Any:
 
 def _batch_next_call(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Tensor, int]:
     """Advance a batch of call numbers, as `torch.func.stack_module_state` makes it."""
-    return torch.ops.unidrop.next_call(calls), in_dims[0]
+    return torch.ops.unidrop.next_call(calls.movedim(in_dims[0], 0)), 0
+
+
+def _batch_call_key(
+    info: Any, in_dims: tuple[int, int | None], calls: Tensor, key: Tensor
+) -> tuple[Tensor, int]:
+    """Advance a batch of call numbers, and fold them into a key, or into a batch of keys."""
+    numbers, _ = _batch_next_call(info, in_dims[:1], calls)
+    return _batch_fold_in(info, (in_dims[1], 0), key, numbers)
 
 
 def _batch_pack_key(
@@ -469,6 +488,7 @@ _EAGER = {
     "pack_key": _pack_key,
     "fold_in": _fold_in,
     "next_call": _next_call,
+    "call_key": _call_key,
     "draw_key": _draw_key,
 }
 _FAKE: dict[str, Callable[..., Tensor]] = {
@@ -480,17 +500,19 @@ _FAKE: dict[str, Callable[..., Tensor]] = {
     "stack_integers": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
     "pack_key": lambda lo, hi: lo.new_empty((*lo.shape, 2), dtype=torch.int64),
     "fold_in": lambda key, data: torch.empty_like(key),
-    "next_call": torch.empty_like,
+    "next_call": lambda calls: torch.empty_like(calls[..., 0]),
+    "call_key": lambda calls, key: torch.empty_like(key),
     "draw_key": lambda order: torch.empty((2,), dtype=torch.int64, device="cpu"),
 }
 for _name, _function in _EAGER.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 for _name, _fake in _FAKE.items():
     torch.library.register_fake(f"unidrop::{_name}", _fake, lib=_library)
-for _name in ("next_call", "draw_key"):
+for _name in ("next_call", "call_key", "draw_key"):
     _library.impl(_name, _make_saved_kernel(_name), "Autograd", with_keyset=True)
 _library.impl("dropout", _differentiate_dropout, "Autograd", with_keyset=True)
 torch.library.register_vmap("unidrop::dropout", _batch_dropout, lib=_library)
 torch.library.register_vmap("unidrop::next_call", _batch_next_call, lib=_library)
+torch.library.register_vmap("unidrop::call_key", _batch_call_key, lib=_library)
 torch.library.register_vmap("unidrop::pack_key", _batch_pack_key, lib=_library)
 torch.library.register_vmap("unidrop::fold_in", _batch_fold_in, lib=_library)

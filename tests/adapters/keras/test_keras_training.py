@@ -125,3 +125,41 @@ def test_trains_in_mixed_precision():
     assert layer.calls == 2
     expected = dropped(X.astype(ml_dtypes.bfloat16), 1).astype("float32")
     assert_bits(model.layers[1].seen, expected)
+
+
+class Follower(keras.callbacks.Callback):
+    """Sets the call number of a layer to a global step, without the attribute ``model``."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.seen = layer, []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.layer.calls = 100 + batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(self.layer.calls)
+
+
+def test_is_read_and_set_by_callbacks():
+    layer = Dropout(0.5, seed=SITE)
+    model, follower = recording(layer), Follower(layer)
+    x, y = np.tile(X, (2, 1)), np.zeros((8, 1))
+    model.fit(x, y, batch_size=4, verbose=0, shuffle=False, callbacks=[follower])
+    assert follower.seen == [101, 102]
+    assert layer.calls == 102
+
+
+if BACKEND == "jax":
+
+    def test_is_repaired_after_leaked_trace():
+        import jax
+
+        for seed in (SITE, None):
+            layer = Dropout(0.5, seed=seed)
+            before = np.asarray(layer(X, training=True))
+            jax.jit(lambda x, layer=layer: layer(x, training=True))(X)  # leaks into the state
+            with pytest.raises(TypeError):
+                layer.calls  # noqa: B018 # reading it is what raises
+            layer.calls = 0
+            assert_bits(layer(X, training=True), before)

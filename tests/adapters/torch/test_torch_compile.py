@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from torch_checkpoints import saved_calls
 
 import unidrop
 from unidrop import Key, keep_mask
@@ -315,7 +316,7 @@ def test_has_call_number_alone_as_state():
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
-    assert torch.load(file) == {"calls": torch.tensor(1)}
+    assert saved_calls(torch.load(file)) == {"": 1}
     twin = copy.deepcopy(module).to_empty(device="cpu")
     twin.calls = 1
     assert torch.equal(compiled(twin, "eager")(torch.ones(37)), mask(1, (37,)))

@@ -1,0 +1,121 @@
+"""The seeds of a model: assigns each layer its own, and warns of layers that share one."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+
+from unidrop.key import Key
+
+__all__ = ["assign_seeds", "warn_of_twins"]
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+# Wrappers hold a model as a child of this name, which is not part of a qualified name.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+
+_CALL = torch.nn.Module._call_impl.__code__
+
+
+def assign_seeds(model: M, seed: int | Key) -> M:
+    """Give each dropout layer of a model the seed ``Key(seed).fold_in(name)``.
+
+    The name is the qualified name of the layer, as in `torch.nn.Module.named_modules`, without the
+    names that torch.compile and the wrappers for several devices add. So a wrapped model has the
+    masks of the model alone. A layer in two places has the first name.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model. Layers that count calls keep their call numbers.
+    seed : int or unidrop.Key
+        A process of several must fold in its rank, or all drop the same units.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        If model is not a module, or seed is neither an integer nor a Key.
+    ValueError
+        If the model has no layer of `unidrop.adapters.torch`, or seed is outside [0, 2^64).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.torch import Dropout, assign_seeds
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), Dropout(), torch.nn.Linear(2, 2))
+    >>> assign_seeds(model, 42)[1].seed == Key(42).fold_in("1")
+    True
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    key = seed if isinstance(seed, Key) else Key(seed)
+    layers = dict(_named_layers(model))
+    if not layers:
+        raise ValueError("model must have a layer of unidrop.adapters.torch, and it has none")
+    for name, layer in layers.items():
+        layer.seed = key.fold_in(name)
+    return model
+
+
+def warn_of_twins(layer: torch.nn.Module) -> None:
+    """Warn if layers of the model that runs have one seed and one call number.
+
+    Layers call this once, before their first training call: a model whose layers are copies, such
+    as `torch.nn.TransformerEncoder`, is a mistake that no output shows.
+    """
+    layers = list(_named_layers(_find_model(layer)))
+    for _, other in layers:
+        other._checked = id(other)
+    twins: dict[Key, list[tuple[str, int]]] = {}
+    for name, other in layers:
+        if other.seed is None or not other.training or other.p == 0:
+            continue
+        # Reading the number on another device would wait for it.
+        number = int(other.calls) if other.calls.device.type == "cpu" else 0
+        twins.setdefault(other.seed, []).append((name, number))
+    for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
+        if abs(a - b) <= 1:  # one of them may have run in this call of the model already
+            warnings.warn(
+                f"the layers {first!r} and {second!r} have one seed and one call number, so they "
+                "drop the same units: call unidrop.adapters.torch.assign_seeds(model, seed), or "
+                f"set layer.seed = Key(42).fold_in({second!r})",
+                stacklevel=2,
+            )
+            return
+
+
+def _find_model(layer: torch.nn.Module) -> torch.nn.Module:
+    """Return the outermost module whose call contains the current call."""
+    model, frame = layer, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            model = frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment] # None at the end
+    return model
+
+
+def _named_layers(
+    module: torch.nn.Module, name: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yield the layers that have seeds, each once, by qualified name."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd) and hasattr(type(module), "seed"):
+        yield name, module
+    for child_name, child in module.named_children():
+        if child_name in _WRAPPED or (child_name == "module" and isinstance(module, _PARALLEL)):
+            yield from _named_layers(child, name, seen)
+        else:
+            yield from _named_layers(child, f"{name}.{child_name}" if name else child_name, seen)

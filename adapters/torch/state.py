@@ -1,0 +1,72 @@
+"""The call number of a seeded module, as a tensor with a check, and in checkpoints.
+
+Requirements this design meets:
+
+* Loaders treat what a state dictionary contains, and what looks like a weight, as theirs: they
+  allocate it, share it, cast it or demand it. So the call number is a buffer that is not
+  persistent, and a checkpoint contains it as extra state (`torch.nn.Module.get_extra_state`).
+* Some loaders write into the tensors of a state dictionary, and never call the module. So the extra
+  state is the buffer itself.
+* A loader may leave a tensor as uninitialized memory. So a complement follows each call number.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ADVANCE", "check_number", "get_number", "make_calls", "read_saved", "set_number"]
+
+# Added to (number, ~number).
+ADVANCE = torch.tensor([1, -1])
+
+
+def make_calls(number: int = 0) -> Tensor:
+    """Return the tensor of a call number, on the CPU."""
+    return torch.tensor([number, ~number], dtype=torch.int64, device="cpu")
+
+
+def get_number(calls: Tensor) -> Tensor:
+    """Return the call number as a view."""
+    return calls[..., 0]
+
+
+def set_number(calls: Tensor, number: Any) -> None:
+    """Write an integer, or a 0-d tensor on the same device, to the tensor of a call number."""
+    if isinstance(number, Tensor):
+        calls.copy_(torch.stack([number, ~number]))
+    else:
+        calls.copy_(make_calls(number))
+
+
+def check_number(number: int, check: int) -> None:
+    """Raise RuntimeError if a call number does not match its check."""
+    if check != ~number or number < 0:
+        raise RuntimeError(
+            f"the call number of a Dropout is damaged: it is {number}, and its check is {check}, "
+            f"not {~number}. A loader left it uninitialized, or wrote to it. Set module.calls"
+        )
+
+
+def read_saved(saved: Any) -> int:
+    """Return the call number of a checkpoint.
+
+    Raises
+    ------
+    TypeError
+        If it is not an int64 tensor of shape (2,).
+    ValueError
+        If it does not match its check.
+    """
+    if not isinstance(saved, Tensor) or saved.dtype != torch.int64 or saved.shape != (2,):
+        shown = (
+            f"{saved.dtype} of shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else saved
+        )
+        raise TypeError(f"calls must be an int64 tensor of shape (2,) in a checkpoint, got {shown}")
+    number, check = saved.tolist()
+    if check != ~number or number < 0:
+        raise ValueError(
+            f"calls is damaged in the checkpoint: it has the numbers {number} and {check}, and the "
+            f"second must be {~number}. Remove the key, and set module.calls"
+        )
+    return int(number)
