@@ -485,3 +485,9 @@ def test_returns_mask_on_device_of_input_under_vmap():
     x = torch.ones(4, 2, 3, device="meta")
     masks = torch.vmap(lambda x: dropout(x, 0.5, key=KEY, return_mask=True)[1], randomness="same")
     assert masks(x).device == x.device
+
+
+def test_makes_mask_of_operator_on_given_device():
+    words = torch.tensor(KEY.words)
+    mask = torch.ops.unidrop.keep_mask(words, 0.5, (3,), (), device=torch.device("meta"))
+    assert mask.device.type == "meta"

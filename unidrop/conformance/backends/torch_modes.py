@@ -175,6 +175,12 @@ def _serialize_first_calls(compiled: Callable[..., Tensor]) -> Callable[..., Ten
     return run
 
 
+def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copy all buffers: a state dictionary lacks those that are not persistent."""
+    for name, buffer in target.named_buffers():
+        buffer.copy_(source.get_buffer(name))
+
+
 def _export(module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
     """Export a module as a program that loads the module's state and stores it back."""
     x = inputs[0]
@@ -187,9 +193,9 @@ def _export(module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
     program = programs[form]
 
     def run(*inputs: Tensor) -> Tensor:
-        program.load_state_dict(module.state_dict())
+        _copy_buffers(module, program)
         y: Tensor = program(*inputs)
-        module.load_state_dict(program.state_dict())
+        _copy_buffers(program, module)
         return y
 
     return run
