@@ -1,5 +1,6 @@
 """Dropout for NumPy: the textbook function under a key or a generator, and its backward pass."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -238,7 +239,9 @@ def _as_array(x: ArrayLike, name: str) -> NDArray[Any]:
 
 def check_not_masked(kind: type, name: str) -> None:
     """Raise TypeError for masked arrays: arithmetic changes masked elements only in part."""
-    if issubclass(kind, np.ma.MaskedArray):
+    # NumPy imports numpy.ma at its first use, and a fork during an import would leave a child with
+    # a held lock. Masked arrays exist only after that import.
+    if issubclass(kind, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
         raise TypeError(
             f"{name} must not be a masked array: apply dropout to {name}.filled(0) or {name}.data, "
             "and mask the output"
