@@ -55,7 +55,7 @@ def restore_value(variable: Any) -> None:
         return
     frame = sys._getframe(1)
     while frame is not None:
-        trainer = frame.f_locals.get("self")
+        trainer: Any = frame.f_locals.get("self")
         if hasattr(type(trainer), "jax_state_sync"):
             trainer.jax_state_sync()
             if variable._value is not None:
