@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import unidrop
 from unidrop import Key
 from unidrop.adapters.jax import dropout
 
@@ -89,3 +90,11 @@ def test_is_saved_by_orbax(tmp_path):
         restored = checkpointer.restore(tmp_path / "checkpoint", item={"key": Key(0)})
     assert isinstance(restored["key"], Key)
     assert [int(word) for word in restored["key"].words] == list(KEY.words)
+
+
+def test_refuses_batch_of_keys_in_core():
+    keys = jax.vmap(KEY.fold_in)(jnp.arange(3))
+    with pytest.raises(
+        ValueError, match=r"key must be one key, got a batch of them, of shape \(3,"
+    ):
+        unidrop.dropout(jnp.ones(3), 0.5, keys)
