@@ -94,7 +94,5 @@ def test_is_saved_by_orbax(tmp_path):
 
 def test_refuses_batch_of_keys_in_core():
     keys = jax.vmap(KEY.fold_in)(jnp.arange(3))
-    with pytest.raises(
-        ValueError, match=r"key must be one key, got a batch .* shape \(3,"
-    ):
+    with pytest.raises(ValueError, match=r"key must be one key, got a batch .* shape \(3,"):
         unidrop.dropout(jnp.ones(3), 0.5, keys)
