@@ -31,7 +31,6 @@ class _SeededLayerMixin(keras.layers.Layer):
     """
 
     _seed: Key | None
-    _drawn_seed: int | None = None
 
     @property
     def seed(self) -> Key | None:
@@ -54,10 +53,7 @@ class _SeededLayerMixin(keras.layers.Layer):
         get_library(np.zeros(0))
         get_library(keras.ops.convert_to_tensor(0))
         if self.rate > 0:
-            state = self.seed_generator.state.value
-            # Kept beside the state too, which is lost if a trace leaks into it.
-            if not get_library(state).arrays.is_traced(state):
-                self._drawn_seed = int(keras.ops.convert_to_numpy(state)[0])
+            get_library(self.seed_generator.state.value)
 
     @property
     def calls(self) -> int:
@@ -72,14 +68,14 @@ class _SeededLayerMixin(keras.layers.Layer):
         value = checked_integer(value, "calls", bits=31)
         if self.rate > 0:
             restore_value(self.seed_generator.state)
-            drawn_seed = self._drawn_seed
+            # With a seed, the state is not read: a trace may have leaked into it.
+            drawn_seed = _narrow_seed(self._seed)
             if drawn_seed is None:
                 drawn_seed = keras.ops.convert_to_numpy(self.seed_generator.state.value)[0]
             self._set_state(drawn_seed, value)
 
     def _set_state(self, drawn_seed: Any, calls: Any) -> None:
         state = self.seed_generator.state
-        self._drawn_seed = int(drawn_seed)
         state.assign(keras.ops.convert_to_tensor([int(drawn_seed), int(calls)], dtype=state.dtype))
 
     def call(self, inputs: Any, training: bool = False) -> Any:
