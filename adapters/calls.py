@@ -16,7 +16,7 @@ COUNTING = Lock()
 # A thread that held the lock does not exist in a forked child, and could not release it there. The
 # standard library resets its own locks in this way.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=COUNTING._at_fork_reinit)  # type: ignore[attr-defined]
+    os.register_at_fork(after_in_child=COUNTING._at_fork_reinit)  # type: ignore[attr-defined] # not in typeshed
 
 
 def run_counted(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 import torch
 from torch import Tensor
 
-from unidrop.adapters.calls import run_counted
+from unidrop.adapters.calls import COUNTING, run_counted
 from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
 from unidrop.adapters.torch.checkpoint import current_log
 from unidrop.adapters.torch.func import randomness
@@ -126,7 +126,7 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         if seed is None:
             return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
 
-        if self._checked != id(self):
+        if self._checked != id(self) and not self.__dict__.get("_is_replica"):
             warn_of_twins(self)
 
         def call(number: Any) -> Tensor:
@@ -165,13 +165,16 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
     def _get_calls(self) -> Tensor:
         """Return the call number, after replacing a tensor that cannot be advanced."""
         calls: Tensor = self._buffers[_CALLS]
-        if calls.is_meta:
-            self.reset_parameters()
+        if not (calls.is_meta or (calls.is_inference() and not torch.is_inference_mode_enabled())):
+            return calls
+        with COUNTING:  # another thread must not replace what this one has advanced
             calls = self._buffers[_CALLS]
-        elif calls.is_inference() and not torch.is_inference_mode_enabled():
-            calls = calls.clone()
-            self._set_buffers(calls, self._buffers[_KEY].clone())
-        return calls
+            if calls.is_meta:
+                self.reset_parameters()
+            elif calls.is_inference():
+                self._set_buffers(calls.clone(), self._buffers[_KEY].clone())
+            replaced: Tensor = self._buffers[_CALLS]
+        return replaced
 
     def _set_buffers(self, calls: Tensor, key: Tensor) -> None:
         self.register_buffer(_CALLS, calls, persistent=False)

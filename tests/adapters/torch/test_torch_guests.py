@@ -77,6 +77,16 @@ def test_warns_of_layer_that_is_added_later():
         model(ONES)
 
 
+def test_looks_for_no_other_layer_in_replicas(monkeypatch):
+    module = Dropout(seed=SITE)
+    monkeypatch.setattr("unidrop.adapters.torch.modules.warn_of_twins", lambda layer: 1 / 0)
+    for _ in range(2):  # DataParallel makes new ones for each forward
+        replica = module._replicate_for_data_parallel()
+        assert patterns(replica(ONES)) == patterns(mask(SITE, module.calls - 1))
+    with pytest.raises(ZeroDivisionError):
+        module(ONES)
+
+
 def test_counts_nothing_if_warning_is_an_error():
     model = copies(2)
     with warnings.catch_warnings():

@@ -279,7 +279,7 @@ def test_explains_that_calls_need_a_seed():
         module.calls  # noqa: B018 # reading it is what raises
     assert raised.value.name == "calls"
     with pytest.raises(AttributeError, match="has no attribute 'other'"):
-        module.other  # noqa: B018
+        module.other  # noqa: B018 # as above
 
 
 @pytest.mark.parametrize(
