@@ -131,16 +131,6 @@ def test_takes_other_types_of_numpy():
     assert numpy_adapter.dropout(1.5, key=KEY).shape == ()
 
 
-def test_takes_frames_of_pandas_and_xarray_as_arrays():
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame(np.ones((2, 3)))
-    assert np.array_equal(
-        numpy_adapter.dropout(frame, key=KEY), numpy_adapter.dropout(np.ones((2, 3)), key=KEY)
-    )
-    with pytest.raises(TypeError, match="x must be an array"):
-        unidrop.dropout(frame, 0.5, KEY)
-
-
 @pytest.mark.parametrize("shape", [(2, 65, 0, 16, 63, 31), (0,), (3, 0)])
 def test_takes_empty_dask_arrays(shape):
     x = da.from_array(np.ones(shape), chunks=shape)

@@ -459,10 +459,3 @@ def test_accepts_tensor_as_length_in_noise_shape(compiled):
     actual = (tf.function(run) if compiled else run)(tf.ones((9, 4))).numpy()
     keep = unidrop.keep_mask((9, 4), 0.5, Key(1), broadcast_axes=(1,))
     np.testing.assert_array_equal(actual != 0, np.broadcast_to(keep, (9, 4)))
-
-
-def test_makes_mask_on_given_device(monkeypatch):
-    own, devices = tf.device, []
-    monkeypatch.setattr(tf, "device", lambda name: devices.append(name) or own(name))
-    unidrop.keep_mask((3,), 0.5, KEY, xp=tf, device="/CPU:0")
-    assert set(devices) == {"/CPU:0"}
