@@ -123,7 +123,8 @@ def dropout(
     Parameters
     ----------
     input : torch.Tensor
-        Any shape and layout; a floating-point or complex dtype. The mask follows logical indices.
+        A dense tensor of any shape and strides; a floating-point or complex dtype. The mask follows
+        logical indices.
     p : int or float, default 0.5
         The probability of zeroing an element, in [0, 1].
     training : bool, default True
@@ -154,7 +155,8 @@ def dropout(
     Raises
     ------
     TypeError
-        If p is not a Python number, key is not a Key, or the input has an integer or bool dtype.
+        If p is not a Python number, key is not a Key, or the input has an integer or bool dtype, is
+        sparse or is nested.
     ValueError
         If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
         of keys.
