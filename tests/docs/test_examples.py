@@ -68,18 +68,13 @@ def test_learns_and_resumes_in_keras_example(tmp_path: Path) -> None:
     assert max(differences) < 1e-6
 
 
-def test_draws_one_curve_only_with_unidrop(tmp_path: Path) -> None:
-    output = get_output(tmp_path, "one_curve.py", "--out", "plots/curves.png")
-    assert numbers_after("with unidrop", output)[0] < 1e-4
-    assert numbers_after("with each framework's own dropout", output)[0] > 1e-2
-    picture = (tmp_path / "plots" / "curves.png").read_bytes()
-    assert picture.startswith(PNG_SIGNATURE)
-    assert len(picture) < 150_000
+# A child process runs this, because one_curve imports every framework. It runs the example as its
+# command does, calls the check with unequal curves, then breaks a layer.
+ONE_CURVE = """
+import runpy, sys
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 
-
-# A child process runs this, because one_curve imports every framework. It calls the check with
-# unequal curves, then breaks a layer.
-UNEQUAL_CURVES = """
 import numpy as np, one_curve, pytest, torch, unidrop.adapters.torch
 curve = np.linspace(2, 1, 5)
 one_curve.check_one_curve({"a": curve, "b": curve + 1e-6, "c": curve})
@@ -92,14 +87,38 @@ for wrong in (1e-3, -1e-3, np.nan):
 print("checked")
 one_curve.STEPS = 20
 unidrop.adapters.torch.Dropout = lambda p, seed: torch.nn.Dropout(p)
-one_curve.main(["--out", "curves.png"])
+one_curve.main(["--out", "unequal.png"])
 """
 
 
-def test_fails_if_one_curve_is_not_one(tmp_path: Path) -> None:
-    finished = run(tmp_path, "-c", UNEQUAL_CURVES)
+@pytest.fixture(scope="module")
+def one_curve(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Return the folder and the finished process of `ONE_CURVE`."""
+    folder = tmp_path_factory.mktemp("one_curve")
+    script = str(EXAMPLES / "one_curve.py")
+    return folder, run(folder, "-c", ONE_CURVE, script, "--out", "plots/curves.png")
+
+
+def test_draws_one_curve_only_with_unidrop(
+    one_curve: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, finished = one_curve
+    output = finished.stdout.partition("checked")[0]
+    assert numbers_after("with unidrop", output)[0] < 1e-4
+    assert numbers_after("with each framework's own dropout", output)[0] > 1e-2
+    picture = (folder / "plots" / "curves.png").read_bytes()
+    assert picture.startswith(PNG_SIGNATURE)
+    assert len(picture) < 150_000
+
+
+def test_fails_if_one_curve_is_not_one(
+    one_curve: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, finished = one_curve
     assert finished.returncode == 1, finished.stderr
-    assert finished.stdout.startswith("checked")
+    assert "checked" in finished.stdout
     assert "the curves are not one: they differ by" in finished.stderr
 
 
