@@ -12,8 +12,10 @@ from typing import Any, Literal, overload
 import numpy as np
 import tensorflow as tf
 
+from unidrop.adapters import tensorflow_lite
 from unidrop.adapters.noise_shape import noise_shape_axes
 from unidrop.adapters.numpy import get_address, locate_array
+from unidrop.dispatch import is_forced
 from unidrop.key import Key, check_key
 from unidrop.philox import ODD_MULTIPLIER, PhiloxBlock
 from unidrop.plan import DropoutPlan
@@ -250,6 +252,9 @@ class TensorFlowWords(Words):
         self, xp: Any, device: Any, first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int
     ) -> PhiloxBlock:
         """Return the words of consecutive blocks."""
+        if _avoids_native_operators(first):
+            block = tensorflow_lite.generate(first, count, key, tag)
+            return tuple(tf.cast(words, tf.int64) for words in block)
         with tf.device(device):
             flat = _generate_words(first, count, key, tag)
             return tuple(tf.unstack(tf.reshape(tf.cast(flat, tf.int64), [-1, 4]), axis=1))
@@ -269,6 +274,8 @@ class TensorFlowWords(Words):
         each word into both of its numbers u: the word itself in the low half, the odd element's in
         the high half, modulo 2^32.
         """
+        if _avoids_native_operators(first):
+            return tensorflow_lite.keep_flags(first, count, key, threshold)
         is_one_run = isinstance(first[0], int) or first[0].shape.rank == 0
         if not is_one_run or sys.byteorder == "big":
             return super().keep_flags(xp, device, first, count, key, threshold)
@@ -284,6 +291,10 @@ class TensorFlowOperator(Operator):
 
     def fold_in(self, words: Any, data: Any, tag: int) -> Any:
         """Return the words of a key after folding in a tensor."""
+        if _avoids_native_operators((0, 0)):
+            number = tensorflow_lite.split(data, LIBRARY.words.width(data, "data"))
+            lo, hi, _, _ = tensorflow_lite.generate(number, 1, words, tag)
+            return tf.reshape(lo, []), tf.reshape(hi, [])
         split = _WORDS.split(data, LIBRARY.words.width(data, "data"))
         flat = tf.cast(_generate_words(split, 1, words, tag), tf.int64)
         return flat[0], flat[1]
@@ -332,6 +343,14 @@ class TensorFlowBuffers(Buffers):
         """Return a copy as a tensor."""
         with tf.device(device):
             return tf.constant(mask)
+
+
+def _avoids_native_operators(first: SplitInteger) -> bool:
+    """Return whether to trace plain integer operators, as users wish for TensorFlow Lite.
+
+    These count blocks from a Python integer only.
+    """
+    return not tf.executing_eagerly() and isinstance(first[0], int) and is_forced("portable")
 
 
 LIBRARY = ArrayLibrary(

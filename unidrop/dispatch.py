@@ -31,6 +31,7 @@ __all__ = [
     "force_path",
     "fused_dropout",
     "fused_mask",
+    "is_forced",
 ]
 
 PathName = Literal["fused", "portable"]
@@ -122,6 +123,11 @@ def force_path(path: PathName) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def is_forced(path: PathName) -> bool:
+    """Return whether `force_path` forces a path now."""
+    return _forced.get() == path
 
 
 def fused_dropout(

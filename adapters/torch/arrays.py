@@ -6,6 +6,7 @@ import array_api_compat.torch
 import numpy as np
 import torch
 
+from unidrop.adapters.torch.onnx import is_exporting, run_exported
 from unidrop.adapters.torch.operators import (
     as_constant,
     int_tensor,
@@ -79,13 +80,19 @@ class TorchOperator(Operator):
     ) -> Any:
         """Apply a plan as one operator; autograd saves the key and no tensor."""
         if is_tracing():
+            if is_exporting():
+                return run_exported(plan, x, key, mask)
             return trace_dropout(x, key_tensor(key), plan.rate.p, *_window_arguments(plan.window))
         if torch.is_grad_enabled() and x.requires_grad:
             return _Dropout.apply(x, key, plan, mask)
         return plan.run(x, key, mask)
 
-    def traced_mask(self, like: torch.Tensor, key: Key, window: Window, rate: Rate) -> torch.Tensor:
+    def traced_mask(
+        self, like: torch.Tensor, key: Key, window: Window, rate: Rate
+    ) -> torch.Tensor | None:
         """Return the mask as the output of one operator."""
+        if is_exporting():
+            return None
         if torch._C._are_functorch_transforms_active():
             # vmap must treat a mask like dropout of ones of the same shape.
             ones = torch.ones(window.shape, device=like.device)
@@ -104,7 +111,8 @@ class TorchOperator(Operator):
 
     def pack_key(self, lo: Any, hi: Any) -> torch.Tensor | None:
         """Return two tensors as the tensor of a key, in a trace."""
-        if not (isinstance(lo, torch.Tensor) and isinstance(hi, torch.Tensor) and is_tracing()):
+        are_tensors = isinstance(lo, torch.Tensor) and isinstance(hi, torch.Tensor)
+        if not are_tensors or not is_tracing() or is_exporting():
             return None
         LIBRARY.words.width(lo, "lo")
         LIBRARY.words.width(hi, "hi")
@@ -117,7 +125,7 @@ class TorchOperator(Operator):
         On Python integers the operator takes microseconds; compiling the arithmetic takes seconds.
         On another device the operator would wait for the step, so PyTorch compiles the arithmetic.
         """
-        if data.device.type != "cpu" or not is_tracing():
+        if data.device.type != "cpu" or not is_tracing() or is_exporting():
             return None
         LIBRARY.words.width(data, "data")
         folded: torch.Tensor = torch.ops.unidrop.fold_in(pack_words(words), data)

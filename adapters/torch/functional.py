@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
 from unidrop.adapters.torch.fx import call_override
+from unidrop.adapters.torch.onnx import is_exporting
 from unidrop.adapters.torch.operators import (
     as_key,
     cached_rate,
@@ -428,6 +429,8 @@ def _dropout(
             input, p, training, inplace, key, axes, global_shape, start, return_mask
         )
     if is_tracing():
+        if is_exporting():
+            return _dropout_of_window(input, p, training, inplace, key, axes, None, None, False)
         return _trace_whole(input, p, training, inplace, key, axes)
     if key is not None:
         check_key(key)

@@ -19,12 +19,14 @@ from unidrop.adapters.torch.functional import (
     axes1d,
     axes2d,
     axes3d,
+    dropout,
     make_plan,
     run_with_drawn_key,
     trace_identity,
     traced_call_drops,
 )
 from unidrop.adapters.torch.fx import record_module
+from unidrop.adapters.torch.onnx import is_exporting, mark_as_set, take_number
 from unidrop.adapters.torch.operators import (
     as_key,
     key_tensor,
@@ -145,6 +147,9 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         axes = self._get_axes(input)
         if not traced_call_drops(input, p, self.training):
             return trace_identity(input)
+        if is_exporting():
+            key = self._seed and self._seed.fold_in(take_number(self._buffers[_CALLS]))
+            return dropout(input, p, True, self.inplace, key=key, broadcast_axes=axes)
         if self._words is None:
             words = trace_draw_words(input)
         else:
@@ -219,8 +224,10 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
             if value.dim() != 0 or integer_bits(value.dtype) is None:
                 raise TypeError(f"calls must be an integer, got {value!r}")
             calls = self._get_calls()
-            if value.device.type != "cpu":
+            if value.device.type != "cpu" or is_tracing():
                 set_number(calls, value.to(calls.device, torch.int64))
+                if is_exporting():
+                    mark_as_set(calls)
                 return
         number = checked_integer(value, "calls", bits=63)
         set_number(self._get_calls(), number)
