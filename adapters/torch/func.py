@@ -1,4 +1,6 @@
-"""Randomness under `torch.func`: makes dropout follow vmap's ``randomness=``.
+"""The transformations of `torch.func` that dropout must know: vmap and functionalize.
+
+Dropout follows vmap's ``randomness=``.
 
 A batch of `torch.vmap` adds an axis, and ``randomness=`` decides the mask along it:
 
@@ -14,7 +16,7 @@ every value of ``randomness=``.
 import torch
 from torch import Tensor
 
-__all__ = ["randomness"]
+__all__ = ["is_functionalizing", "randomness"]
 
 
 def randomness(x: Tensor, key: Tensor | None) -> Tensor | None:
@@ -58,3 +60,12 @@ def _is_batched(x: Tensor) -> bool:
             return True
         x = functorch.get_unwrapped(x)
     return False
+
+
+def is_functionalizing() -> bool:
+    """Return whether `torch.func.functionalize` transforms the call."""
+    if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    kind = functorch.TransformType.Functionalize
+    return any(level.key() == kind for level in functorch.get_interpreter_stack())

@@ -13,6 +13,7 @@ into it.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from unidrop.adapters.calls import COUNTING
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
-from unidrop.adapters.torch.func import randomness
+from unidrop.adapters.torch.func import is_functionalizing, randomness
 from unidrop.adapters.torch.state import ADVANCE, check_number, get_number
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
@@ -54,6 +55,7 @@ cached_rate = lru_cache(maxsize=256)(Rate.from_p)
 
 _get_dispatch_mode = torch._C._get_dispatch_mode
 _DispatchMode = torch._C._TorchDispatchModeKey
+_DispatchKey = torch._C.DispatchKey
 
 _library = torch.library.Library("unidrop", "DEF")
 _library.define(
@@ -145,16 +147,16 @@ def as_key(words: Tensor) -> Key:
     return Key._from_raw_words((lo & MASK32, hi & MASK32))
 
 
-def next_call_number(calls: Tensor, log: CheckpointLog | None) -> Any:
+def next_call_number(calls: Tensor, log: CheckpointLog | None, *, read: bool = True) -> Any:
     """Return a call number and advance it; a recomputation replays the original number.
 
-    The number is a tensor where reading it would wait for a device. The caller holds the lock
-    `COUNTING`.
+    The number is a tensor if it is not to be read, or if reading it would wait for a device. The
+    caller holds the lock `COUNTING`.
     """
     if log is not None and log.replays:
         return log.replay()
     number: Any
-    if calls.device.type == "cpu" and calls.dim() == 1:
+    if read and calls.device.type == "cpu" and calls.dim() == 1:
         number, check = calls.tolist()
         check_number(number, check)
         calls.add_(ADVANCE)
@@ -198,6 +200,8 @@ def trace_draw_words(x: Tensor) -> Tensor:
     Both preserve the order of random operations, so they trace `torch.randint` instead.
     """
     randomness(x, None)  # raises before anything is drawn
+    if is_functionalizing():
+        return draw_words()
     if torch.compiler.is_exporting():
         return _generate_words()
     if (
@@ -217,8 +221,15 @@ def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
     """Advance a call number in a trace, and return the words of the key of the call.
 
     On the CPU one operator does both. On another device it would wait for the number, so there the
-    trace contains the arithmetic, on 0-d tensors.
+    trace contains the arithmetic, on 0-d tensors. `torch.func.functionalize` accepts no operator
+    that advances a number, so there PyTorch's own does.
     """
+    if is_functionalizing():
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(calls)
+        # torch.func refuses to advance a tensor that the function does not receive.
+        with COUNTING, nullcontext() if is_wrapped else torch._C._DisableFuncTorch():
+            taken = next_call_number(calls, current_log(), read=False)
+        return torch.ops.unidrop.fold_in(words, torch.as_tensor(taken))  # type: ignore[no-any-return]
     if calls.device.type == "cpu":
         folded: Tensor = torch.ops.unidrop.call_key(calls, words)
         return folded
@@ -444,6 +455,17 @@ def _make_saved_kernel(name: str) -> Any:
     return kernel
 
 
+def _refuse_branch(*arguments: Any) -> Tensor:
+    """Raise, because a branch of a compiled graph advances neither a call number nor a generator.
+
+    PyTorch raises its own error for the bodies of compiled loops.
+    """
+    raise RuntimeError(
+        "a Dropout that counts calls or draws keys cannot run in torch.cond of a compiled graph: "
+        "use the function with a key, unidrop.adapters.torch.dropout(x, p, key=key)"
+    )
+
+
 def _batch_next_call(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Tensor, int]:
     """Advance a batch of call numbers, as `torch.func.stack_module_state` makes it."""
     return torch.ops.unidrop.next_call(calls.movedim(in_dims[0], 0)), 0
@@ -510,6 +532,8 @@ for _name, _fake in _FAKE.items():
     torch.library.register_fake(f"unidrop::{_name}", _fake, lib=_library)
 for _name in ("next_call", "call_key", "draw_key"):
     _library.impl(_name, _make_saved_kernel(_name), "Autograd", with_keyset=True)
+    # A kernel of the dispatcher itself would keep PyTorch from functionalizing the operator.
+    getattr(torch.ops.unidrop, _name).default.py_impl(_DispatchKey.Functionalize)(_refuse_branch)
 _library.impl("dropout", _differentiate_dropout, "Autograd", with_keyset=True)
 torch.library.register_vmap("unidrop::dropout", _batch_dropout, lib=_library)
 torch.library.register_vmap("unidrop::next_call", _batch_next_call, lib=_library)

@@ -49,6 +49,27 @@ def test_runs_function_in_branch_when_compiled():
     assert torch.equal(call(torch.tensor(False), X), X)
 
 
+@pytest.mark.parametrize("layer", [Dropout(seed=KEY), Dropout()], ids=["seeded", "unseeded"])
+def test_refuses_layer_in_branch_when_compiled(layer):
+    @torch.compile(backend="aot_eager")
+    def call(flag, x):
+        return torch.cond(flag, lambda x: layer(x), lambda x: x * 1, (x,))
+
+    with pytest.raises(RuntimeError, match="use the function with a key"):
+        call(torch.tensor(True), X)
+
+
+def test_refuses_layer_in_loop_when_compiled():
+    layer = seeded()
+
+    @torch.compile(backend="aot_eager")
+    def call(x):
+        return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, layer(x)), (torch.tensor(0), x))
+
+    with pytest.raises(RuntimeError, match="might be modifying the input"):
+        call(X)
+
+
 def test_returns_input_in_branch_in_evaluation():
     for call in (seeded().eval(), lambda x: dropout(x, 0.0, key=KEY)):
         assert torch.equal(torch.cond(torch.tensor(True), call, lambda x: x * 2, (X,)), X)

@@ -8,6 +8,7 @@ import torch.nn.functional as native
 from torch import nn
 from torch.func import (
     functional_call,
+    functionalize,
     grad,
     hessian,
     jacfwd,
@@ -17,6 +18,8 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 from torch_checkpoints import saved_number
 
 import unidrop
@@ -255,6 +258,54 @@ def network(call=0):
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Dropout(seed=SITE))
     model[1].calls = call
     return model
+
+
+@pytest.mark.parametrize("remove", ["mutations", "mutations_and_views"])
+def test_counts_under_functionalize(remove, layer):
+    call = functionalize(layer, remove=remove)
+    for number in range(3):
+        assert torch.equal(call(torch.ones(WIDTH)), mask(number))
+    assert torch.equal(grad(lambda x: call(x).sum())(numbers()), mask(3))
+    batch = torch.ones(5, WIDTH)
+    inside = vmap(call, randomness="different")
+    outside = functionalize(vmap(layer, randomness="different"), remove=remove)
+    assert torch.equal(inside(batch), mask(4, 5, WIDTH))
+    assert torch.equal(outside(batch), mask(5, 5, WIDTH))
+    assert layer.calls == 6
+
+
+def test_recomputes_first_mask_in_checkpoint_under_functionalize(layer):
+    x = numbers().requires_grad_()
+    y = checkpoint(functionalize(layer), x, use_reentrant=False)
+    y.sum().backward()
+    assert torch.equal(x.grad, mask(0))
+    assert layer.calls == 1
+
+
+def test_counts_each_model_of_stack_under_functionalize():
+    models = [Dropout(seed=SITE), Dropout(seed=7)]
+    models[1].calls = 3
+    base, (_, buffers) = Dropout(seed=SITE), stack_module_state(models)
+    stacked = vmap(lambda b, x: functional_call(base, b, (x,)), in_dims=(0, None))
+    actual = functionalize(stacked)(buffers, torch.ones(WIDTH))
+    assert torch.equal(actual[0], mask(0))
+    assert torch.equal(actual[1], dropout(torch.ones(WIDTH), key=Key(7).fold_in(3)))
+    assert buffers["_calls"][:, 0].tolist() == [1, 4]
+
+
+def test_draws_under_functionalize_as_without():
+    outputs = []
+    for layer in (Dropout(), functionalize(Dropout())):
+        torch.manual_seed(0)
+        outputs.append([layer(torch.ones(WIDTH)) for _ in range(2)])
+    assert all(map(torch.equal, *outputs))
+
+
+def test_traces_call_under_functionalize_that_counts(layer):
+    program = make_fx(functionalize(layer))(torch.ones(WIDTH))
+    for number in range(1, 4):
+        assert torch.equal(program(torch.ones(WIDTH)), mask(number))
+    assert layer.calls == 4
 
 
 def test_counts_in_buffers_of_functional_call():
