@@ -79,6 +79,16 @@ class Safetensors:
         return model
 
 
+class Accelerate(Safetensors):
+    """Accelerate's load_checkpoint_and_dispatch, which sets one tensor after another."""
+
+    @staticmethod
+    def load(make, folder):
+        accelerate = pytest.importorskip("accelerate")
+        model, path = Net(make), str(folder / "model.safetensors")
+        return accelerate.load_checkpoint_and_dispatch(model, path, device_map={"": "cpu"})
+
+
 class Distributed:
     """torch.distributed.checkpoint, strict as it is by default."""
 
@@ -219,6 +229,7 @@ LOADERS = {
     "`load_state_dict(strict=False)`": NotStrict,
     '`load_state_dict(assign=True)` of a model on `"meta"`': Assigned,
     "`safetensors.torch.load_model`": Safetensors,
+    "Accelerate's `load_checkpoint_and_dispatch(device_map=...)`": Accelerate,
     "`torch.distributed.checkpoint.load`": Distributed,
     "the same with `DefaultLoadPlanner(allow_partial_load=True)`": DistributedPartial,
     "the same, without `load_state_dict` afterwards": DistributedInPlace,
@@ -245,9 +256,9 @@ def describe(loader, saved, loaded, folder):
         try:
             result = loader.load(loaded, folder)
         except (Exception, dcp.api.CheckpointException) as error:
-            names = re.findall(r"\w*\._extra_state", str(error))
+            names = re.findall(r"\b_extra_state\b", str(error))
             assert names
-            return f"error that names `{names[0].rpartition('.')[2]}`"
+            return f"error that names `{names[0]}`"
     assert torch.equal(result.linear.weight.float(), model.linear.weight.to(result.linear.weight))
     if isinstance(result.dropout, Dropout):
         return f"`calls` is {'saved' if (n := int(result.dropout.calls)) == CALLS else n}"
