@@ -148,7 +148,7 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         if not traced_call_drops(input, p, self.training):
             return trace_identity(input)
         if is_exporting():
-            key = self._seed and self._seed.fold_in(take_number(self._buffers[_CALLS]))
+            key = self._seed and self._seed.fold_in(take_number(self, self._buffers[_CALLS]))
             return dropout(input, p, True, self.inplace, key=key, broadcast_axes=axes)
         if self._words is None:
             words = trace_draw_words(input)

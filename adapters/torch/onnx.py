@@ -3,6 +3,7 @@
 PyTorch documentation: torch.onnx.export, torch.onnx.is_in_onnx_export.
 """
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -43,20 +44,18 @@ def mark_as_set(calls: Tensor) -> None:
     calls._unidrop_is_set = True  # type: ignore[attr-defined]
 
 
-def take_number(calls: Tensor) -> Tensor:
-    """Return the call number that a model has set, and advance it.
+def take_number(layer: torch.nn.Module, calls: Tensor) -> Tensor:
+    """Return the call number of a layer in a trace, and advance it.
 
-    Raises
-    ------
-    RuntimeError
-        If the model has not set the number. It would be a constant of the graph, because a graph
-        of ONNX has no state.
+    Warns if the model has not set the number. It is a constant then, because a graph of ONNX has no
+    state.
     """
     if not getattr(calls, "_unidrop_is_set", False):
-        raise RuntimeError(
-            "a graph of ONNX cannot count calls, so each of its calls would drop the same units: "
-            "in the exported module's forward, take the step as an input, and set the calls of "
-            "each Dropout to it (layer.calls = step)"
+        warnings.warn(
+            f"a graph of ONNX cannot count calls, so {layer} will drop the same units whenever the "
+            "graph runs: in the forward of the exported module, take the step as an input, and set "
+            "layer.calls = step",
+            stacklevel=2,
         )
     number = get_number(calls).clone()
     set_number(calls, number + 1)

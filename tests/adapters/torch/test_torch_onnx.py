@@ -92,11 +92,15 @@ def test_gives_bits_of_eager_calls_at_other_lengths_and_steps():
         assert actual.tobytes() == Function()(x, step).numpy().tobytes()
 
 
-def test_refuses_layer_whose_calls_would_be_constant():
-    with pytest.raises(torch.onnx.OnnxExporterError) as error:
-        export(nn.Sequential(Dropout(seed=1)), torch.ones(2, 3))
-    # PyTorch shows the first error if its other ways to trace a model fail too.
-    assert "set the calls of each Dropout" in str(error.value.__cause__)
+def test_warns_of_layer_whose_calls_are_constant_in_graph():
+    layer, x = Dropout(seed=1), torch.ones(64)
+    layer.calls = 5
+    with pytest.warns(UserWarning, match=r"so Dropout\(.*seed=.*\) will drop the same units"):
+        run = load(export(layer, x))
+    expected = layer(x).numpy()
+    for _ in range(2):
+        (actual,) = run(x)
+        assert np.array_equal(actual, expected)
 
 
 def test_exports_no_dropout_in_evaluation():
