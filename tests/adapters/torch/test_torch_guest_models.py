@@ -137,7 +137,7 @@ def test_resumes_by_file_of_transformers(make, transformers, tmp_path):
     def save_and_load(model):
         model.save_pretrained(tmp_path)
         loaded = replace(cls.from_pretrained(tmp_path))
-        assert set(numbers(loaded).values()) == {0}  # PyTorch's layers have read nothing
+        assert set(numbers(loaded).values()) == {0}  # nothing has read them
         safetensors = pytest.importorskip("safetensors.torch")
         loaded.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"), strict=False)
         return loaded
@@ -194,7 +194,7 @@ def test_resumes_with_lora(transformers, tmp_path):
         base = cls.from_pretrained(tmp_path / "base")
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
         replace(loaded)
-        assert set(numbers(loaded).values()) == {0}  # PyTorch's layers have read nothing
+        assert set(numbers(loaded).values()) == {0}  # nothing has read them
         loaded.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
         for name, number in numbers(loaded).items():
             assert number == (2 if "lora_dropout" in name else 0)

@@ -230,6 +230,24 @@ def test_is_removed_by_fx():
     assert "Dropout" not in str(remove_dropout(model))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+def test_trains_when_prepared_for_quantization_by_fx():
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    model = nn.Sequential(nn.Linear(64, 64), Dropout(seed=SITE)).train()
+    qat = prepare_qat_fx(model, get_default_qat_qconfig_mapping("x86"), (torch.ones(2, 64),))
+    layer = qat.get_submodule("1")
+    layer.calls = 0
+    seen = []
+    layer.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output)))
+    for call in range(2):
+        qat(torch.ones(2, 64)).sum().backward()
+        x, y = seen[call]
+        assert torch.equal(y, dropout(x, key=SITE.fold_in(call)))
+    assert layer.calls == 2
+
+
 @pytest.mark.parametrize("call", [lambda x: Dropout(seed=SITE)(x), dropout], ids=["layer", "f"])
 @pytest.mark.parametrize("x", [[1.0, 2.0], 1.0, None, "x"], ids=repr)
 def test_refuses_other_types(call, x):
