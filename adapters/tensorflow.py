@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from unidrop.adapters.noise_shape import noise_shape_axes
-from unidrop.adapters.numpy import get_address, locate_array
+from unidrop.adapters.numpy import check_plain, get_address, locate_array
 from unidrop.key import Key, check_key
 from unidrop.philox import ODD_MULTIPLIER, PhiloxBlock
 from unidrop.plan import DropoutPlan
@@ -120,6 +120,9 @@ def dropout(
     """
     with nullcontext() if name is None else tf.name_scope(name):
         _check_dense(type(x), "x")
+        check_plain(
+            type(getattr(x, "_meta", x)), "x"
+        )  # the _meta of a Dask array is like its chunks
         x = tf.convert_to_tensor(x)
         check_key(key)
         plan = DropoutPlan.from_args(
@@ -215,8 +218,8 @@ class TensorFlowArrays(Arrays):
         return _NAMESPACE
 
     def device(self, x: Any) -> Any:
-        """Return the device of an eager tensor; a graph places its own."""
-        return x.device if tf.executing_eagerly() else None
+        """Return the device of an eager tensor; a graph or a keras.Variable places its own."""
+        return getattr(x, "device", None) if tf.executing_eagerly() else None
 
     def shape(self, x: Any) -> tuple[Any, ...]:
         """Return the shape, with a scalar tensor for each length that is not known yet."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
+from unidrop.adapters.torch.arrays import LIBRARY, PLAIN, is_tracing, not_dense
 from unidrop.adapters.torch.fx import call_override
 from unidrop.adapters.torch.operators import (
     as_key,
@@ -470,8 +470,6 @@ def _dropout_of_window(
 ) -> _Result:
     """Run a call with a window or a mask, whether PyTorch traces it or not."""
     rate = Rate.from_p(p)
-    if input.layout is not torch.strided or input.is_nested:
-        raise _not_dense(input)
     if key is not None:
         check_key(key)
     plan = DropoutPlan.from_args(
@@ -502,8 +500,9 @@ def _dropout_of_window(
 def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
     """Return the plan of a call that is not traced, or None if the call drops nothing."""
     rate = cached_rate(p) if type(p) is float else Rate.from_p(p)
-    if input.layout is not torch.strided or input.is_nested:
-        raise _not_dense(input)
+    if type(input) not in PLAIN:
+        get_library(input, "input")  # checks the type
+    LIBRARY.arrays.check(input, "input")
     if not training:
         return None
     if axes == ():
@@ -519,17 +518,6 @@ def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> D
     return plan
 
 
-def _not_dense(input: Tensor) -> TypeError:
-    """Return an error with a remedy: the elements of such tensors have no index in an array."""
-    kind = "a nested tensor" if input.is_nested else f"one of layout {input.layout}"
-    remedy = (
-        "torch.nested.nested_tensor_from_jagged(dropout(x.values()), x.offsets())"
-        if input.is_nested
-        else "torch.sparse_coo_tensor(x.indices(), dropout(x.values()), x.shape)"
-    )
-    return TypeError(f"input must be a dense tensor, got {kind}: drop its values, as in {remedy}")
-
-
 def traced_call_drops(input: Tensor, p: float, training: bool) -> bool:
     """Return whether a traced call drops anything; raises as `make_plan`.
 
@@ -537,7 +525,9 @@ def traced_call_drops(input: Tensor, p: float, training: bool) -> bool:
     checks.
     """
     if input.layout is not torch.strided or input.is_nested:
-        raise _not_dense(input)
+        raise not_dense(input, "input")
+    if type(input) not in PLAIN:
+        LIBRARY.arrays.check_type(type(input), "input")
     if not training:
         return False
     if input.dtype not in _SUPPORTED_DTYPES:
