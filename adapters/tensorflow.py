@@ -120,9 +120,8 @@ def dropout(
     """
     with nullcontext() if name is None else tf.name_scope(name):
         _check_dense(type(x), "x")
-        check_plain(
-            type(getattr(x, "_meta", x)), "x"
-        )  # the _meta of a Dask array is like its chunks
+        kind = type(getattr(x, "_meta", x))  # the _meta of a Dask array is like its chunks
+        check_plain(kind, "x")
         x = tf.convert_to_tensor(x)
         check_key(key)
         plan = DropoutPlan.from_args(
