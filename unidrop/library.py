@@ -89,7 +89,7 @@ def _find(x: Any, name: str) -> ArrayLibrary:
             with fork_guard:
                 library: ArrayLibrary = point.load()
             return library
-    # A proxy, such as a variable of Flax, has the attributes of its array, but is not an array.
+    # A proxy has the attributes of its array, but is not an array.
     is_proxy = hasattr(x, "__array_namespace__") and not hasattr(type(x), "__array_namespace__")
     if array_api_compat.is_array_api_obj(x) and not is_proxy:
         # One for each type: dtypes of two libraries then never meet in a cache, where some of them
