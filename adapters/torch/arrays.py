@@ -21,7 +21,7 @@ from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Int64Words
 
-__all__ = ["LIBRARY", "PLAIN", "is_tracing", "not_dense"]
+__all__ = ["LIBRARY", "PLAIN", "is_tracing", "not_dense", "write_result"]
 
 _WORDS = Int64Words(array_api_compat.torch)
 
@@ -252,3 +252,24 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         return ctx.plan.apply(upstream[0], ctx.key), None, None, None
+
+
+class _InPlaceDropout(_Dropout):
+    """The gradient of dropout in place, for an input that is written to next.
+
+    Autograd adds zeros to the gradient of ``copy_``, and does not keep its strides.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> Any:
+        ctx.key, ctx.plan = key, plan
+        ctx.mark_dirty(x)
+        return x
+
+
+def write_result(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> torch.Tensor:
+    """Write dropout over x, a result of operations that autograd has recorded."""
+    output = plan.run(x.detach(), key, mask)
+    _InPlaceDropout.apply(x, key, plan, mask)
+    x.detach().copy_(output)
+    return x

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from unidrop.adapters.torch.arrays import LIBRARY, PLAIN, is_tracing, not_dense
+from unidrop.adapters.torch.arrays import LIBRARY, PLAIN, is_tracing, not_dense, write_result
 from unidrop.adapters.torch.fx import call_override
 from unidrop.adapters.torch.operators import (
     as_key,
@@ -572,6 +572,8 @@ def _write(input: Tensor, plan: DropoutPlan, key: Key, mask: Tensor | None) -> T
     """Write dropout over the input, and return it."""
     _check_inference(input)
     if is_tracing() or _is_observed(input):
+        if not is_tracing() and _is_result(input):
+            return write_result(input, key, plan, mask)
         # PyTorch refuses to write to some tensors, and does so before copy_ writes.
         return input.copy_(plan.apply(input, key, mask))
     try:
@@ -603,6 +605,17 @@ def _check_inference(input: Tensor) -> None:
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed"
         )
+
+
+def _is_result(input: Tensor) -> bool:
+    """Return whether autograd alone observes a tensor, and lets a call write to it."""
+    return (
+        (torch.is_grad_enabled() and input.requires_grad)
+        and not input.is_leaf
+        and not input._is_view()
+        and not input.is_inference()
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 def _is_observed(input: Tensor) -> bool:
