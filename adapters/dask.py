@@ -10,7 +10,7 @@ import dask.array
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.adapters.numpy import check_not_masked
+from unidrop.adapters.numpy import check_plain
 from unidrop.dropout import dropout
 from unidrop.key import Key
 from unidrop.mask import keep_mask
@@ -29,7 +29,6 @@ class DaskOperator(Operator):
 
         Ignores ``mask``, because each chunk computes its own.
         """
-        check_not_masked(type(x._meta), "x")
         options = _options(key, plan.window, x.shape)
         if options is None:
             return plan.run(x, key, mask)
@@ -60,6 +59,15 @@ class DaskOperator(Operator):
 
 class DaskArrays(Arrays):
     """Dask arrays, with chunks of NumPy or another library."""
+
+    def check(self, x: Any, name: str) -> None:
+        """Raise TypeError for chunks of unknown lengths, or of an array type that is refused."""
+        check_plain(type(x._meta), name)
+        if any(n != n for n in x.shape):  # NaN
+            raise TypeError(
+                f"{name} must have chunks of known lengths, got shape {x.shape}: call "
+                f"{name}.compute_chunk_sizes()"
+            )
 
     def complex(self, xp: Any, real: Any, imag: Any) -> Any:
         """Return the complex array of two real ones of the same chunks."""

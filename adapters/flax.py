@@ -11,7 +11,7 @@ from flax import nnx, serialization
 from jax import numpy as jnp
 
 from unidrop.adapters.calls import run_counted
-from unidrop.adapters.jax import as_key, dropout
+from unidrop.adapters.jax.functional import as_array, as_key, dropout
 from unidrop.arguments import checked_integer
 from unidrop.key import Key
 from unidrop.library import get_library
@@ -193,7 +193,7 @@ class Dropout(nnx.Dropout):
 
     def _check(self, inputs: Any) -> None:
         """Validate the inputs, before a call is counted or a key drawn."""
-        x = inputs if isinstance(inputs, jax.Array) else jnp.asarray(inputs)
+        x = as_array(inputs, "inputs")
         DropoutPlan.from_args(
             x, Rate.from_p(self.rate, "rate"), broadcast_axes=self.broadcast_dims, name="inputs"
         )

@@ -121,8 +121,9 @@ def dropout(
     Raises
     ------
     TypeError
-        If x has an integer or bool dtype, a rate is not a Python number, key is not a Key,
-        `numpy.random.default_rng` does not accept rng, or out is not an array.
+        If x has an integer or bool dtype, or x is a masked array, a matrix or a table. If a rate is
+        not a Python number, key is not a Key, `numpy.random.default_rng` does not accept rng, or
+        out is not an array.
     ValueError
         If a rate is outside [0, 1], keep_prob is given with a p that is not the default, both key
         and rng are given, an axis does not exist, the window does not fit, or out does not fit.
@@ -233,18 +234,28 @@ def dropout_backward(
 
 
 def _as_array(x: ArrayLike, name: str) -> NDArray[Any]:
-    check_not_masked(type(x), name)
+    if type(x) is np.ndarray:
+        return x
+    check_plain(type(getattr(x, "_meta", x)), name)  # the _meta of a Dask array is like its chunks
     return np.asarray(x)
 
 
-def check_not_masked(kind: type, name: str) -> None:
-    """Raise TypeError for masked arrays: arithmetic changes masked elements only in part."""
+def check_plain(kind: type, name: str) -> None:
+    """Raise TypeError for arrays that would lose a mask, labels, a unit or other behavior."""
     # NumPy imports numpy.ma at its first use, and a fork during an import would leave a child with
     # a held lock. Masked arrays exist only after that import.
     if issubclass(kind, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
         raise TypeError(
             f"{name} must not be a masked array: apply dropout to {name}.filled(0) or {name}.data, "
             "and mask the output"
+        )
+    if hasattr(kind, "to_numpy"):  # pandas, xarray and other libraries of tables have it
+        raise TypeError(
+            f"{name} must be a plain array, got {kind.__name__}: pass {name}.to_numpy()"
+        )
+    if issubclass(kind, np.ndarray) and kind is not np.ndarray and kind is not np.memmap:
+        raise TypeError(
+            f"{name} must be a plain array, got {kind.__name__}: pass numpy.asarray({name})"
         )
 
 
@@ -319,7 +330,7 @@ def _copy_to(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
 
 
 def _checked_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool]:
-    checked: NDArray[np.bool] = np.asarray(mask)
+    checked: NDArray[np.bool] = _as_array(mask, "mask")
     if checked.dtype != np.bool:
         raise TypeError(f"mask must be of bool, got dtype {checked.dtype}")
     if checked.shape != shape:
@@ -328,15 +339,15 @@ def _checked_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool]:
 
 
 class NumPyArrays(Arrays):
-    """NumPy arrays, and arrays of subclasses."""
+    """Plain NumPy arrays, memory-mapped ones included."""
 
     def check_type(self, kind: type, name: str) -> None:
-        """Raise TypeError for masked arrays."""
-        check_not_masked(kind, name)
+        """Raise TypeError for other subclasses, such as masked arrays."""
+        check_plain(kind, name)
 
 
 class NumPyBuffers(Buffers):
-    """Plain NumPy arrays, memory-mapped ones included; subclasses use the portable path."""
+    """Plain NumPy arrays, memory-mapped ones included; other subclasses may be outputs."""
 
     def locate(self, x: Any) -> Buffer | str:
         """Return the buffer of a plain array of native, aligned elements."""

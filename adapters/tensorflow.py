@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from unidrop.adapters import tensorflow_lite
 from unidrop.adapters.noise_shape import noise_shape_axes
-from unidrop.adapters.numpy import get_address, locate_array
+from unidrop.adapters.numpy import check_plain, get_address, locate_array
 from unidrop.dispatch import is_forced
 from unidrop.key import Key, check_key
 from unidrop.philox import ODD_MULTIPLIER, PhiloxBlock
@@ -122,6 +122,8 @@ def dropout(
     """
     with nullcontext() if name is None else tf.name_scope(name):
         _check_dense(type(x), "x")
+        kind = type(getattr(x, "_meta", x))  # the _meta of a Dask array is like its chunks
+        check_plain(kind, "x")
         x = tf.convert_to_tensor(x)
         check_key(key)
         plan = DropoutPlan.from_args(
@@ -217,8 +219,8 @@ class TensorFlowArrays(Arrays):
         return _NAMESPACE
 
     def device(self, x: Any) -> Any:
-        """Return the device of an eager tensor; a graph places its own."""
-        return x.device if tf.executing_eagerly() else None
+        """Return the device of an eager tensor; a graph or a keras.Variable places its own."""
+        return getattr(x, "device", None) if tf.executing_eagerly() else None
 
     def shape(self, x: Any) -> tuple[Any, ...]:
         """Return the shape, with a scalar tensor for each length that is not known yet."""

@@ -82,18 +82,25 @@ def _look_up(x: Any, name: str) -> ArrayLibrary:
 
 def _find(x: Any, name: str) -> ArrayLibrary:
     if not (hasattr(x, "dtype") and hasattr(x, "shape")):
-        raise TypeError(_NOT_AN_ARRAY.format(name=name, kind=type(x).__name__))
+        raise _not_an_array(x, name)
     for base in type(x).__mro__:
         point = _registered().get(base.__module__.partition(".")[0])
         if point is not None:
             with fork_guard:
                 library: ArrayLibrary = point.load()
             return library
-    if array_api_compat.is_array_api_obj(x):
+    # A proxy has the attributes of its array, but is not an array.
+    is_proxy = hasattr(x, "__array_namespace__") and not hasattr(type(x), "__array_namespace__")
+    if array_api_compat.is_array_api_obj(x) and not is_proxy:
         # One for each type: dtypes of two libraries then never meet in a cache, where some of them
         # warn of the comparison.
         return ArrayLibrary()
-    raise TypeError(_NOT_AN_ARRAY.format(name=name, kind=type(x).__name__))
+    raise _not_an_array(x, name)
+
+
+def _not_an_array(x: Any, name: str) -> TypeError:
+    hint = f": pass {name}.to_numpy()" if hasattr(x, "to_numpy") else ""
+    return TypeError(_NOT_AN_ARRAY.format(name=name, kind=type(x).__name__) + hint)
 
 
 @cache

@@ -60,6 +60,7 @@ class DropoutPlan:
         """
         library = get_library(x, name)
         arrays = library.arrays
+        arrays.check(x, name)
         drops = bool(training) and rate.p > 0
         has_axes = type(broadcast_axes) is not tuple or broadcast_axes != ()
         is_whole = not has_axes and global_shape is None and start is None

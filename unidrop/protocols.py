@@ -42,6 +42,9 @@ class Arrays:
     def check_type(self, kind: type, name: str) -> None:
         """Raise TypeError, naming the argument, for a class of arrays that dropout would break."""
 
+    def check(self, x: Any, name: str) -> None:
+        """Raise TypeError, naming the argument, for an array that dropout would break."""
+
     def namespace(self, x: Any) -> Any:
         """Return the standard's namespace for an array."""
         with fork_guard:  # array-api-compat imports a library's namespace at its first call

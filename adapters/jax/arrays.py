@@ -107,6 +107,11 @@ _FEW = 1 << 11
 class JaxArrays(Arrays):
     """JAX arrays and tracers."""
 
+    def check_type(self, kind: type, name: str) -> None:
+        """Raise TypeError for other classes of JAX, such as sparse matrices and references."""
+        if not issubclass(kind, jax.Array | jax.core.Tracer | np.ndarray):
+            raise TypeError(f"{name} must be a jax.Array, got {kind.__name__}")
+
     def device(self, x: Any) -> None:
         """Leave placement to JAX: uncommitted arrays follow x, also under a trace."""
         return

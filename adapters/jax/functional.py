@@ -44,11 +44,13 @@ import numpy as np
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
+from unidrop.adapters.numpy import check_plain
+from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_array_word
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["as_key", "dropout"]
+__all__ = ["as_array", "as_key", "dropout"]
 
 
 @overload
@@ -103,8 +105,8 @@ def dropout(
     Parameters
     ----------
     x : jax.Array
-        Any shape, of a floating-point or complex dtype. Also accepts any array-like argument of
-        `jax.numpy` functions, such as a NumPy array.
+        Any shape, of a floating-point or complex dtype. Also accepts a NumPy array, a number, and
+        an object with a method ``__jax_array__``.
     rate : int or float
         The probability of dropping an element, in [0, 1]; a Python number, also under `jax.jit`.
     key : unidrop.Key or jax.Array
@@ -133,7 +135,8 @@ def dropout(
     Raises
     ------
     TypeError
-        If x has an integer or bool dtype, rate is not a Python number, or key is not a key.
+        If x is not an array or has an integer or bool dtype, rate is not a Python number, or key is
+        not a key.
     ValueError
         If rate is outside [0, 1], an axis does not exist, the window does not fit, or key is a
         batch of keys or of another generator than Threefry.
@@ -148,7 +151,7 @@ def dropout(
     >>> dropout(jax.numpy.ones(6), 0.5, jax.random.key(42))
     Array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
-    x = _as_array(x)
+    x = as_array(x)
     plan = DropoutPlan.from_args(
         x,
         Rate.from_p(rate, "rate"),
@@ -235,11 +238,24 @@ def _check_one(key: Any, batch: tuple[int, ...]) -> None:
         )
 
 
-def _as_array(x: Any) -> Any:
+def as_array(x: Any, name: str = "x") -> Any:
+    """Return an array or a number as an array of JAX.
+
+    Raises
+    ------
+    TypeError
+        If x is another object, or dropout does not support its dtype; names the argument.
+    """
     if isinstance(x, jax.Array):
         return x
-    if isinstance(x, np.ndarray | np.generic | int | float | complex):
-        return jnp.asarray(x)
     if hasattr(x, "__jax_array__"):
         return x.__jax_array__()
-    raise TypeError(f"x must be a jax.Array, or array-like to jax.numpy, got {x!r}")
+    check_plain(type(x), name)
+    if isinstance(x, np.ndarray):
+        compute_dtype(x.dtype, name)
+        return jnp.asarray(x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("=")))
+    if isinstance(x, np.generic | int | float | complex):
+        return jnp.asarray(x)
+    raise TypeError(
+        f"{name} must be a jax.Array, a numpy.ndarray or a number, got {type(x).__name__}"
+    )

@@ -22,14 +22,28 @@ from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Int64Words
 
-__all__ = ["LIBRARY", "is_tracing"]
+__all__ = ["LIBRARY", "PLAIN", "is_tracing", "not_dense", "write_result"]
 
 _WORDS = Int64Words(array_api_compat.torch)
 
 # torch.compiler.assume_constant_result does the same, but imports the compiler.
 string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions accept any
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# By name, because the import of their modules takes long.
+_REFUSED = {
+    "DTensor": "{}.to_local(), with the global_shape and start of the shard or a key for each rank",
+    "MaskedTensor": "{}.get_data(), and mask the output",
+}
+
+# PyTorch 2.13 has removed the names of axes.
+_has_names: Any = getattr(torch.Tensor, "has_names", None)
+
+_REMEDIES = {
+    torch.jagged: "torch.nested.nested_tensor_from_jagged(dropout(x.values()), x.offsets())",
+    torch.sparse_coo: "torch.sparse_coo_tensor(x.indices(), dropout(x.values()), x.shape)",
+}
 
 _BITS = {getattr(torch, f"{sign}int{bits}"): bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
@@ -39,6 +53,20 @@ _MAX_INT64 = (1 << 63) - 1
 
 class TorchArrays(Arrays):
     """PyTorch tensors."""
+
+    def check_type(self, kind: type, name: str) -> None:
+        """Raise TypeError for tensors that are parts of others or have a mask."""
+        for base in kind.__mro__:
+            if base.__name__ in _REFUSED and base.__module__.startswith("torch."):
+                remedy = _REFUSED[base.__name__].format(name)
+                raise TypeError(f"{name} must not be a {base.__name__}: apply dropout to {remedy}")
+
+    def check(self, x: torch.Tensor, name: str) -> None:
+        """Raise TypeError for tensors that are not dense, or have names."""
+        if x.layout is not torch.strided or x.is_nested:
+            raise not_dense(x, name)
+        if _has_names is not None and _has_names(x):
+            raise TypeError(f"{name} must not have names: pass {name}.rename(None)")
 
     def namespace(self, x: torch.Tensor) -> Any:
         """Return the standard's namespace; Dynamo warns about the cache of array-api-compat."""
@@ -137,7 +165,7 @@ class TorchBuffers(Buffers):
 
     def locate(self, x: torch.Tensor) -> Buffer | str:
         """Return the buffer of a plain CPU tensor."""
-        if type(x) not in _PLAIN:
+        if type(x) not in PLAIN:
             return f"a {type(x).__name__} is not a plain torch.Tensor"
         if x.device.type != "cpu":
             return f"it is on {x.device}, and kernels are for the CPU"
@@ -170,6 +198,14 @@ LIBRARY = ArrayLibrary(TorchArrays(), TorchWords(), TorchOperator(), TorchBuffer
 register_symbolic_integer(torch.SymInt)
 
 
+def not_dense(x: torch.Tensor, name: str) -> TypeError:
+    """Return an error with a remedy: the elements of such tensors have no index in an array."""
+    kind = "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
+    dense = "to_padded_tensor(0)" if x.is_nested else "to_dense()"
+    remedy = _REMEDIES.get(x.layout, f"dropout(x.{dense})")
+    return TypeError(f"{name} must be a dense tensor, got {kind}: drop its values, as in {remedy}")
+
+
 def is_tracing() -> bool:
     """Return whether PyTorch traces or transforms operations on tensors.
 
@@ -187,7 +223,7 @@ def _window_arguments(window: Window) -> tuple[Any, ...]:
     """Return the arguments of an operator for a window."""
     if window.global_shape is None or window.start is None:
         return (window.broadcast_axes,)
-    if max(window.global_shape, default=0) > _MAX_INT64:
+    if any(length > _MAX_INT64 for length in window.global_shape):
         raise ValueError(
             "global_shape must be below 2**63 under torch.compile, torch.export and torch.func, "
             f"got {window.global_shape}"
@@ -224,3 +260,24 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         return ctx.plan.apply(upstream[0], ctx.key), None, None, None
+
+
+class _InPlaceDropout(_Dropout):
+    """The gradient of dropout in place, for an input that is written to next.
+
+    Autograd adds zeros to the gradient of ``copy_``, and does not keep its strides.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> Any:
+        ctx.key, ctx.plan = key, plan
+        ctx.mark_dirty(x)
+        return x
+
+
+def write_result(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> torch.Tensor:
+    """Write dropout over x, a result of operations that autograd has recorded."""
+    output = plan.run(x.detach(), key, mask)
+    _InPlaceDropout.apply(x, key, plan, mask)
+    x.detach().copy_(output)
+    return x

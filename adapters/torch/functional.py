@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
+from unidrop.adapters.torch.arrays import LIBRARY, PLAIN, is_tracing, not_dense, write_result
 from unidrop.adapters.torch.fx import call_override
 from unidrop.adapters.torch.onnx import is_exporting
 from unidrop.adapters.torch.operators import (
@@ -473,8 +473,6 @@ def _dropout_of_window(
 ) -> _Result:
     """Run a call with a window or a mask, whether PyTorch traces it or not."""
     rate = Rate.from_p(p)
-    if input.layout is not torch.strided or input.is_nested:
-        raise _not_dense(input)
     if key is not None:
         check_key(key)
     plan = DropoutPlan.from_args(
@@ -505,8 +503,9 @@ def _dropout_of_window(
 def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
     """Return the plan of a call that is not traced, or None if the call drops nothing."""
     rate = cached_rate(p) if type(p) is float else Rate.from_p(p)
-    if input.layout is not torch.strided or input.is_nested:
-        raise _not_dense(input)
+    if type(input) not in PLAIN:
+        get_library(input, "input")  # checks the type
+    LIBRARY.arrays.check(input, "input")
     if not training:
         return None
     if axes == ():
@@ -522,17 +521,6 @@ def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> D
     return plan
 
 
-def _not_dense(input: Tensor) -> TypeError:
-    """Return an error with a remedy: the elements of such tensors have no index in an array."""
-    kind = "a nested tensor" if input.is_nested else f"one of layout {input.layout}"
-    remedy = (
-        "torch.nested.nested_tensor_from_jagged(dropout(x.values()), x.offsets())"
-        if input.is_nested
-        else "torch.sparse_coo_tensor(x.indices(), dropout(x.values()), x.shape)"
-    )
-    return TypeError(f"input must be a dense tensor, got {kind}: drop its values, as in {remedy}")
-
-
 def traced_call_drops(input: Tensor, p: float, training: bool) -> bool:
     """Return whether a traced call drops anything; raises as `make_plan`.
 
@@ -540,7 +528,9 @@ def traced_call_drops(input: Tensor, p: float, training: bool) -> bool:
     checks.
     """
     if input.layout is not torch.strided or input.is_nested:
-        raise _not_dense(input)
+        raise not_dense(input, "input")
+    if type(input) not in PLAIN:
+        LIBRARY.arrays.check_type(type(input), "input")
     if not training:
         return False
     if input.dtype not in _SUPPORTED_DTYPES:
@@ -585,6 +575,8 @@ def _write(input: Tensor, plan: DropoutPlan, key: Key, mask: Tensor | None) -> T
     """Write dropout over the input, and return it."""
     _check_inference(input)
     if is_tracing() or _is_observed(input):
+        if not is_tracing() and _is_result(input):
+            return write_result(input, key, plan, mask)
         # PyTorch refuses to write to some tensors, and does so before copy_ writes.
         return input.copy_(plan.apply(input, key, mask))
     try:
@@ -616,6 +608,17 @@ def _check_inference(input: Tensor) -> None:
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed"
         )
+
+
+def _is_result(input: Tensor) -> bool:
+    """Return whether autograd alone observes a tensor, and lets a call write to it."""
+    return (
+        (torch.is_grad_enabled() and input.requires_grad)
+        and not input.is_leaf
+        and not input._is_view()
+        and not input.is_inference()
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 def _is_observed(input: Tensor) -> bool:

@@ -16,10 +16,6 @@ from unidrop.fused.kernels import WORK_ITEM_SIZE
 # --- Arrays that kernels do not accept ------------------------------------------------------------
 
 
-class Subclass(np.ndarray):
-    """A subclass that changes nothing."""
-
-
 def unaligned(x):
     return np.frombuffer(b"0" + x.tobytes(), x.dtype, offset=1).reshape(x.shape)
 
@@ -35,13 +31,10 @@ REFUSED = {
     "swapped bytes": (lambda x: x.astype(x.dtype.newbyteorder()), "byte order"),
     "unaligned": (unaligned, "aligned"),
     "a field": (field, "aligned"),
-    "a subclass": (lambda x: x.view(Subclass), "Subclass"),
-    "a matrix": (lambda x: np.matrix(x, copy=True), "matrix"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 def test_takes_portable_path_with_reason_and_same_bits(kind):
     make, reason = REFUSED[kind]
     plain = values((37, 11))

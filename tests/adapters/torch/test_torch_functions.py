@@ -258,6 +258,14 @@ def test_writes_in_place_in_inference_mode():
         assert patterns(x) == expected_patterns(numbers(37), 0.5)
 
 
+def test_keeps_strides_of_gradient_in_place():
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = dropout(x * 1, 0.5, inplace=True, key=KEY)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert gradient.stride() == x.stride()
+    assert torch.equal(gradient, dropout(torch.ones_like(x), 0.5, key=KEY))
+
+
 def test_writes_view_in_place_and_its_base_follows():
     x = numbers(40, requires_grad=True)
     h = x * 1

@@ -313,6 +313,18 @@ def test_compiles_options_to_one_graph(call, mask, backend):
     assert graphs.frame_count == 1
 
 
+def test_compiles_window_of_dynamic_length_to_one_graph():
+    def function(x, first):
+        window = {"global_shape": (2 * x.shape[0], x.shape[1]), "start": (first, 0)}
+        return unidrop.dropout(x, P, KEY, **window)
+
+    fast, graphs = compiled(function, "eager")
+    for length in (4, 5, 6):
+        x = numbers(length, 6)
+        assert torch.equal(fast(x, torch.tensor(length)), function(x, length))
+    assert graphs.frame_count == 2  # the first has a fixed length
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 def test_compiles_in_place_call_with_mask(backend):
     fast, graphs = compiled(
