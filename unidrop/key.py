@@ -217,14 +217,15 @@ def check_key(key: object) -> None:
     if isinstance(words, tuple):
         for word in words:
             if type(word) is not int:
-                check_array_word(word)
+                check_array_words(word)
                 _check_scalar_word(word)
 
 
-def check_array_word(word: Any) -> None:
-    """Raise TypeError unless a word of a key is an array: a tree may hold any object instead."""
-    if not hasattr(word, "dtype"):
-        raise TypeError(f"key must be a Key of two words, got one with {word!r} in their place")
+def check_array_words(*words: Any) -> None:
+    """Raise TypeError unless words of a key are arrays or integers, not what a tree may hold."""
+    for word in words:
+        if type(word) is not int and not hasattr(word, "dtype"):
+            raise TypeError(f"key must be a Key of two words, got one with {word!r} in their place")
 
 
 def _check_scalar_word(word: Any) -> None:

@@ -87,11 +87,6 @@ class Rate(NamedTuple):
         return cls.from_p(1.0 - cls.from_p(keep_prob, "keep_prob").p)
 
     @property
-    def keeps_all(self) -> bool:
-        """Whether every element is kept, whatever its word."""
-        return self.threshold == 0
-
-    @property
     def keeps_nothing(self) -> bool:
         """Whether every element is dropped, whatever its word."""
         return self.threshold == KEEP_NOTHING

@@ -217,7 +217,7 @@ LIBRARY = ArrayLibrary(JaxArrays(), JaxWords(), JaxOperator(), JaxBuffers())
 
 def _get_operands(key: Key, window: Window) -> tuple[SplitInteger, list[SplitInteger]]:
     """Return the words of a key, and the words of the starts of a window that are arrays."""
-    lo, hi = map(as_jax_word, key.words)
+    lo, hi = map(as_jax_word, key._words)
     offsets = () if window.start is None else window.offsets
     return (lo, hi), [LIBRARY.split(start, "start") for start, _ in offsets]
 

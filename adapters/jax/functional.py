@@ -46,7 +46,7 @@ from jax.typing import ArrayLike
 
 from unidrop.adapters.numpy import check_plain
 from unidrop.dtypes import compute_dtype
-from unidrop.key import Key, check_array_word
+from unidrop.key import Key, check_array_words
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
@@ -193,10 +193,10 @@ def as_key(key: Any) -> Key:
     True
     """
     if isinstance(key, Key):
-        for word in key.words:
-            if type(word) is not int:
-                check_array_word(word)
-        _check_one(key, jnp.shape(key.words[0]))
+        lo, hi = key._words
+        if not type(lo) is type(hi) is int:
+            check_array_words(lo, hi)
+        _check_one(key, jnp.shape(lo))
         return key
     data = _get_data(key)
     if data is None:

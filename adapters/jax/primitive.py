@@ -124,10 +124,6 @@ class _TracedRate(Rate):
     """A rate that keeps some elements, with operands of a program as threshold and scale."""
 
     @property
-    def keeps_all(self) -> bool:
-        return False
-
-    @property
     def keeps_nothing(self) -> bool:
         return False
 

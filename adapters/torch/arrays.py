@@ -22,7 +22,14 @@ from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Int64Words
 
-__all__ = ["LIBRARY", "PLAIN", "is_tracing", "not_dense", "write_result"]
+__all__ = [
+    "LIBRARY",
+    "MAY_HAVE_NAMES",
+    "PLAIN",
+    "is_tracing",
+    "not_dense",
+    "write_result",
+]
 
 _WORDS = Int64Words(array_api_compat.torch)
 
@@ -38,7 +45,7 @@ _REFUSED = {
 }
 
 # PyTorch 2.13 has removed the names of axes.
-_has_names: Any = getattr(torch.Tensor, "has_names", None)
+MAY_HAVE_NAMES = hasattr(torch.Tensor, "has_names")
 
 _REMEDIES = {
     torch.jagged: "torch.nested.nested_tensor_from_jagged(dropout(x.values()), x.offsets())",
@@ -65,7 +72,7 @@ class TorchArrays(Arrays):
         """Raise TypeError for tensors that are not dense, or have names."""
         if x.layout is not torch.strided or x.is_nested:
             raise not_dense(x, name)
-        if _has_names is not None and _has_names(x):
+        if MAY_HAVE_NAMES and x.has_names():
             raise TypeError(f"{name} must not have names: pass {name}.rename(None)")
 
     def namespace(self, x: torch.Tensor) -> Any:

@@ -7,7 +7,14 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from unidrop.adapters.torch.arrays import LIBRARY, PLAIN, is_tracing, not_dense, write_result
+from unidrop.adapters.torch.arrays import (
+    LIBRARY,
+    MAY_HAVE_NAMES,
+    PLAIN,
+    is_tracing,
+    not_dense,
+    write_result,
+)
 from unidrop.adapters.torch.fx import call_override
 from unidrop.adapters.torch.onnx import is_exporting
 from unidrop.adapters.torch.operators import (
@@ -505,7 +512,8 @@ def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> D
     rate = cached_rate(p) if type(p) is float else Rate.from_p(p)
     if type(input) not in PLAIN:
         get_library(input, "input")  # checks the type
-    LIBRARY.arrays.check(input, "input")
+    if input.layout is not torch.strided or input.is_nested or MAY_HAVE_NAMES:
+        LIBRARY.arrays.check(input, "input")
     if not training:
         return None
     if axes == ():

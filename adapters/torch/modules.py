@@ -124,7 +124,8 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         plan = make_plan(input, self.p, self.training, self._get_axes(input))
         if plan is None:
             return input
-        seed, inplace = self._get_key(), self.inplace
+        is_own = self._buffers.get(_KEY) is self._own_key
+        seed, inplace = self._seed if is_own else self._get_key(), self.inplace
         if seed is None:
             return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
 
@@ -163,9 +164,9 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         return ()
 
     def _get_key(self) -> Key | None:
-        """Return the seed of this module, or of the module that `torch.func` took buffers from."""
+        """Return the seed of the module that `torch.func` took the buffers from."""
         key = self._buffers.get(_KEY)
-        return self._seed if key is self._own_key or key is None else as_key(key)
+        return self._seed if key is None else as_key(key)
 
     def _get_calls(self) -> Tensor:
         """Return the call number, after replacing a tensor that cannot be advanced."""

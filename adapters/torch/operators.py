@@ -26,7 +26,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from unidrop.adapters.calls import COUNTING
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
 from unidrop.adapters.torch.func import is_functionalizing, randomness
-from unidrop.adapters.torch.state import ADVANCE, check_number, get_number
+from unidrop.adapters.torch.state import ADVANCE, get_number, make_damage_error
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
@@ -158,7 +158,8 @@ def next_call_number(calls: Tensor, log: CheckpointLog | None, *, read: bool = T
     number: Any
     if read and calls.device.type == "cpu" and calls.dim() == 1:
         number, check = calls.tolist()
-        check_number(number, check)
+        if check != ~number or number < 0:
+            raise make_damage_error(number, check)
         calls.add_(ADVANCE)
     else:
         number = get_number(calls).clone()

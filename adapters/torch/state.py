@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ADVANCE", "check_number", "get_number", "make_calls", "read_saved", "set_number"]
+__all__ = ["ADVANCE", "get_number", "make_calls", "make_damage_error", "read_saved", "set_number"]
 
 # Added to (number, ~number).
 ADVANCE = torch.tensor([1, -1])
@@ -39,13 +39,12 @@ def set_number(calls: Tensor, number: Any) -> None:
         calls.copy_(make_calls(number))
 
 
-def check_number(number: int, check: int) -> None:
-    """Raise RuntimeError if a call number does not match its check."""
-    if check != ~number or number < 0:
-        raise RuntimeError(
-            f"the call number of a Dropout is damaged: it is {number}, and its check is {check}, "
-            f"not {~number}. A loader left it uninitialized, or wrote to it. Set module.calls"
-        )
+def make_damage_error(number: int, check: int) -> RuntimeError:
+    """Return the error for a call number that does not match its check."""
+    return RuntimeError(
+        f"the call number of a Dropout is damaged: it is {number}, and its check is {check}, "
+        f"not {~number}. A loader left it uninitialized, or wrote to it. Set module.calls"
+    )
 
 
 def read_saved(saved: Any) -> int:
@@ -66,7 +65,7 @@ def read_saved(saved: Any) -> int:
     number, check = saved.tolist()
     if check != ~number or number < 0:
         raise ValueError(
-            f"calls is damaged in the checkpoint: it has the numbers {number} and {check}, and the "
-            f"second must be {~number}. Remove the key, and set module.calls"
+            f"calls is damaged in the checkpoint: it has the numbers {number} and {check}, and must "
+            "have n >= 0 and ~n. Remove the key, and set module.calls"
         )
     return int(number)
