@@ -323,12 +323,13 @@ def assign_seeds(model: M, seed: int | Key) -> M:
         raise ValueError("model must have a module of unidrop.adapters.flax, and it has none")
     for name, module in modules.items():
         own, stack = key.fold_in(name), _get_stack(module)
-        if stack:
-            numbers = jnp.arange(math.prod(stack))
-            keys = jax.vmap(own.fold_in)(numbers)
-            module.seed = nnx.data(jax.tree.map(lambda word, n=stack: word.reshape(n), keys))
-        else:
+        if not stack:
             module.seed = own
+            continue
+        if "calls" not in vars(module):
+            module.calls = DropoutCalls(jnp.zeros(stack, jnp.uint32))
+        keys = jax.vmap(own.fold_in)(jnp.arange(math.prod(stack)))
+        module.seed = nnx.data(jax.tree.map(lambda word, n=stack: word.reshape(n), keys))
     return model
 
 
@@ -338,17 +339,25 @@ def _warn_of_twins(module: Dropout) -> None:
     Modules call this once, before their first training call: a model whose modules are copies, such
     as those of `nnx.clone`, is a mistake that no output shows.
     """
-    modules = list(_named_modules(_find_model(module)))
-    _CHECKED.update([module, *(other for _, other in modules)])
+    model = _find_model(module)
+    if model in _CHECKED and _is_traced(module):
+        return  # the module is a copy, which a transformation makes for each trace
+    modules = list(_named_modules(model))
+    _CHECKED.update([model, module, *(other for _, other in modules)])
     twins: dict[Key, list[tuple[str, int]]] = {}
     for name, other in modules:
         if other.seed is None or other.seed.is_traced or other.deterministic or other.rate == 0:
             continue
-        if _get_stack(other):  # modules made under nnx.vmap that share a seed
-            twins[other.seed] = [(name, 0), (name, 0)]
-            break
-        calls = other.calls.get_value()
-        number = 0 if isinstance(calls, jax.core.Tracer) else int(calls)
+        stack = _get_stack(other)
+        if stack:
+            warnings.warn(
+                f"the {math.prod(stack)} modules {name!r} have one seed, so they drop the same "
+                "units: call unidrop.adapters.flax.assign_seeds(model, seed), or give each its own "
+                "where nnx.vmap makes them, as in seed=Key(42).fold_in(i)",
+                stacklevel=3,
+            )
+            return
+        number = 0 if _is_traced(other) else int(other.calls.get_value())
         twins.setdefault(other.seed, []).append((name, number))
     for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
         if abs(a - b) <= 1:  # one of them may have run in this call of the model already
@@ -382,4 +391,11 @@ def _named_modules(model: Any) -> Iterator[tuple[str, Dropout]]:
 
 def _get_stack(module: Dropout) -> tuple[int, ...]:
     """Return the axes of modules that are made under `nnx.vmap`; () for a single module."""
-    return () if "calls" not in vars(module) else module.calls.get_value().shape
+    if "calls" in vars(module):
+        shape: tuple[int, ...] = module.calls.get_value().shape
+        return shape
+    return () if module.rngs is None else module.rngs.count.get_value().shape
+
+
+def _is_traced(module: Dropout) -> bool:
+    return isinstance(module.calls.get_value(), jax.core.Tracer)

@@ -23,6 +23,8 @@ _STEPS = ("one_step_on_data", "train_step", "test_step", "predict_step")
 if keras.backend.backend() == "tensorflow":
     _STEPS = _STEPS[:1]
 
+_COMPILED = ("train_function", "test_function", "predict_function")
+
 # The models whose compiled steps contain the key of a layer.
 _TRAINERS: "WeakKeyDictionary[Any, WeakSet[Any]]" = WeakKeyDictionary()
 
@@ -115,19 +117,20 @@ def find_callers(layer: Any) -> Callers:
 
 def note_trace(layer: Any, callers: Callers) -> None:
     """Remember the function that now receives the key of a layer as a constant."""
-    if isinstance(callers.trainer, keras.Model):
-        _TRAINERS.setdefault(layer, WeakSet()).add(callers.trainer)
-    elif callers.trainer is None:
+    trainer = callers.trainer
+    if isinstance(trainer, keras.Model) and any(getattr(trainer, name, None) for name in _COMPILED):
+        _TRAINERS.setdefault(layer, WeakSet()).add(trainer)
+    elif trainer != "shapes":
         _TRACED.add(layer)
 
 
 def renew_traces(layer: Any) -> None:
     """Let Keras compile its steps again, because they contain the former key of a layer."""
     for trainer in _TRAINERS.pop(layer, ()):
-        for kind in ("train", "test", "predict"):
-            if getattr(trainer, f"{kind}_function", None) is not None:
-                setattr(trainer, f"{kind}_function", None)
-                getattr(trainer, f"make_{kind}_function")()
+        for name in _COMPILED:
+            if getattr(trainer, name, None) is not None:
+                setattr(trainer, name, None)
+                getattr(trainer, f"make_{name}")()
     if layer in _TRACED:
         _TRACED.discard(layer)
         warnings.warn(
@@ -149,8 +152,10 @@ def warn_of_twins(model: Any, traced: bool) -> None:
     twins: dict[Key, list[tuple[str, int]]] = {}
     for name, other in layers:
         if other.seed is not None and other.rate > 0:
-            # A trace has no numbers.
-            twins.setdefault(other.seed, []).append((name, 0 if traced else other.calls))
+            number = 0  # a trace has no numbers
+            if not traced:  # not `calls`, for which a trainer on JAX would put back its variables
+                number = int(keras.ops.convert_to_numpy(other.seed_generator.state.value)[1])
+            twins.setdefault(other.seed, []).append((name, number))
     for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
         if abs(a - b) <= 1:  # one of them may have run in this call of the model already
             warnings.warn(
