@@ -27,8 +27,7 @@ __all__ = ["Dropout", "DropoutCalls", "assign_seeds"]
 
 M = TypeVar("M", bound=nnx.Module)
 
-# The modules that looked for others with their seed. Not an attribute of them, which nnx.jit would
-# compile again for.
+# The modules that looked for others with their seed. As an attribute, it would make nnx.jit retrace.
 _CHECKED: "WeakSet[Any]" = WeakSet()
 
 _NO_CALLS = (
@@ -77,7 +76,7 @@ class Dropout(nnx.Dropout):
     seed : int or unidrop.Key, optional
         Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two modules with one
         seed drop the same units: fold each module's site into its seed,
-        ``seed=Key(42).fold_in("encoder/0")``.
+        ``seed=Key(42).fold_in("encoder/0")``, or call `assign_seeds`.
 
     Attributes
     ----------
@@ -337,7 +336,7 @@ def _warn_of_twins(module: Dropout) -> None:
     """Warn if modules of the model that runs have one seed and one call number.
 
     Modules call this once, before their first training call: a model whose modules are copies, such
-    as those of `nnx.clone`, is a mistake that no output shows.
+    as `nnx.clone` makes, is a mistake that no output shows.
     """
     model = _find_model(module)
     if model in _CHECKED and _is_traced(module):

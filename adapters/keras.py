@@ -148,7 +148,7 @@ class _SeededLayerMixin(keras.layers.Layer):
     def _find_mistakes(self, traced: bool) -> None:
         """Look once for layers with this one's seed, and note where a trace puts the seed."""
         if traced and keras.backend.backend() == "torch":
-            return  # torch.compile compiles again for a new seed, and cannot record this
+            return  # torch.compile recompiles for a new seed, and cannot record this
         callers = find_callers(self)
         if traced:
             note_trace(self, callers)
@@ -189,7 +189,7 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @property
     def weights(self) -> list[Any]:
-        """Return Keras's own, which are none; warn if an ``.h5`` file lacks the call number.
+        """Return the weights of Keras's layer; warn if an ``.h5`` file lacks the call number.
 
         The configuration of a model does not contain the layers inside most custom layers, but
         Keras reads the weights of each.
@@ -309,7 +309,8 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     seed : int or unidrop.Key, optional
         Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two layers with one
         seed drop the same units: fold each layer's site into its seed,
-        ``seed=Key(42).fold_in("encoder/0")``. If None, Keras draws a seed when the layer is made.
+        ``seed=Key(42).fold_in("encoder/0")``, or call `assign_seeds`. If None, Keras
+        draws a seed when the layer is made.
     **kwargs
         Arguments of `keras.layers.Layer`: name, dtype, trainable, activity_regularizer.
 
@@ -330,7 +331,9 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
 
     Notes
     -----
-    ``.keras`` and ``.weights.h5`` files hold the call number, and so does `tf.train.Checkpoint`.
+    ``.keras`` and ``.weights.h5`` files hold the call number, and so does `tf.train.Checkpoint`. An
+    ``.h5`` file of a whole model does, except for layers that custom layers create: then Keras's
+    ``save`` warns.
 
     This layer loads weights that were saved with `keras.layers.Dropout`. The layer of Keras rejects
     the call number of this layer, unless it loads with ``skip_mismatch=True``.

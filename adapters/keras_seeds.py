@@ -15,11 +15,11 @@ __all__ = ["Callers", "assign_seeds", "find_callers", "note_trace", "renew_trace
 
 M = TypeVar("M", bound=keras.layers.Layer)
 
-# What may hold layers.
+# Types that may hold layers.
 _HOLDERS = (keras.layers.Layer, dict, list, tuple)
 
 # Keras's frame that leads from a compiled step to the layers. On JAX it is a method of the model.
-_STEPS = ("one_step_on_data", "train_step", "test_step", "predict_step")
+_STEPS: tuple[str, ...] = ("one_step_on_data", "train_step", "test_step", "predict_step")
 if keras.backend.backend() == "tensorflow":
     _STEPS = _STEPS[:1]
 
@@ -125,7 +125,7 @@ def note_trace(layer: Any, callers: Callers) -> None:
 
 
 def renew_traces(layer: Any) -> None:
-    """Let Keras compile its steps again, because they contain the former key of a layer."""
+    """Let Keras recompile its steps, which contain the former key of a layer."""
     for trainer in _TRAINERS.pop(layer, ()):
         for name in _COMPILED:
             if getattr(trainer, name, None) is not None:
@@ -153,7 +153,7 @@ def warn_of_twins(model: Any, traced: bool) -> None:
     for name, other in layers:
         if other.seed is not None and other.rate > 0:
             number = 0  # a trace has no numbers
-            if not traced:  # not `calls`, for which a trainer on JAX would put back its variables
+            if not traced:  # by `calls`, a trainer on JAX would put back its variables
                 number = int(keras.ops.convert_to_numpy(other.seed_generator.state.value)[1])
             twins.setdefault(other.seed, []).append((name, number))
     for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):

@@ -70,6 +70,7 @@ def test_accepts_positional_arguments_of_keras():
         assert (more.data_format, more.seed) == ("channels_first", SITE)
         assert (more.name, more.dtype) == ("more", "float64")
 
+
 # --- Seeds of a whole model -----------------------------------------------------------------------
 
 
@@ -192,13 +193,12 @@ def test_sets_seed_in_callback_of_fit():
 
 
 class Functions(keras.Model):
-    """Compiles a method of its own, if ``compiles`` names it."""
+    """Compiles one method by itself."""
 
     def __init__(self, compiles):
         super().__init__()
-        self.drop, self.compiles = Dropout(0.5, seed=1), compiles
-        if compiles:
-            setattr(self, compiles, tf.function(getattr(self, compiles)))
+        self.drop = Dropout(0.5, seed=1)
+        setattr(self, compiles, tf.function(getattr(self, compiles)))
 
     def call(self, inputs, training=False):
         return self.drop(inputs, training=training)
@@ -217,7 +217,7 @@ def test_warns_of_seed_in_function_of_user():
     drop = tf.function(lambda: made(X, training=True))
     drop()
     made.seed = int(SITE)
-    with pytest.warns(UserWarning, match="the layer 'drop' has a new seed, .* define that function"):
+    with pytest.warns(UserWarning, match="the layer 'drop' has a new seed, .* define that"):
         made.seed = 7
     made.seed = 8
 
