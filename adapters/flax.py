@@ -27,7 +27,7 @@ __all__ = ["Dropout", "DropoutCalls", "assign_seeds"]
 
 M = TypeVar("M", bound=nnx.Module)
 
-# The modules that looked for others with their seed. As an attribute, it would make nnx.jit retrace.
+# The modules that looked for others with their seed. An attribute would make nnx.jit retrace.
 _CHECKED: "WeakSet[Any]" = WeakSet()
 
 _NO_CALLS = (

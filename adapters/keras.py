@@ -189,7 +189,7 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @property
     def weights(self) -> list[Any]:
-        """Return the weights of Keras's layer; warn if an ``.h5`` file lacks the call number.
+        """Return the layer's weights; warn if an ``.h5`` file lacks the call number.
 
         The configuration of a model does not contain the layers inside most custom layers, but
         Keras reads the weights of each.
