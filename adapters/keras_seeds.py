@@ -18,11 +18,8 @@ M = TypeVar("M", bound=keras.layers.Layer)
 # Types that may hold layers.
 _HOLDERS = (keras.layers.Layer, dict, list, tuple)
 
-# Keras's frame that leads from a compiled step to the layers. On JAX it is a method of the model.
-_STEPS: tuple[str, ...] = ("one_step_on_data", "train_step", "test_step", "predict_step")
-if keras.backend.backend() == "tensorflow":
-    _STEPS = _STEPS[:1]
-
+# Frames of Keras's compiled steps. The first is only on TensorFlow, and not in replicas' threads.
+_STEPS = ("one_step_on_data", "train_step", "test_step", "predict_step")
 _COMPILED = ("train_function", "test_function", "predict_function")
 
 # The models whose compiled steps contain the key of a layer.
@@ -98,21 +95,21 @@ class Callers(NamedTuple):
 def find_callers(layer: Any) -> Callers:
     """Return the callers of a layer that are on the stack."""
     model, trainer, frame = layer, None, sys._getframe(1)
-    own_function = False
+    in_step = in_other = False
     while frame is not None:
-        name = frame.f_code.co_name
+        name, caller = frame.f_code.co_name, frame.f_locals.get("self")
         if name == "compute_output_spec":
-            trainer = "shapes"
+            return Callers(model, "shapes")
+        if name == "__call__" and isinstance(caller, keras.layers.Layer):
+            model = caller
+        elif name in _STEPS and isinstance(caller, keras.Model):
+            trainer = trainer or caller
+            in_step = in_step or name == _STEPS[0]
         elif "polymorphic_function" in frame.f_globals.get("__name__", ""):
-            own_function = trainer is None  # a tf.function inside the compiled step
-        elif name in _STEPS or name == "__call__":
-            caller = frame.f_locals.get("self")
-            if name == "__call__" and isinstance(caller, keras.layers.Layer):
-                model = caller
-            elif name in _STEPS and isinstance(caller, keras.Model) and not own_function:
-                trainer = trainer or caller
+            # A tf.function: Keras makes one around its own frame, and users make others inside.
+            in_other = in_other or not in_step
         frame = frame.f_back  # type: ignore[assignment] # None at the end
-    return Callers(model, trainer)
+    return Callers(model, None if in_other else trainer)
 
 
 def note_trace(layer: Any, callers: Callers) -> None:
