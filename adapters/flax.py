@@ -3,8 +3,13 @@
 Flax documentation: flax.nnx.Dropout (0.12).
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
+from weakref import WeakSet
 
 import jax
 from flax import nnx, serialization
@@ -18,7 +23,12 @@ from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["Dropout", "DropoutCalls"]
+__all__ = ["Dropout", "DropoutCalls", "assign_seeds"]
+
+M = TypeVar("M", bound=nnx.Module)
+
+# The modules that looked for others with their seed. An attribute would make nnx.jit retrace.
+_CHECKED: "WeakSet[Any]" = WeakSet()
 
 _NO_CALLS = (
     "this Dropout counts no calls, because it was made without a seed, with keys from rngs: "
@@ -66,7 +76,7 @@ class Dropout(nnx.Dropout):
     seed : int or unidrop.Key, optional
         Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two modules with one
         seed drop the same units: fold each module's site into its seed,
-        ``seed=Key(42).fold_in("encoder/0")``.
+        ``seed=Key(42).fold_in("encoder/0")``, or call `assign_seeds`.
 
     Attributes
     ----------
@@ -188,6 +198,8 @@ class Dropout(nnx.Dropout):
             inputs = inputs.get_value()
         self._check(inputs)
         if rngs is None and self.seed is not None:
+            if self not in _CHECKED:
+                _warn_of_twins(self)
             return self._drop_counted(inputs, self.seed)
         return self._drop(inputs, self._draw_key(self.rngs if rngs is None else rngs))
 
@@ -245,6 +257,8 @@ class Dropout(nnx.Dropout):
             raise AttributeError("the key of a module is its attribute `seed`")
         if name == "seed" and isinstance(value, int | str):
             value = Key(value)  # type: ignore[arg-type] # raises for a string
+        if name == "seed":
+            _CHECKED.discard(self)
         if name == "seed" and value is not None and "calls" not in vars(self):
             self.calls = DropoutCalls(jnp.zeros((), jnp.uint32))
         if name != "calls" or isinstance(value, nnx.Variable):
@@ -261,3 +275,126 @@ def _as_call_number(value: Any) -> jax.Array:
     # An array may be traced, as a global step is, so only its dtype and shape are checked.
     _, lo = get_library(value).split(value, "calls")
     return jnp.asarray(lo)
+
+
+def assign_seeds(model: M, seed: int | Key) -> M:
+    """Give each dropout module of a model the seed ``Key(seed).fold_in(name)``.
+
+    The name is the path of attributes and indices from the model to the module, joined by ".", as
+    in `nnx.iter_modules`: ``model.encoder.layers[2]`` has the name "encoder.layers.2". A module in
+    two places has the name that comes first in the alphabet. Modules that are made under `nnx.vmap`
+    have one name and separate keys, ``Key(seed).fold_in(name).fold_in(i)``.
+
+    Parameters
+    ----------
+    model : nnx.Module
+        The model. Modules that count calls keep their call numbers.
+    seed : int or unidrop.Key
+        The seed of the model.
+
+    Returns
+    -------
+    nnx.Module
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        If model is not an nnx.Module, or seed is neither an integer nor a Key.
+    ValueError
+        If the model has no module of `unidrop.adapters.flax`, or seed is outside [0, 2^64).
+
+    Examples
+    --------
+    >>> from flax import nnx
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.flax import Dropout, assign_seeds
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), Dropout(0.5))
+    >>> assign_seeds(model, 42).layers[1].seed == Key(42).fold_in("layers.1")
+    True
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
+    key = seed if isinstance(seed, Key) else Key(seed)
+    modules = dict(_named_modules(model))
+    if not modules:
+        raise ValueError("model must have a module of unidrop.adapters.flax, and it has none")
+    for name, module in modules.items():
+        own, stack = key.fold_in(name), _get_stack(module)
+        if not stack:
+            module.seed = own
+            continue
+        if "calls" not in vars(module):
+            module.calls = DropoutCalls(jnp.zeros(stack, jnp.uint32))
+        keys = jax.vmap(own.fold_in)(jnp.arange(math.prod(stack)))
+        module.seed = nnx.data(jax.tree.map(lambda word, n=stack: word.reshape(n), keys))
+    return model
+
+
+def _warn_of_twins(module: Dropout) -> None:
+    """Warn if modules of the model that runs have one seed and one call number.
+
+    Modules call this once, before their first training call: a model whose modules are copies, such
+    as `nnx.clone` makes, is a mistake that no output shows.
+    """
+    model = _find_model(module)
+    if model in _CHECKED and _is_traced(module):
+        return  # the module is a copy, which a transformation makes for each trace
+    modules = list(_named_modules(model))
+    _CHECKED.update([model, module, *(other for _, other in modules)])
+    twins: dict[Key, list[tuple[str, int]]] = {}
+    for name, other in modules:
+        if other.seed is None or other.seed.is_traced or other.deterministic or other.rate == 0:
+            continue
+        stack = _get_stack(other)
+        if stack:
+            warnings.warn(
+                f"the {math.prod(stack)} modules {name!r} have one seed, so they drop the same "
+                "units: call unidrop.adapters.flax.assign_seeds(model, seed), or give each its own "
+                "where nnx.vmap makes them, as in seed=Key(42).fold_in(i)",
+                stacklevel=3,
+            )
+            return
+        number = 0 if _is_traced(other) else int(other.calls.get_value())
+        twins.setdefault(other.seed, []).append((name, number))
+    for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
+        if abs(a - b) <= 1:  # one of them may have run in this call of the model already
+            warnings.warn(
+                f"the modules {first!r} and {second!r} have one seed and one call number, so they "
+                "drop the same units: call unidrop.adapters.flax.assign_seeds(model, seed), or "
+                f"set module.seed = Key(42).fold_in({second!r})",
+                stacklevel=3,
+            )
+            return
+
+
+def _find_model(module: Dropout) -> Any:
+    """Return the outermost module that is the ``self`` of a call on the stack."""
+    model: Any = module
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, nnx.Module):
+            model = caller
+        frame = frame.f_back  # type: ignore[assignment] # None at the end
+    return model
+
+
+def _named_modules(model: Any) -> Iterator[tuple[str, Dropout]]:
+    """Yield the modules of this adapter, each once, by the path of attributes and indices."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Dropout):
+            yield ".".join(map(str, path)), module
+
+
+def _get_stack(module: Dropout) -> tuple[int, ...]:
+    """Return the axes of modules that are made under `nnx.vmap`; () for a single module."""
+    if "calls" in vars(module):
+        shape: tuple[int, ...] = module.calls.get_value().shape
+        return shape
+    return () if module.rngs is None else module.rngs.count.get_value().shape
+
+
+def _is_traced(module: Dropout) -> bool:
+    return isinstance(module.calls.get_value(), jax.core.Tracer)

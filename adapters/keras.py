@@ -3,13 +3,26 @@
 Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
 """
 
+import warnings
 from typing import Any, SupportsIndex
 
 import keras
 import numpy as np
 
 from unidrop.adapters.calls import run_counted
-from unidrop.adapters.keras_backend import find_replica, make_increment, restore_value
+from unidrop.adapters.keras_backend import (
+    find_replica,
+    make_increment,
+    restore_value,
+    writes_legacy_file,
+)
+from unidrop.adapters.keras_seeds import (
+    assign_seeds,
+    find_callers,
+    note_trace,
+    renew_traces,
+    warn_of_twins,
+)
 from unidrop.adapters.noise_shape import noise_shape_axes
 from unidrop.arguments import checked_integer
 from unidrop.key import Key
@@ -17,7 +30,7 @@ from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"]
+__all__ = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "assign_seeds"]
 
 _STATE = "seed_generator_state"
 
@@ -30,7 +43,11 @@ class _SeededLayerMixin(keras.layers.Layer):
     draws for a layer without one. A given seed is a key of 64 bits and does not change.
     """
 
-    _seed: Key | None
+    _seed: Key | None = None
+    # The identity of the layer that looked for others with its seed; a copy has another one.
+    _checked: int | None = None
+    # The call number that an ``.h5`` file contains, or that a warning named.
+    _filed_calls: int = 0
 
     @property
     def seed(self) -> Key | None:
@@ -39,7 +56,11 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @seed.setter
     def seed(self, value: int | Key | None) -> None:
+        former = self._seed
         self._seed = value if value is None or isinstance(value, Key) else Key(value)
+        if self._seed != former:
+            self._checked = None
+            renew_traces(self)
 
     @property
     def key(self) -> None:
@@ -107,7 +128,10 @@ class _SeededLayerMixin(keras.layers.Layer):
         rank = None if window else rank
         is_traced = plan.library.arrays.is_traced
         state = self.seed_generator.state.value
-        if is_traced(state):
+        traced = is_traced(state)
+        if traced or self._checked != id(self):
+            self._find_mistakes(traced)
+        if traced:
             # One thread traces, and torch.compile cannot record a lock. A trace that raises has
             # counted nothing.
             return plan.apply(inputs, self._make_key(self._advance(state), rank))
@@ -121,6 +145,16 @@ class _SeededLayerMixin(keras.layers.Layer):
             lambda: self._advance(self.seed_generator.state.value), self._roll_back, call
         )
 
+    def _find_mistakes(self, traced: bool) -> None:
+        """Look once for layers with this one's seed, and note where a trace puts the seed."""
+        if traced and keras.backend.backend() == "torch":
+            return  # torch.compile recompiles for a new seed, and cannot record this
+        callers = find_callers(self)
+        if traced:
+            note_trace(self, callers)
+        if self._checked != id(self) and callers.trainer != "shapes":
+            warn_of_twins(callers.model, traced)
+
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the call unchanged, under `keras.RematScope` too.
 
@@ -130,9 +164,46 @@ class _SeededLayerMixin(keras.layers.Layer):
         return layer_call
 
     def get_config(self) -> dict[str, Any]:
-        """Return Keras's configuration, with the seed as an integer."""
+        """Return Keras's configuration, with the seed as an integer.
+
+        In an ``.h5`` file of a whole model, it also contains the call number and the drawn seed: a
+        file of that kind has no other place for them.
+        """
         config: dict[str, Any] = super().get_config()
-        return config | {"seed": None if self.seed is None else int(self.seed)}
+        config["seed"] = None if self.seed is None else int(self.seed)
+        if self.rate > 0 and writes_legacy_file():
+            self._filed_calls = self.calls
+            state = keras.ops.convert_to_numpy(self.seed_generator.state.value)
+            config[_STATE] = [int(number) for number in state]
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Make a layer of its configuration."""
+        state = config.get(_STATE)
+        layer = super().from_config({name: config[name] for name in config if name != _STATE})
+        if state is not None:
+            layer._restore_state(state)
+            layer._filed_calls = layer.calls
+        return layer
+
+    @property
+    def weights(self) -> list[Any]:
+        """Return the layer's weights; warn if an ``.h5`` file lacks the call number.
+
+        The configuration of a model does not contain the layers inside most custom layers, but
+        Keras reads the weights of each.
+        """
+        if self.rate > 0 and writes_legacy_file() and self.calls != self._filed_calls:
+            self._filed_calls = self.calls
+            warnings.warn(
+                f"the .h5 file has no call number of the layer {self.name!r}, which is inside a "
+                "custom layer: save the model as .keras, or after loading set "
+                f"layer.calls = {self.calls}",
+                stacklevel=2,
+            )
+        weights: list[Any] = super().weights
+        return weights
 
     def _make_noise_shape(self, inputs: Any) -> Any:
         return self.noise_shape
@@ -187,7 +258,11 @@ class _SeededLayerMixin(keras.layers.Layer):
         """Load the call number; a file without one, such as Keras's own, leaves it unchanged."""
         if self.rate == 0 or _STATE not in store:
             return
-        drawn_seed, calls = store[_STATE][:]
+        self._restore_state(store[_STATE][:])
+
+    def _restore_state(self, state: Any) -> None:
+        """Set the call number, and without a given seed the drawn seed."""
+        drawn_seed, calls = state
         if self.seed is not None:
             drawn_seed = keras.ops.convert_to_numpy(self.seed_generator.state.value)[0]
         self._set_state(drawn_seed, calls)
@@ -234,7 +309,8 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     seed : int or unidrop.Key, optional
         Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two layers with one
         seed drop the same units: fold each layer's site into its seed,
-        ``seed=Key(42).fold_in("encoder/0")``. If None, Keras draws a seed when the layer is made.
+        ``seed=Key(42).fold_in("encoder/0")``, or call `assign_seeds`. If None, Keras
+        draws a seed when the layer is made.
     **kwargs
         Arguments of `keras.layers.Layer`: name, dtype, trainable, activity_regularizer.
 
@@ -255,7 +331,9 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
 
     Notes
     -----
-    ``.keras`` and ``.weights.h5`` files hold the call number, and so does `tf.train.Checkpoint`.
+    ``.keras`` and ``.weights.h5`` files hold the call number, and so does `tf.train.Checkpoint`. An
+    ``.h5`` file of a whole model does, except for layers that custom layers create: then Keras's
+    ``save`` warns.
 
     This layer loads weights that were saved with `keras.layers.Dropout`. The layer of Keras rejects
     the call number of this layer, unless it loads with ``skip_mismatch=True``.

@@ -5,6 +5,7 @@ import sys
 from typing import Any, NamedTuple
 
 import keras
+from keras.src.backend.common import global_state
 
 from unidrop.library import get_library
 
@@ -13,7 +14,7 @@ if keras.backend.backend() == "tensorflow":
 elif keras.backend.backend() == "torch":
     import torch
 
-__all__ = ["Replica", "find_replica", "make_increment", "restore_value"]
+__all__ = ["Replica", "find_replica", "make_increment", "restore_value", "writes_legacy_file"]
 
 
 class Replica(NamedTuple):
@@ -38,6 +39,11 @@ def make_increment(state: Any) -> Any:
         # torch.compile takes long to trace keras.ops.arange.
         return torch.arange(2, dtype=state.dtype, device=state.device)
     return keras.ops.arange(2, dtype=keras.backend.standardize_dtype(state.dtype))
+
+
+def writes_legacy_file() -> bool:
+    """Return whether Keras writes or reads an ``.h5`` file of a whole model."""
+    return bool(global_state.get_global_attribute("use_legacy_config"))
 
 
 def restore_value(variable: Any) -> None:

@@ -8,7 +8,7 @@ from flax import nnx, serialization
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.flax import Dropout, DropoutCalls
+from unidrop.adapters.flax import Dropout, DropoutCalls, assign_seeds
 
 KEY = Key(42).fold_in("encoder/0")
 X = np.linspace(-2, 2, 48, dtype="float32").reshape(6, 8)
@@ -344,3 +344,163 @@ def test_saves_and_loads_key(key):
     state = {"key": key, "step": 3}
     loaded = serialization.from_bytes(state, serialization.to_bytes(state))["key"]
     assert [int(word) for word in loaded.words] == [int(word) for word in key.words]
+
+
+# --- Seeds of a model -----------------------------------------------------------------------------
+
+
+class Block(nnx.Module):
+    """One layer of a model, and a layer that is not seeded."""
+
+    def __init__(self, seed=None):
+        self.dropout, self.rate_0 = Dropout(0.5, seed=seed), Dropout(0.0, seed=seed)
+
+    def __call__(self, x):
+        return self.dropout(self.rate_0(x))
+
+
+class Model(nnx.Module):
+    """A stack of blocks."""
+
+    def __init__(self, seed=None, count=2):
+        self.layers = nnx.List([Block(seed) for _ in range(count)])
+        self.same = self.layers[0].dropout
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Stack(nnx.Module):
+    """A stack of three blocks that one scan runs."""
+
+    def __init__(self, seed=None):
+        self.blocks = nnx.vmap(lambda i: Block(seed))(jnp.arange(3))
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return run(x, self.blocks)
+
+
+def test_assigns_seeds_by_path():
+    model = Model(seed=1)
+    model.layers[1].dropout.calls = 7
+    assert assign_seeds(model, 42) is model
+    for i, layer in enumerate(model.layers):
+        assert layer.dropout.seed == Key(42).fold_in(f"layers.{i}.dropout")
+        assert layer.rate_0.seed == Key(42).fold_in(f"layers.{i}.rate_0")
+    assert [int(layer.dropout.calls) for layer in model.layers] == [0, 7]
+
+
+def test_assigns_seed_to_unseeded_module_and_from_key():
+    model = assign_seeds(nnx.Sequential(lambda x: x, Dropout(0.5, rngs=nnx.Rngs(0))), KEY)
+    assert_bits(model(jnp.asarray(X)), wanted(0, key=KEY.fold_in("layers.1")))
+    assert int(model.layers[1].calls) == 1
+
+
+def test_uses_new_seeds_in_compiled_step():
+    step = nnx.jit(lambda model, x: model(x))
+    model = assign_seeds(Model(count=1), 1)
+    step(model, X)
+    assign_seeds(model, 2)
+    assert_bits(step(model, X), wanted(1, key=Key(2).fold_in("layers.0.dropout")))
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"rngs": nnx.Rngs(0)}], ids=["seed", "rngs"])
+def test_assigns_seeds_to_modules_made_in_vmap(options):
+    if "rngs" in options:
+        make = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: Dropout(0.5, rngs=rngs)))
+        layers = make(options["rngs"])
+    else:
+        layers = nnx.vmap(lambda i: Dropout(0.5, **options))(jnp.arange(3))
+    assign_seeds(layers, 42)
+    for call in range(2):
+        ys = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, X)
+        for i, y in enumerate(ys):
+            assert_bits(y, wanted(call, key=Key(42).fold_in("").fold_in(i)))
+
+
+@pytest.mark.parametrize(
+    ("model", "seed", "error", "message"),
+    [
+        (nnx.Sequential(), 42, ValueError, "model must have a module of unidrop"),
+        (nnx.Dropout(0.5), 42, ValueError, "model must have a module of unidrop"),
+        (Dropout(0.5, seed=KEY), "42", TypeError, "seed must be"),
+        (Dropout(0.5, seed=KEY), -1, ValueError, "seed must be"),
+        ([Dropout(0.5)], 42, TypeError, "model must be an nnx.Module, got list"),
+    ],
+)
+def test_refuses_to_assign_seeds(model, seed, error, message):
+    with pytest.raises(error, match=message):
+        assign_seeds(model, seed)
+    assert getattr(model, "seed", KEY) == KEY
+
+
+# --- Modules with one seed ------------------------------------------------------------------------
+
+TWINS = r"'layers.0.dropout' and 'layers.1.dropout' have one seed.*assign_seeds"
+
+
+@pytest.mark.parametrize("outer", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+def test_warns_once_of_modules_with_one_seed(outer):
+    model, run = Model(seed=KEY), outer(lambda model, x: model(x))
+    with pytest.warns(UserWarning, match=TWINS) as caught:
+        run(model, X)
+    assert len(caught) == 1
+    run(model, X)
+    assert int(model.same.calls) == 2
+
+
+def test_warns_of_cloned_modules():
+    half = Model(seed=KEY, count=1)
+    model = nnx.Sequential(half, nnx.clone(half))
+    with pytest.warns(UserWarning, match=r"'layers.0.layers.0.dropout' and 'layers.1.layers.0."):
+        model(jnp.asarray(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 7), ("calls", 5), ("rate", 0.0), ("deterministic", True)]
+)
+def test_warns_only_of_equal_masks(name, value):
+    model = Model(seed=KEY)
+    setattr(model.layers[1].dropout, name, value)
+    model(X)
+
+
+def test_warns_of_neither_evaluation_nor_other_models():
+    twins = Model(seed=KEY)
+    twins.eval()
+    twins(X)
+    half = Model(seed=KEY, count=1)
+    for model in (half, nnx.clone(half), assign_seeds(Model(seed=KEY), 42)):
+        model(X)
+
+
+def test_warns_of_module_with_changed_seed():
+    model = assign_seeds(Model(), 42)
+    model(X)
+    model.layers[1].dropout.seed = model.same.seed
+    with pytest.warns(UserWarning, match=TWINS):
+        model(X)
+
+
+def test_warns_once_of_one_seed_made_in_vmap():
+    model = Stack(seed=KEY)
+    with pytest.warns(UserWarning, match=r"the 3 modules 'blocks.dropout' have one seed") as caught:
+        model(jnp.asarray(X))
+    assert len(caught) == 1
+    model(jnp.asarray(X))
+    assign_seeds(model, 42)(jnp.asarray(X))
+    site = Key(42).fold_in("blocks.dropout")
+    expected = X
+    for i in range(3):
+        expected = wanted(3, expected, key=site.fold_in(i))
+    assert_bits(model(jnp.asarray(X)), expected)
+
+
+def test_counts_nothing_if_warning_is_an_error():
+    model = Model(seed=KEY)
+    with pytest.raises(UserWarning, match="one seed"):  # pytest makes warnings errors
+        model(X)
+    assert int(model.same.calls) == 0

@@ -48,6 +48,12 @@ def by_model(model, path):
     return keras.saving.load_model(path / "model.keras")
 
 
+def by_legacy_model(model, path):
+    """Save a model whole in Keras's former format and load it."""
+    model.save(path / "model.h5")
+    return keras.saving.load_model(path / "model.h5", compile=False)
+
+
 def by_weights(model, path):
     """Save a model's weights and load them into a new one of the same architecture."""
     model.save_weights(path / "model.weights.h5")
@@ -61,7 +67,10 @@ def by_pickle(model, path):
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.fixture(params=[by_model, by_weights, by_pickle], ids=[".keras", ".weights.h5", "pickle"])
+WAYS = {".keras": by_model, ".h5": by_legacy_model, ".weights.h5": by_weights, "pickle": by_pickle}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
 def reload(request, tmp_path):
     """Return each way to save a model and load it, in turn."""
     return lambda model: request.param(model, tmp_path)
@@ -195,3 +204,58 @@ def test_has_no_state_in_files_at_rate_0(tmp_path):
     assert store == {}
     path = tf.train.Checkpoint(layer=layer).save(tmp_path / "layer")
     assert not any(name.startswith("layer/") for name, _ in tf.train.list_variables(path))
+
+
+# --- Keras's former files of whole models ---------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(keras.layers.Layer):
+    """Holds a layer that is not in the configuration."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.drop = Dropout(0.5, seed=SITE, name="hidden")
+
+    def call(self, inputs, training=False):
+        return self.drop(inputs, training=training)
+
+
+def test_resumes_calls_of_wrapped_layers_from_legacy_file(tmp_path):
+    wrapper = keras.layers.TimeDistributed(Dropout(0.5, seed=SITE))
+    inner = keras.Sequential([keras.Input((2, 5)), Dropout(0.5)])
+    inputs = keras.Input((2, 5))
+    model = keras.Model(inputs, inner(wrapper(inputs)))
+    wrapper.layer.calls, inner.layers[0].calls = 5, 7
+    loaded = by_legacy_model(model, tmp_path)
+    assert [loaded.layers[1].layer.calls, loaded.layers[2].layers[0].calls] == [5, 7]
+    assert inner.get_config()["layers"][1]["config"].keys() == Dropout(0.5).get_config().keys()
+
+
+def test_warns_of_calls_that_legacy_file_lacks(tmp_path):
+    model = keras.Sequential([keras.Input((10,)), Dropout(0.5, seed=1), Block()])
+    model.save(tmp_path / "new.h5")
+    model.layers[1].drop.calls = 5
+    with pytest.warns(UserWarning, match=r"'hidden', .* \.keras, or .* layer\.calls = 5") as caught:
+        model.save(tmp_path / "model.h5")
+    assert len([w for w in caught if "hidden" in str(w.message)]) == 1
+    assert by_legacy_model(model, tmp_path).layers[1].drop.calls == 0
+    model.save(tmp_path / "model.keras")
+    assert keras.saving.load_model(tmp_path / "model.keras").layers[1].drop.calls == 5
+
+
+def test_exchanges_weights_with_keras_in_legacy_files(tmp_path):
+    mine, of_keras = (
+        keras.Sequential([keras.Input((10,)), keras.layers.Dense(10), layer])
+        for layer in (Dropout(0.5, seed=SITE), keras.layers.Dropout(0.5))
+    )
+    mine.layers[1].calls = 5
+    for source, target in ((of_keras, mine), (mine, of_keras)):
+        target.layers[0].set_weights([np.ones((10, 10)), np.ones(10)])
+        source.save(tmp_path / "model.h5")
+        target.load_weights(tmp_path / "model.h5")
+        assert_bits(target(X), np.asarray(source(X)))
+    assert mine.layers[1].calls == 5
+    of_keras.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5", {"Dropout": Dropout}, compile=False)
+    assert (type(loaded.layers[1]), loaded.layers[1].calls) == (Dropout, 0)

@@ -10,7 +10,13 @@ import pytest
 from keras_models import BACKEND, SITE, X, assert_bits, dropped
 
 from unidrop import Key
-from unidrop.adapters.keras import Dropout, SpatialDropout1D, SpatialDropout2D, SpatialDropout3D
+from unidrop.adapters.keras import (
+    Dropout,
+    SpatialDropout1D,
+    SpatialDropout2D,
+    SpatialDropout3D,
+    assign_seeds,
+)
 
 SPATIAL = {
     SpatialDropout1D: ((2, 3, 4), (1,)),
@@ -166,9 +172,37 @@ def test_counts_each_time_step_of_recurrent_cell(unroll):
 def test_counts_both_directions_apart():
     model = keras.layers.Bidirectional(keras.layers.RNN(Cell(), unroll=True), merge_mode="sum")
     x = np.ones((4, 1, 10), "float32")
-    y = keras.ops.convert_to_numpy(model(x, training=True))
+    with pytest.warns(UserWarning, match="'backward_layer.cell.dropout' and 'forward_layer.cell"):
+        y = keras.ops.convert_to_numpy(model(x, training=True))
     assert y.shape == (4, 10)
     assert set(np.unique(y)) <= {0.0, 2.0, 4.0}
+
+
+class Block(keras.layers.Layer):
+    """Holds layers in every kind of attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self._last = self.shared = Dropout(0.5)
+        self._private = Dropout(0.5)
+        self.items = [Dropout(0.5), {"a": SpatialDropout1D(0.5)}, (Dropout(0.5), 1)]
+        self.inner = keras.Sequential([keras.layers.Dense(2), Dropout(0.5)])
+        self.cell = keras.layers.Bidirectional(keras.layers.RNN(Cell()))
+
+
+def test_assigns_seeds_by_path_of_attributes():
+    block = assign_seeds(Block(), 42)
+    layers = {
+        "shared": block._last,
+        "_private": block._private,
+        "items.0": block.items[0],
+        "items.1.a": block.items[1]["a"],
+        "items.2.0": block.items[2][0],
+        "inner.layers.1": block.inner.layers[1],
+        "cell.forward_layer.cell.dropout": block.cell.forward_layer.cell.dropout,
+        "cell.backward_layer.cell.dropout": block.cell.backward_layer.cell.dropout,
+    }
+    assert [layer.seed for layer in layers.values()] == [Key(42).fold_in(name) for name in layers]
 
 
 if BACKEND == "torch":

@@ -12,7 +12,7 @@ import pytest
 from keras_models import BACKEND, SITE, Record, X, assert_bits, dropped, recording
 
 from unidrop import Key
-from unidrop.adapters.keras import Dropout
+from unidrop.adapters.keras import Dropout, assign_seeds
 
 FITS = [{}, {"run_eagerly": True}, {"jit_compile": True}, {"jit_compile": False}]
 if BACKEND != "torch":  # where Keras refuses it
@@ -90,6 +90,15 @@ def test_advances_by_1_in_train_on_batch():
         model.train_on_batch(X, np.zeros((4, 1)))
         assert_bits(model.layers[1].seen, dropped(X, n))
     assert layer.calls == 2
+
+
+def test_trains_by_seed_that_is_assigned_between_steps():
+    model = recording(Dropout(0.5, seed=SITE))
+    model.train_on_batch(X, np.zeros((4, 1)))
+    assert_bits(model.layers[1].seen, dropped(X, 0))
+    assert assign_seeds(model, 42) is model
+    model.train_on_batch(X, np.zeros((4, 1)))
+    assert_bits(model.layers[1].seen, dropped(X, 1, site=Key(42).fold_in("layers.0")))
 
 
 def test_trains_by_mask_of_one_call_in_remat_scope():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.torch import Dropout, Dropout2d, dropout
+from unidrop.adapters.torch import Dropout, Dropout2d, assign_seeds, dropout
 
 key = Key(42)
 x = torch.ones(2, 3)
@@ -32,7 +32,9 @@ assert_type(m.seed, Key | None)
 m.calls = 7
 m.calls = torch.tensor(7)
 assert_type(Dropout2d(0.1, seed=key).train().seed, Key | None)
+assert_type(assign_seeds(m, 42), Dropout)
 
 dropout(x, key=42)  # type: ignore
 m.calls = "7"  # type: ignore
 Dropout(0.1, seed="42")  # type: ignore
+assign_seeds(m, "42")  # type: ignore
