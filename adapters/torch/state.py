@@ -65,7 +65,7 @@ def read_saved(saved: Any) -> int:
     number, check = saved.tolist()
     if check != ~number or number < 0:
         raise ValueError(
-            f"calls is damaged in the checkpoint: it has the numbers {number} and {check}, and must "
-            "have n >= 0 and ~n. Remove the key, and set module.calls"
+            f"calls is damaged in the checkpoint: it must have n >= 0 and ~n, and has {number} and "
+            f"{check}. Remove the key, and set module.calls"
         )
     return int(number)
