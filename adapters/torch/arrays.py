@@ -72,7 +72,7 @@ class TorchArrays(Arrays):
         """Raise TypeError for tensors that are not dense, or have names."""
         if x.layout is not torch.strided or x.is_nested:
             raise not_dense(x, name)
-        if MAY_HAVE_NAMES and x.has_names():
+        if MAY_HAVE_NAMES and x.has_names():  # type: ignore[attr-defined]
             raise TypeError(f"{name} must not have names: pass {name}.rename(None)")
 
     def namespace(self, x: torch.Tensor) -> Any:
