@@ -203,19 +203,11 @@ class Dropout(nnx.Dropout):
 
     def _drop_counted(self, inputs: Any, seed: Key) -> jax.Array:
         return run_counted(
-            self._take_number,
-            self._roll_back,
+            _take_number,
+            _roll_back,
             lambda number: self._drop(inputs, seed.fold_in(number)),
+            self.calls,
         )
-
-    def _roll_back(self, number: jax.Array) -> None:
-        calls = self.calls.get_value()
-        self.calls.set_value(jnp.where(calls == number + jnp.uint32(1), number, calls))
-
-    def _take_number(self) -> jax.Array:
-        number: jax.Array = self.calls.get_value()
-        self.calls.set_value(number + jnp.uint32(1))
-        return number
 
     def _draw_key(self, rngs: Any) -> Key:
         if rngs is None:
@@ -253,6 +245,17 @@ class Dropout(nnx.Dropout):
             self.calls.set_value(_as_call_number(value))
         else:
             raise AttributeError(_NO_CALLS)
+
+
+def _take_number(variable: DropoutCalls) -> jax.Array:
+    number: jax.Array = variable.get_value()
+    variable.set_value(number + jnp.uint32(1))
+    return number
+
+
+def _roll_back(number: jax.Array, variable: DropoutCalls) -> None:
+    calls = variable.get_value()
+    variable.set_value(jnp.where(calls == number + jnp.uint32(1), number, calls))
 
 
 def _as_call_number(value: Any) -> jax.Array:

@@ -118,7 +118,10 @@ class _SeededLayerMixin(keras.layers.Layer):
             return plan.apply(inputs, self._make_key(numbers, rank))
 
         return run_counted(
-            lambda: self._advance(self.seed_generator.state.value), self._roll_back, call
+            lambda state: self._advance(state.value),
+            self._roll_back,
+            call,
+            self.seed_generator.state,
         )
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,8 +165,8 @@ class _SeededLayerMixin(keras.layers.Layer):
         key = Key.from_words(state[0], 0) if self._seed is None else self._seed
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
-    def _roll_back(self, taken: Any) -> None:
-        state = self.seed_generator.state.value
+    def _roll_back(self, taken: Any, variable: Any) -> None:
+        state = variable.value
         is_traced = get_library(state).arrays.is_traced
         if is_traced(state) or is_traced(taken):  # a trace that raises has counted nothing
             return

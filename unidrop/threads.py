@@ -15,10 +15,11 @@ from typing import Any
 
 __all__ = ["fork_guard", "get_num_threads", "run", "set_num_threads"]
 
-# A first call holds this lock while it imports or compiles something, and a fork in another thread
-# waits for it. Otherwise the child would inherit Python's import locks, or Numba's lock, from a
-# thread that does not exist there, and its own first call would wait forever. This module holds the
-# lock because it loads before `unidrop.fused`, the first import under guard.
+# A first call holds this lock while it imports or compiles something, a layer while it takes its
+# call number, and a fork in another thread waits for it. Otherwise the child would inherit Python's
+# import locks, or Numba's lock, from a thread that does not exist there, and its own first call
+# would wait forever. This module holds the lock because it loads before `unidrop.fused`, the first
+# import under guard.
 # Numba logs while it compiles. A fork acquires locks in the reverse order of their registration, so
 # `logging` must register its own lock first.
 logging.getLogger(__name__)

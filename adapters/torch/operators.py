@@ -22,7 +22,7 @@ from torch._compile import _disable_dynamo
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from unidrop.adapters.calls import COUNTING
+from unidrop.adapters.calls import run_exclusively
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
 from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.state import ADVANCE, check_number, get_number
@@ -148,8 +148,8 @@ def as_key(words: Tensor) -> Key:
 def next_call_number(calls: Tensor, log: CheckpointLog | None) -> Any:
     """Return a call number and advance it; a recomputation replays the original number.
 
-    The number is a tensor where reading it would wait for a device. The caller holds the lock
-    `COUNTING`.
+    The number is a tensor where reading it would wait for a device. The caller uses
+    `run_exclusively`.
     """
     if log is not None and log.replays:
         return log.replay()
@@ -313,8 +313,7 @@ def _fold_in(key: Tensor, data: Tensor) -> Tensor:
 
 @_disable_dynamo
 def _next_call(calls: Tensor) -> Tensor:
-    with COUNTING:
-        number = next_call_number(calls, current_log())
+    number = run_exclusively(calls, next_call_number, calls, current_log())
     return number.clone() if isinstance(number, Tensor) else torch.tensor(number)
 
 
