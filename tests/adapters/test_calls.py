@@ -20,7 +20,7 @@ class Counter:
         self.meanwhile = meanwhile
 
     def call(self, function=lambda number: number):
-        return run_counted(Counter.take, Counter.roll_back, function, self)
+        return run_counted(Counter.take, roll_back, function, self)
 
     def take(self):
         number = self.calls
@@ -28,10 +28,11 @@ class Counter:
         self.calls = number + 1
         return number
 
-    def roll_back(number, self):
-        if self.calls == number + 1:
-            self.meanwhile()
-            self.calls = number
+
+def roll_back(number, counter):
+    if counter.calls == number + 1:
+        counter.meanwhile()
+        counter.calls = number
 
 
 def test_takes_back_the_number_of_a_call_that_raises():
