@@ -3,11 +3,13 @@
 Flax documentation: flax.nnx.Dropout (0.12).
 """
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import jax
 from flax import nnx, serialization
+from flax.errors import TraceContextError
 from jax import numpy as jnp
 
 from unidrop.adapters.calls import run_counted
@@ -24,6 +26,14 @@ _NO_CALLS = (
     "this Dropout counts no calls, because it was made without a seed, with keys from rngs: "
     "to have calls, make it with seed=, an int or a unidrop.Key"
 )
+
+_NOT_CARRIED = (
+    "Each call would have the same mask, so let the transformation carry the call number, as "
+    "in nnx.scan(in_axes=(nnx.StateAxes({DropoutCalls: nnx.Carry, ...: None}), 0)), or use the "
+    "function with a key, unidrop.adapters.jax.dropout(x, rate, key.fold_in(i))"
+)
+
+_SCAN = nnx.transforms.iteration.ScanFn.__call__.__code__
 
 
 def _to_state_dict(key: Key) -> dict[str, Any]:
@@ -249,8 +259,32 @@ class Dropout(nnx.Dropout):
 
 def _take_number(variable: DropoutCalls) -> jax.Array:
     number: jax.Array = variable.get_value()
-    variable.set_value(number + jnp.uint32(1))
+    if isinstance(number, jax.core.Tracer):
+        _check_scan(number)
+    try:
+        variable.set_value(number + jnp.uint32(1))
+    except TraceContextError as error:
+        raise TraceContextError(f"{error}. {_NOT_CARRIED}") from None
     return number
+
+
+def _check_scan(number: jax.Array) -> None:
+    """Raise TraceContextError if `nnx.scan` broadcasts the call number, and so discards changes.
+
+    It hands the module over as a new one, which may change, and forgets it. So the frames of the
+    stack tell.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _SCAN:
+            broadcast = frame.f_locals.get("broadcast_deque_out")
+            for calls in jax.tree.leaves(broadcast, is_leaf=lambda x: isinstance(x, DropoutCalls)):
+                # In another transformation inside the loop, the number has another trace.
+                if isinstance(calls, DropoutCalls) and (
+                    calls.get_value() is number or calls.get_value()._trace is not number._trace
+                ):
+                    raise TraceContextError(f"nnx.scan broadcasts a Dropout. {_NOT_CARRIED}")
+        frame = frame.f_back  # type: ignore[assignment] # None at the end
 
 
 def _roll_back(number: jax.Array, variable: DropoutCalls) -> None:
