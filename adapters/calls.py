@@ -9,8 +9,8 @@ __all__ = ["run_counted", "run_exclusively"]
 
 T = TypeVar("T")
 
-# What the steps that run now belong to. A signal handler or a finalizer makes a step begin in the
-# middle of another one of the same thread.
+# The owners of the steps that run now, the innermost last. A signal handler or a finalizer may begin
+# a step in the middle of another one of the same thread.
 _running: tuple[Any, ...] = ()
 
 

@@ -63,7 +63,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("switch", "map of batches")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES]
+)
 def test_runs_function_with_key_and_its_gradient(name):
     function, numbers = CASES[name]
 
@@ -81,7 +86,7 @@ def test_runs_function_with_key_and_its_gradient(name):
 
 def test_carries_key_in_scan():
     keys = [KEY, KEY.fold_in(0), KEY.fold_in(0).fold_in(0)]
-    for y, key in zip(carry_key(jnp.stack([X] * 3)), keys, strict=True):
+    for y, key in zip(jax.jit(carry_key)(jnp.stack([X] * 3)), keys, strict=True):
         np.testing.assert_array_equal(y, unidrop.dropout(X, 0.5, key))
 
 

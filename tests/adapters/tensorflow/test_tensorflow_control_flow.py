@@ -1,4 +1,4 @@
-"""Dropout in TensorFlow's branches and loops: the function with a key, and Keras's layers."""
+"""Dropout in TensorFlow's branches and loops: the function with a key, and Keras layers."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ ALL = BRANCHES | CHAINS | MAPS
 
 
 def outputs_and_gradient(name, first=0):
-    """Return what a loop gives whose iterations have the numbers from the first on."""
+    """Return the output and the gradient of a loop that begins with a call number."""
     ones, numbers = np.ones_like(X), [first, first + 1, first + 2]
     if name in BRANCHES:
         numbers = [first]
