@@ -9,8 +9,8 @@ __all__ = ["run_counted", "run_exclusively"]
 
 T = TypeVar("T")
 
-# The owners of the steps that run now, the innermost last. A signal handler or a finalizer may begin
-# a step in the middle of another one of the same thread.
+# The owners of the steps that run now, the innermost last. A signal handler or a finalizer may
+# begin a step in the middle of another one of the same thread.
 _running: tuple[Any, ...] = ()
 
 
@@ -29,7 +29,7 @@ def run_exclusively(owner: object, step: Callable[..., T], *arguments: Any) -> T
     global _running
     with fork_guard:
         outer = _running
-        if any(other is owner for other in outer):
+        if outer and any(other is owner for other in outer):
             raise RuntimeError(
                 "a signal handler or a finalizer called a Dropout layer while the same layer took "
                 "its call number: use the function with a key there"
