@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 import jax
 from flax import nnx, serialization
+from flax.errors import TraceContextError
 from jax import numpy as jnp
 
 from unidrop.adapters.calls import run_counted
@@ -34,6 +35,14 @@ _NO_CALLS = (
     "this Dropout counts no calls, because it was made without a seed, with keys from rngs: "
     "to have calls, make it with seed=, an int or a unidrop.Key"
 )
+
+_NOT_CARRIED = (
+    "Each call would have the same mask, so let the transformation carry the call number, as "
+    "in nnx.scan(in_axes=(nnx.StateAxes({DropoutCalls: nnx.Carry, ...: None}), 0)), or use the "
+    "function with a key, unidrop.adapters.jax.dropout(x, rate, key.fold_in(i))"
+)
+
+_SCAN = nnx.transforms.iteration.ScanFn.__call__.__code__
 
 
 def _to_state_dict(key: Key) -> dict[str, Any]:
@@ -215,19 +224,11 @@ class Dropout(nnx.Dropout):
 
     def _drop_counted(self, inputs: Any, seed: Key) -> jax.Array:
         return run_counted(
-            self._take_number,
-            self._roll_back,
+            _take_number,
+            _roll_back,
             lambda number: self._drop(inputs, seed.fold_in(number)),
+            self.calls,
         )
-
-    def _roll_back(self, number: jax.Array) -> None:
-        calls = self.calls.get_value()
-        self.calls.set_value(jnp.where(calls == number + jnp.uint32(1), number, calls))
-
-    def _take_number(self) -> jax.Array:
-        number: jax.Array = self.calls.get_value()
-        self.calls.set_value(number + jnp.uint32(1))
-        return number
 
     def _draw_key(self, rngs: Any) -> Key:
         if rngs is None:
@@ -267,6 +268,41 @@ class Dropout(nnx.Dropout):
             self.calls.set_value(_as_call_number(value))
         else:
             raise AttributeError(_NO_CALLS)
+
+
+def _take_number(variable: DropoutCalls) -> jax.Array:
+    number: jax.Array = variable.get_value()
+    if isinstance(number, jax.core.Tracer):
+        _check_scan(number)
+    try:
+        variable.set_value(number + jnp.uint32(1))
+    except TraceContextError as error:
+        raise TraceContextError(f"{error}. {_NOT_CARRIED}") from None
+    return number
+
+
+def _check_scan(number: jax.Array) -> None:
+    """Raise TraceContextError if `nnx.scan` broadcasts the call number, and so discards changes.
+
+    It hands the module over as a new one, which may change, and forgets it. So the frames of the
+    stack tell.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _SCAN:
+            broadcast = frame.f_locals.get("broadcast_deque_out")
+            for calls in jax.tree.leaves(broadcast, is_leaf=lambda x: isinstance(x, DropoutCalls)):
+                # In another transformation inside the loop, the number has another trace.
+                if isinstance(calls, DropoutCalls) and (
+                    calls.get_value() is number or calls.get_value()._trace is not number._trace
+                ):
+                    raise TraceContextError(f"nnx.scan broadcasts a Dropout. {_NOT_CARRIED}")
+        frame = frame.f_back  # type: ignore[assignment] # None at the end
+
+
+def _roll_back(number: jax.Array, variable: DropoutCalls) -> None:
+    calls = variable.get_value()
+    variable.set_value(jnp.where(calls == number + jnp.uint32(1), number, calls))
 
 
 def _as_call_number(value: Any) -> jax.Array:

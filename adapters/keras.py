@@ -8,9 +8,11 @@ from typing import Any, SupportsIndex
 
 import keras
 import numpy as np
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from unidrop.adapters.calls import run_counted
 from unidrop.adapters.keras_backend import (
+    check_loop,
     find_replica,
     make_increment,
     restore_value,
@@ -109,6 +111,8 @@ class _SeededLayerMixin(keras.layers.Layer):
             inputs = keras.ops.convert_to_tensor(
                 inputs, dtype=dtype and keras.backend.standardize_dtype(dtype)
             )
+        if in_symbolic_scope():  # Keras asks for the shape of the output, with symbols as lengths
+            return inputs
         axes: tuple[int, ...] = ()
         noise_shape = self._make_noise_shape(inputs)
         if noise_shape is not None:
@@ -134,7 +138,7 @@ class _SeededLayerMixin(keras.layers.Layer):
         if traced:
             # One thread traces, and torch.compile cannot record a lock. A trace that raises has
             # counted nothing.
-            return plan.apply(inputs, self._make_key(self._advance(state), rank))
+            return plan.apply(inputs, self._make_key(self._advance(state, inputs), rank))
 
         def call(state: Any) -> Any:
             # Inside a trace, JAX also traces operations on an array that is not traced.
@@ -142,7 +146,10 @@ class _SeededLayerMixin(keras.layers.Layer):
             return plan.apply(inputs, self._make_key(numbers, rank))
 
         return run_counted(
-            lambda: self._advance(self.seed_generator.state.value), self._roll_back, call
+            lambda state: self._advance(state.value, inputs),
+            self._roll_back,
+            call,
+            self.seed_generator.state,
         )
 
     def _find_mistakes(self, traced: bool) -> None:
@@ -208,14 +215,17 @@ class _SeededLayerMixin(keras.layers.Layer):
     def _make_noise_shape(self, inputs: Any) -> Any:
         return self.noise_shape
 
-    def _advance(self, value: Any) -> Any:
+    def _advance(self, value: Any, inputs: Any) -> Any:
         """Return the drawn seed and the call number, and count the call.
+
+        Raises RuntimeError in a loop that would not count each iteration.
 
         `SeedGenerator.next` does the same, but by a NumPy array, which torch.compile cannot record.
         """
-        state = self.seed_generator.state
         before = value * 1
-        state.assign(before + make_increment(before))
+        after = before + make_increment(before)
+        check_loop(self.name, inputs, value, after)
+        self.seed_generator.state.assign(after)
         return before
 
     def _read(self, state: Any) -> list[int]:
@@ -233,8 +243,8 @@ class _SeededLayerMixin(keras.layers.Layer):
         key = Key.from_words(state[0], 0) if self._seed is None else self._seed
         return (key if rank is None else key.fold_in(rank)).fold_in(state[1])
 
-    def _roll_back(self, taken: Any) -> None:
-        state = self.seed_generator.state.value
+    def _roll_back(self, taken: Any, variable: Any) -> None:
+        state = variable.value
         is_traced = get_library(state).arrays.is_traced
         if is_traced(state) or is_traced(taken):  # a trace that raises has counted nothing
             return

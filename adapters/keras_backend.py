@@ -14,7 +14,16 @@ if keras.backend.backend() == "tensorflow":
 elif keras.backend.backend() == "torch":
     import torch
 
-__all__ = ["Replica", "find_replica", "make_increment", "restore_value", "writes_legacy_file"]
+    from unidrop.adapters.torch.func import randomness
+
+__all__ = [
+    "Replica",
+    "check_loop",
+    "find_replica",
+    "make_increment",
+    "restore_value",
+    "writes_legacy_file",
+]
 
 
 class Replica(NamedTuple):
@@ -71,6 +80,63 @@ def restore_value(variable: Any) -> None:
         f"calls must be read and set between the steps of fit, in a callback: {variable.path} has "
         "no value while a model is fitted on JAX in another thread"
     )
+
+
+def check_loop(name: str, x: Any, state: Any, advanced: Any) -> None:
+    """Raise RuntimeError in a loop that runs a layer's code once, and carries no variable.
+
+    TensorFlow's `while_loop`, and all loops that TensorFlow builds of it, carry variables.
+    PyTorch's loops run a layer's code for each iteration.
+
+    Parameters
+    ----------
+    name : str
+        The name of the layer.
+    x : array
+        The input of the layer.
+    state, advanced : array
+        The state of the layer, before and after the call.
+    """
+    if keras.backend.backend() == "tensorflow" and not tf.executing_eagerly():
+        is_wrong = _is_in_vectorized_map()
+    elif keras.backend.backend() == "jax":
+        # The variable would keep a value of the trace of the loop.
+        is_wrong = _get_trace(advanced) is not _get_trace(state) or _is_in_vmap(x, state)
+    else:
+        if keras.backend.backend() == "torch":
+            randomness(x, state)  # raises under `torch.vmap` by its own rule
+        return
+    if is_wrong:
+        raise RuntimeError(
+            f"the layer {name} must not be called in a loop or a transformation of "
+            f"{keras.backend.backend()} that does not carry its call number, because each call "
+            "would have the same mask: use the function with a key there, as in "
+            "unidrop.dropout(x, rate, key.fold_in(i))"
+        )
+
+
+def _is_in_vectorized_map() -> bool:
+    """Return whether `tf.vectorized_map` is building the body of its loop."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_pfor_impl":
+            return True
+        frame = frame.f_back  # type: ignore[assignment] # None at the end
+    return False
+
+
+def _get_trace(x: Any) -> Any:
+    """Return the trace that a value of JAX belongs to, or None."""
+    return getattr(x, "_trace", None)
+
+
+def _is_in_vmap(x: Any, state: Any) -> bool:
+    """Return whether `jax.vmap` maps over an array, but not over the state."""
+    while x is not None:
+        if type(x).__name__ == "BatchTracer" and _get_trace(x) is not _get_trace(state):
+            return True
+        x = getattr(x, "primal", None)  # of a gradient
+    return False
 
 
 def find_replica(x: Any) -> Replica | None:

@@ -15,10 +15,11 @@ from typing import Any
 
 __all__ = ["fork_guard", "get_num_threads", "run", "set_num_threads"]
 
-# A first call holds this lock while it imports or compiles something, and a fork in another thread
-# waits for it. Otherwise the child would inherit Python's import locks, or Numba's lock, from a
-# thread that does not exist there, and its own first call would wait forever. This module holds the
-# lock because it loads before `unidrop.fused`, the first import under guard.
+# A first call holds this lock while it imports or compiles something, a layer while it takes its
+# call number, and a fork in another thread waits for it. Otherwise the child would inherit Python's
+# import locks, or Numba's lock, from a thread that does not exist there, and its own first call
+# would wait forever. This module holds the lock because it loads before `unidrop.fused`, the first
+# import under guard.
 # Numba logs while it compiles. A fork acquires locks in the reverse order of their registration, so
 # `logging` must register its own lock first.
 logging.getLogger(__name__)
@@ -33,6 +34,7 @@ _MAX_THREADS = 1024
 # A finalizer or a signal handler may make a call in the middle of another call.
 _lock = RLock()
 _num_threads: int | None = None
+_forks = 0  # of this process and of those that it is a child of
 _pool: "_WorkerPool | None" = None
 
 
@@ -84,8 +86,11 @@ def get_num_threads() -> int:
         return _num_threads
 
 
-def run(kernel: Callable[[Any, bool], bool], task: Any, work_items: int, keep_alive: Any) -> None:
-    """Run a kernel on all work items of a task, and return when all of them are finished.
+def run(kernel: Callable[[Any, bool], bool], task: Any, work_items: int, keep_alive: Any) -> bool:
+    """Run a kernel on all work items of a task, and return True when all of them are finished.
+
+    A signal handler may fork meanwhile. The child has no workers, so it returns False if a worker
+    had claimed a work item.
 
     Parameters
     ----------
@@ -100,21 +105,23 @@ def run(kernel: Callable[[Any, bool], bool], task: Any, work_items: int, keep_al
         the memory outlives an interrupted caller.
     """
     interrupt: BaseException | None = None
-    is_submitted = is_finished = False
+    is_submitted = False
+    forks = _forks
     # Finish even after an interrupt: otherwise a worker would write to an array in use again.
-    while not is_finished:
+    while True:
         try:
             if not is_submitted:
                 is_submitted = True
                 if work_items >= _MIN_WORK_ITEMS and get_num_threads() > 1:
                     _get_pool().submit(work_items - 1, kernel, task, keep_alive)
-            while not kernel(task, False):
+            while not (is_finished := kernel(task, False)) and forks == _forks:
                 time.sleep(0)
-            is_finished = True
+            break
         except BaseException as raised:  # a signal handler may raise anything
             interrupt = raised
     if interrupt is not None:
         raise interrupt
+    return is_finished
 
 
 class _WorkerPool:
@@ -198,8 +205,9 @@ def _check_number(number: Any, name: str) -> int:
 
 def _reset_after_fork() -> None:
     """Forget the pool and its lock: a child has no threads, and a parent's thread may hold it."""
-    global _pool, _lock
+    global _pool, _lock, _forks
     _pool, _lock = None, RLock()
+    _forks += 1
 
 
 if hasattr(os, "register_at_fork"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 import torch
 from torch import Tensor
 
-from unidrop.adapters.calls import COUNTING, run_counted
+from unidrop.adapters.calls import run_counted, run_exclusively
 from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
 from unidrop.adapters.torch.checkpoint import current_log
 from unidrop.adapters.torch.func import randomness
@@ -173,13 +173,16 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         calls: Tensor = self._buffers[_CALLS]
         if not (calls.is_meta or (calls.is_inference() and not torch.is_inference_mode_enabled())):
             return calls
-        with COUNTING:  # another thread must not replace what this one has advanced
-            calls = self._buffers[_CALLS]
-            if calls.is_meta:
-                self.reset_parameters()
-            elif calls.is_inference():
-                self._set_buffers(calls.clone(), self._buffers[_KEY].clone())
-            replaced: Tensor = self._buffers[_CALLS]
+        # Another thread must not replace what this one has advanced.
+        return run_exclusively(calls, self._replace_calls)
+
+    def _replace_calls(self) -> Tensor:
+        calls: Tensor = self._buffers[_CALLS]
+        if calls.is_meta:
+            self.reset_parameters()
+        elif calls.is_inference():
+            self._set_buffers(calls.clone(), self._buffers[_KEY].clone())
+        replaced: Tensor = self._buffers[_CALLS]
         return replaced
 
     def _set_buffers(self, calls: Tensor, key: Tensor) -> None:

@@ -14,7 +14,7 @@ into it.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch._compile import _disable_dynamo
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from unidrop.adapters.calls import COUNTING
+from unidrop.adapters.calls import run_exclusively
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
 from unidrop.adapters.torch.func import is_functionalizing, randomness
 from unidrop.adapters.torch.state import ADVANCE, get_number, make_damage_error
@@ -151,7 +151,7 @@ def next_call_number(calls: Tensor, log: CheckpointLog | None, *, read: bool = T
     """Return a call number and advance it; a recomputation replays the original number.
 
     The number is a tensor if it is not to be read, or if reading it would wait for a device. The
-    caller holds the lock `COUNTING`.
+    caller uses `run_exclusively`.
     """
     if log is not None and log.replays:
         return log.replay()
@@ -228,8 +228,9 @@ def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
     if is_functionalizing():
         is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(calls)
         # torch.func refuses to advance a tensor that the function does not receive.
-        with COUNTING, nullcontext() if is_wrapped else torch._C._DisableFuncTorch():
-            taken = next_call_number(calls, current_log(), read=False)
+        with nullcontext() if is_wrapped else torch._C._DisableFuncTorch():
+            take = partial(next_call_number, read=False)
+            taken = run_exclusively(calls, take, calls, current_log())
         return torch.ops.unidrop.fold_in(words, torch.as_tensor(taken))  # type: ignore[no-any-return]
     if calls.device.type == "cpu":
         folded: Tensor = torch.ops.unidrop.call_key(calls, words)
@@ -325,8 +326,7 @@ def _fold_in(key: Tensor, data: Tensor) -> Tensor:
 
 @_disable_dynamo
 def _next_call(calls: Tensor) -> Tensor:
-    with COUNTING:
-        number = next_call_number(calls, current_log())
+    number = run_exclusively(calls, next_call_number, calls, current_log())
     return number.clone() if isinstance(number, Tensor) else torch.tensor(number)
 
 

@@ -1,8 +1,9 @@
-"""Call numbers: a call that raises takes back its own number only, and forks find the lock free."""
+"""Call numbers under errors, threads, finalizers and forks."""
 
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,23 +15,70 @@ from unidrop.adapters.calls import run_counted
 class Counter:
     """A call number that takes itself back as layers do."""
 
-    def __init__(self):
+    def __init__(self, meanwhile=lambda: None):
         self.calls = 0
+        self.meanwhile = meanwhile
+
+    def call(self, function=lambda number: number):
+        return run_counted(Counter.take, roll_back, function, self)
 
     def take(self):
-        self.calls += 1
-        return self.calls - 1
+        number = self.calls
+        self.meanwhile()
+        self.calls = number + 1
+        return number
 
-    def roll_back(self, number):
-        if self.calls == number + 1:
-            self.calls = number
+
+def roll_back(number, counter):
+    if counter.calls == number + 1:
+        counter.meanwhile()
+        counter.calls = number
 
 
 def test_takes_back_the_number_of_a_call_that_raises():
     counter = Counter()
     with pytest.raises(ZeroDivisionError):
-        run_counted(counter.take, counter.roll_back, lambda number: 1 / number)
+        counter.call(lambda number: 1 / number)
     assert counter.calls == 0
+
+
+def run_in_thread(function):
+    """Call a function in a thread that may hang, and return its result."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert results, "the call hangs or raises"
+    return results[0]
+
+
+def test_counts_another_layer_in_finalizer_during_count():
+    class Finalized:
+        def __del__(self):
+            numbers.append(other.call())
+
+    numbers, other = [], Counter()
+    counter = Counter(Finalized)
+    assert run_in_thread(lambda: [counter.call(), counter.call()]) == [0, 1]
+    assert numbers == [0, 1]
+
+
+def test_raises_if_finalizer_counts_the_same_call_number():
+    def call_again():
+        counter.meanwhile = lambda: None
+        with pytest.raises(RuntimeError, match="use the function with a key"):
+            counter.call()
+        refused.append(1)
+
+    def fail(number):
+        counter.meanwhile = call_again
+        raise MemoryError
+
+    refused, counter = [], Counter(call_again)
+    assert run_in_thread(lambda: [counter.call(), counter.call()]) == [0, 1]
+    with pytest.raises(MemoryError):
+        counter.call(fail)
+    assert (refused, counter.calls) == ([1, 1], 2)
 
 
 def make_torch_layer():
@@ -91,24 +139,25 @@ def test_converts_a_seed_that_is_set_and_refuses_the_name_key(make):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_frees_the_lock_of_call_numbers_in_a_forked_child():
+def test_counts_in_child_of_fork_during_count():
     code = """
-import os, sys, threading
-from unidrop.adapters.calls import COUNTING, run_counted
-held, done = threading.Event(), threading.Event()
+import os, sys, threading, time
+from unidrop.adapters.calls import run_counted, run_exclusively
+held = threading.Event()
+def count(take):
+    return run_counted(take, lambda number, owner: None, lambda number: number, object())
 def hold():
-    with COUNTING:
-        held.set()
-        done.wait()
-thread = threading.Thread(target=hold)
+    held.set()
+    time.sleep(0.2)
+def finish(child):
+    if child == 0:
+        os._exit(count(lambda owner: 7))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+thread = threading.Thread(target=lambda: run_exclusively(None, hold))
 thread.start()
 held.wait()
-child = os.fork()
-if child == 0:
-    os._exit(run_counted(lambda: 7, lambda number: None, lambda number: number))
-done.set()
-thread.join()
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+finish(os.fork())
+finish(count(lambda owner: os.fork()))  # as a signal handler in the middle of a count
 """
     run = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
-    assert subprocess.run(run, timeout=60, check=False).returncode == 7
+    assert subprocess.run(run, timeout=60, check=False).returncode == 0

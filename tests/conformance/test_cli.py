@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -178,3 +179,35 @@ def test_prints_a_line_for_each_row_of_mask(shape, lines):
     result = run("mask", "--seed", "1", "--p", "0.5", "--shape", shape)
     assert result.exit_code == 0, result.output
     assert len(result.output.splitlines()) == (len(lines) if lines else 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"PK\003\004garbage", b"\x93NUMPY\x01\x00\xa0\x0f" + b"(" * 4000],
+    ids=["zip", "header"],
+)
+def test_exits_with_2_on_a_damaged_file(tmp_path, content):
+    path = tmp_path / "damaged.npy"
+    path.write_bytes(content)
+    result = run("diff", str(path), "--seed", "42", "--p", "0.5")
+    assert result.exit_code == 2, result.output
+    assert "damaged.npy must be a .npy file" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("1 TiB"), OSError(28, "No space left on device")], ids=["memory", "disk"]
+)
+def test_exits_with_2_if_the_system_refuses(monkeypatch, error):
+    def refuse(text):
+        raise error
+
+    monkeypatch.setattr(click, "echo", refuse)
+    with pytest.raises(click.UsageError, match=str(error.args[-1])) as caught:
+        main.main(["mask", "--seed", "1", "--p", "0.5", "--shape", "3"], standalone_mode=False)
+    assert caught.value.exit_code == 2
+
+
+def test_exits_with_2_if_standard_output_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(click.UsageError, match="standard output must be open"):
+        main.main(["conformance", "--list"], standalone_mode=False)

@@ -3,8 +3,12 @@
 import os
 import sys
 
+import numpy as np
 import pytest
 from thread_scripts import LIMIT, assert_success, needs_fork, run_script
+
+from unidrop import Key, threads
+from unidrop.adapters.numpy import dropout
 
 pytest.importorskip("numba", reason="only kernels use threads, and they need Numba")
 
@@ -207,3 +211,32 @@ def test_computes_same_bits_in_data_loader_workers(tmp_path, method):
     if sys.platform == "linux" and not os.access("/dev/shm", os.W_OK):
         pytest.skip("a data loader's workers need shared memory, and /dev/shm is not writable")
     assert_success(run_script(tmp_path, code))
+
+
+def test_finishes_alone_in_child_of_handler_that_forks(monkeypatch):
+    """A child that forks in the middle of a call waits for no worker, which it does not have."""
+
+    def claim_and_fork(task, is_worker):
+        task[:2] += 1  # as a worker that is not in the child
+        reset()
+        return False
+
+    def run_in_child(kernel, task, work_items, keep_alive):
+        if not forked:
+            forked.append(1)
+            return run(claim_and_fork, task, 1, keep_alive)
+        return run(kernel, task, work_items, keep_alive)
+
+    from unidrop.fused import task
+
+    forked, run, reset = [], threads.run, threads._reset_after_fork
+    for name in ("_pool", "_lock", "_forks"):
+        monkeypatch.setattr(threads, name, getattr(threads, name))
+    monkeypatch.setattr(task, "run", run_in_child)
+    x = np.arange(200_000.0)
+    y = dropout(x, 0.5, key=Key(42))
+    assert forked
+    np.testing.assert_array_equal(y, dropout(x, 0.5, key=Key(42)))
+    forked.clear()
+    with pytest.raises(RuntimeError, match="forked during dropout in place"):
+        dropout(x, 0.5, key=Key(42), out=x)

@@ -2,11 +2,13 @@
 
 import importlib
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fused_arrays import FUSED, KEY, assert_bits, fused, get_output, portable, specified, values
+from thread_scripts import assert_success, needs_fork, run_script
 
 import unidrop
 import unidrop.adapters
@@ -142,23 +144,32 @@ def test_imports_numba_only_for_a_kernel(code):
     assert found == "False"
 
 
-def test_compiles_without_folder_for_numba_cache(monkeypatch):
+NO_CACHE = {
+    "no folder": (RuntimeError("cannot cache function: no locator available"), False),
+    "damaged": (EOFError("Ran out of input"), True),
+    "full disk": (OSError(28, "No space left on device"), True),
+}
+
+
+@pytest.mark.parametrize(("error", "warns"), NO_CACHE.values(), ids=NO_CACHE)
+def test_compiles_without_numba_cache(monkeypatch, error, warns):
     compile_with = kernels._compile
     calls = []
 
-    def no_folder(name, **options):
+    def no_cache(name, **options):
         calls.append((name, options.get("cache", False)))
         if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return compile_with(name, **options)
+            raise error
+        return compile_with(name, cache=True)  # saves time
 
-    monkeypatch.setattr(kernels, "_compile", no_folder)
+    monkeypatch.setattr(kernels, "_compile", no_cache)
     kernels._get_function.cache_clear()
     FUSED._compile.cache_clear()
     FUSED.prepare.cache_clear()
     try:
         x = values((99,))
-        assert_bits(fused(x, 0.4), portable(x, 0.4))
+        with pytest.warns(match="delete the cache") if warns else nullcontext():
+            assert_bits(fused(x, 0.4), portable(x, 0.4))
     finally:
         kernels._get_function.cache_clear()
         FUSED._compile.cache_clear()
@@ -195,3 +206,34 @@ for name in {names}:
     for names in (first, second, first + second):
         (actual,) = get_output(program.format(names=names), NUMBA_CACHE_DIR=str(tmp_path))
         assert actual.split() == ["True"] * len(names), names
+
+
+@pytest.mark.slow
+@needs_fork
+def test_computes_same_bits_with_damaged_numba_cache(tmp_path):
+    code = """
+    import warnings
+    from pathlib import Path
+
+    def damage(kind, extension):
+        for path in Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*." + extension):
+            content = path.read_bytes()
+            path.unlink()
+            if kind == "folder":
+                path.mkdir()
+            else:
+                path.write_bytes(content[: len(content) // 2] if kind == "half" else b"")
+
+    def check(*kinds):
+        with warnings.catch_warnings(record=True) as caught:
+            damage(*kinds)
+            check_bits()
+        assert "delete the cache" in str(caught[0].message), kinds
+
+    with unidrop.force_path("portable"):
+        PORTABLE[KEY] = dropout(X, 0.1, key=KEY)
+    assert run_in_fork(check_bits) == 0  # writes the cache
+    for kinds in ("half", "nbi"), ("half", "nbc"), ("empty", "nbi"), ("folder", "nbi"):
+        assert run_in_fork(lambda: check(*kinds)) == 0, kinds
+    """
+    assert_success(run_script(tmp_path, code, NUMBA_CACHE_DIR=str(tmp_path / "cache")))

@@ -1,5 +1,8 @@
 """The command line: one module for each command."""
 
+import sys
+from typing import Any
+
 try:
     import click
 
@@ -17,7 +20,24 @@ except ModuleNotFoundError as error:
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """A group whose commands end with one line and status 2 if the system refuses something."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        if sys.stdout is None:  # Python sets it to None if the descriptor is closed
+            raise click.UsageError("standard output must be open")
+        try:
+            return super().invoke(ctx)
+        except MemoryError as error:
+            raise click.UsageError(f"the arrays must fit in memory: {error}") from None
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # click handles it
+                raise
+            raise click.UsageError(f"the system refused an operation: {error}") from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(
     unidrop.__version__, message=f"unidrop %(version)s, stream {unidrop.STREAM_VERSION}"
 )

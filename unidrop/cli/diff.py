@@ -209,8 +209,9 @@ def _mismatch(y: object, x: NDArray[Any]) -> str | None:
 
 def _read(path: Path) -> NDArray[Any]:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except Exception:  # NumPy raises any error for a damaged file, such as one of its tokenizer
         array = None
     if isinstance(array, np.ndarray) and array.dtype == np.dtype("V2"):
         # A file does not name the dtypes that NumPy does not know.

@@ -24,6 +24,7 @@ functions that traversals call by address, the two traversals, and `make_kernel`
 This module imports Numba, so `unidrop.fused` imports it for the first array that kernels accept.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final, NamedTuple, Self, cast
@@ -687,7 +688,16 @@ def _get_function(name: str) -> Any:
     try:
         return _compile(name, cache=True)
     except RuntimeError:  # Numba finds no folder for its cache
-        return _compile(name)
+        pass
+    except Exception as error:  # a damaged file raises any error, such as one of pickle
+        warnings.warn(
+            f"Numba's cache of compiled kernels raised {error!r}, so each process compiles them: "
+            "free disk space, or delete the cache, in the folder NUMBA_CACHE_DIR or in __pycache__ "
+            f"beside {__file__}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _compile(name)
 
 
 def _compile(name: str, **options: Any) -> Any:

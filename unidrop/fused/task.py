@@ -64,6 +64,11 @@ class PreparedKernel:
             The key and the number of the first element, in [0, 2^64).
         keep_alive : object
             The owners of the memory. Threads hold a reference until they have finished.
+
+        Raises
+        ------
+        RuntimeError
+            In a child, if a signal handler forked meanwhile and x is y.
         """
         task = self.template.copy()
         task[kernels.X] = x
@@ -74,8 +79,13 @@ class PreparedKernel:
         task[kernels.BASE] = base if base < 1 << 63 else base - (1 << 64)
         if self.work_items == 1:
             self.compiled(task, False)
-        else:
-            run(self.compiled, task, self.work_items, keep_alive)
+        elif not run(self.compiled, task, self.work_items, keep_alive):
+            if x == y:
+                raise RuntimeError(
+                    "a signal handler forked during dropout in place, and the child has no threads "
+                    "to finish it: end the child in the handler"
+                )
+            self.run(x, y, rate, key, base, keep_alive)
 
 
 def prepare_kernel(

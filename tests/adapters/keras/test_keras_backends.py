@@ -10,6 +10,7 @@ pytestmark = pytest.mark.slow  # each process imports Keras and a backend
 
 HERE = Path(__file__).parent
 LAYERS, TRAINING = str(HERE / "test_keras_layers.py"), str(HERE / "test_keras_training.py")
+CONTROL_FLOW = str(HERE / "test_keras_control_flow.py")
 WARNS = """
 import warnings
 
@@ -23,9 +24,9 @@ KERAS_OWN = Path(find_spec("keras").origin).parent / "src" / "layers" / "regular
 # backend lacks one way to fit, and its NumPy backend all training.
 
 
-@pytest.mark.parametrize(("backend", "expected"), [("jax", 42), ("torch", 40)])
+@pytest.mark.parametrize(("backend", "expected"), [("jax", 42 + 1 + 19), ("torch", 40 + 1 + 14)])
 def test_passes_tests_of_layers_and_training(backend, expected):
-    run_tests(backend, LAYERS, TRAINING, expected=expected)
+    run_tests(backend, LAYERS, TRAINING, CONTROL_FLOW, expected=expected)
 
 
 def test_passes_tests_of_layers_on_numpy():
