@@ -293,7 +293,7 @@ class TensorFlowOperator(Operator):
 
     def fold_in(self, words: Any, data: Any, tag: int) -> Any:
         """Return the words of a key after folding in a tensor."""
-        if _avoids_native_operators((0, 0)):
+        if is_forced("portable") and not tf.executing_eagerly():
             number = tensorflow_lite.split(data, LIBRARY.words.width(data, "data"))
             lo, hi, _, _ = tensorflow_lite.generate(number, 1, words, tag)
             return tf.reshape(lo, []), tf.reshape(hi, [])

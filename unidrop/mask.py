@@ -162,7 +162,8 @@ def portable_mask(
     """
     xp = library.arrays.namespace(like)
     words = library.words.arithmetic(xp, device)
-    key_words = key.words
+    lo, hi = key._words
+    key_words = (lo, hi)
     offsets = () if window.start is None else window.offsets
 
     def decide(piece: Piece) -> Any:

@@ -139,7 +139,9 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
             output: Tensor = LIBRARY.operator.dropout(input, key, plan)
             return output
 
-        calls = self._get_calls()
+        calls = self._buffers[_CALLS]
+        if calls.is_meta or calls.is_inference():
+            calls = self._get_calls()
         return run_counted(next_call_number, rollback_call, call, calls, current_log())
 
     def _trace(self, input: Tensor) -> Tensor:
