@@ -157,8 +157,8 @@ def _check_dense(kind: type, name: str) -> None:
     """Raise TypeError, with a remedy, for tensors whose elements have no index in an array."""
     if kind in _REMEDIES:
         raise TypeError(
-            f"{name} must be a dense tensor, got a {kind.__name__}: drop its values, as in "
-            f"{_REMEDIES[kind]}"
+            f"{name} must be a dense tensor, got a {kind.__name__}: apply dropout to its values, "
+            f"as in {_REMEDIES[kind]}"
         )
 
 

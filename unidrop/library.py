@@ -11,6 +11,7 @@ Requirements this design meets:
 
 import sys
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -87,7 +88,9 @@ def _find(x: Any, name: str) -> ArrayLibrary:
         point = _registered().get(base.__module__.partition(".")[0])
         if point is not None:
             with fork_guard:
-                library: ArrayLibrary = point.load()
+                # AutoGraph of TensorFlow would warn of `point.load()`, which it cannot transform.
+                __import__(point.module)
+                library: ArrayLibrary = attrgetter(point.attr)(sys.modules[point.module])
             return library
     # A proxy has the attributes of its array, but is not an array.
     is_proxy = hasattr(x, "__array_namespace__") and not hasattr(type(x), "__array_namespace__")

@@ -48,8 +48,13 @@ _REFUSED = {
 MAY_HAVE_NAMES = hasattr(torch.Tensor, "has_names")
 
 _REMEDIES = {
-    torch.jagged: "torch.nested.nested_tensor_from_jagged(dropout(x.values()), x.offsets())",
-    torch.sparse_coo: "torch.sparse_coo_tensor(x.indices(), dropout(x.values()), x.shape)",
+    torch.jagged: (
+        "torch.nested.nested_tensor_from_jagged(dropout(x.values(), p, key=key), x.offsets())"
+    ),
+    torch.sparse_coo: (
+        "torch.sparse_coo_tensor(x.indices(), dropout(x.values(), p, key=key), x.shape), "
+        "with the coalesced tensor"
+    ),
 }
 
 _BITS = {getattr(torch, f"{sign}int{bits}"): bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -209,8 +214,12 @@ def not_dense(x: torch.Tensor, name: str) -> TypeError:
     """Return an error with a remedy: the elements of such tensors have no index in an array."""
     kind = "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
     dense = "to_padded_tensor(0)" if x.is_nested else "to_dense()"
-    remedy = _REMEDIES.get(x.layout, f"dropout(x.{dense})")
-    return TypeError(f"{name} must be a dense tensor, got {kind}: drop its values, as in {remedy}")
+    remedy = _REMEDIES.get(x.layout, f"dropout({name}.{dense}, p, key=key)").replace(
+        "x.", f"{name}."
+    )
+    return TypeError(
+        f"{name} must be a dense tensor, got {kind}: apply dropout to its values, as in {remedy}"
+    )
 
 
 def is_tracing() -> bool:

@@ -64,7 +64,9 @@ def test_refuses_tensors_of_tensorflow_that_are_not_dense(x):
         lambda: unidrop.dropout(x, 0.5, KEY),
         lambda: tensorflow_adapter.dropout(x, 0.5, key=KEY),
     ):
-        with pytest.raises(TypeError, match=r"x must be a dense tensor, got a .*Tensor: drop its"):
+        with pytest.raises(
+            TypeError, match=r"x must be a dense tensor, got a .*Tensor: apply dropout to its"
+        ):
             call()
 
 
@@ -110,7 +112,9 @@ NOT_DENSE = {
     ids=["function", "mask", "layer", "unseeded"],
 )
 def test_refuses_tensors_of_torch_that_are_not_dense(kind, call):
-    with pytest.raises(TypeError, match=r"input must be a dense tensor, got .*: drop its values"):
+    with pytest.raises(
+        TypeError, match=r"input must be a dense tensor, got .*: apply dropout to its values"
+    ):
         call(NOT_DENSE[kind]())
 
 

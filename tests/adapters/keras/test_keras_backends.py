@@ -30,7 +30,7 @@ def test_passes_tests_of_layers_and_training(backend, expected):
 
 
 def test_passes_tests_of_layers_on_numpy():
-    run_tests("numpy", LAYERS, expected=29)
+    run_tests("numpy", LAYERS, expected=30)
 
 
 def test_trains_on_two_devices_as_on_one():

@@ -1,5 +1,6 @@
 """Tests of the TensorFlow adapter: eager, in graphs, under XLA, and differentiated."""
 
+import logging
 import re
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 import unidrop
+import unidrop.library
 from unidrop import Key
 from unidrop.adapters.tensorflow import dropout
 
@@ -459,3 +461,18 @@ def test_accepts_tensor_as_length_in_noise_shape(compiled):
     actual = (tf.function(run) if compiled else run)(tf.ones((9, 4))).numpy()
     keep = unidrop.keep_mask((9, 4), 0.5, Key(1), broadcast_axes=(1,))
     np.testing.assert_array_equal(actual != 0, np.broadcast_to(keep, (9, 4)))
+
+
+def test_is_traced_without_warnings_of_autograph(monkeypatch):
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    monkeypatch.setattr(tf.get_logger(), "handlers", [handler])
+    monkeypatch.setattr(unidrop.library, "_by_type", {})  # as in a new process
+
+    @tf.function
+    def call(x, step):
+        return dropout(x, 0.5, key=Key(1).fold_in(step)) + unidrop.dropout(x, 0.5, Key(1))
+
+    call(tf.ones(3), tf.constant(7))
+    assert messages == []
