@@ -44,7 +44,7 @@ class Arrays:
 
     def check(self, x: Any, name: str) -> None:
         """Raise TypeError, naming the argument, for an array that dropout would break."""
-        return  # AutoGraph of TensorFlow warns of a function without a statement
+        return  # a framework that transforms source needs a statement
 
     def namespace(self, x: Any) -> Any:
         """Return the standard's namespace for an array."""
