@@ -88,7 +88,7 @@ def _find(x: Any, name: str) -> ArrayLibrary:
         point = _registered().get(base.__module__.partition(".")[0])
         if point is not None:
             with fork_guard:
-                # A framework that transforms the source of what it traces cannot do so with point.load().
+                # Frameworks that transform the source of traced code warn of point.load().
                 __import__(point.module)
                 library: ArrayLibrary = attrgetter(point.attr)(sys.modules[point.module])
             return library
