@@ -1,0 +1,3 @@
+"""Hides scikit-learn from a process, as if it were not installed: Keras can do without."""
+
+raise ModuleNotFoundError("this process must not import scikit-learn", name="sklearn")
