@@ -312,6 +312,7 @@ def _check_out(out: object, x: NDArray[Any]) -> None:
         return
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
+    check_plain(type(out), "out")
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
             f"out must have shape {x.shape} and dtype {x.dtype}, "

@@ -24,7 +24,7 @@ def select(library: ArrayLibrary, x: Any, mask: Any, rate: Rate) -> Any:
     if rate.keeps_nothing:
         return xp.zeros_like(x)
     if library.arrays.is_traced(x):
-        return _select_part(library, xp, x, mask, rate)
+        return _scale_kept(library, xp, x, mask, rate)
     if math.prod(x.shape) <= PIECE:
         return library.arrays.match_strides(_select_part(library, xp, x, mask, rate), x)
     if not library.arrays.is_mutable(xp.empty((0,))):
@@ -73,6 +73,12 @@ def _cut_mask(cut: tuple[slice, ...], mask: Any) -> tuple[slice, ...]:
 
 
 def _select_part(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
+    # Overflow to infinity is the output rule, and the products of dropped elements are discarded.
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        return _scale_kept(library, xp, x, mask, rate)
+
+
+def _scale_kept(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
     kind = dtype_name(x.dtype)
     compute = COMPUTE_DTYPES[kind]
     dtype = getattr(xp, compute)
@@ -82,13 +88,11 @@ def _select_part(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) 
     def scaled(component: Any) -> Any:
         return xp.where(mask, component * scale, zero)
 
-    # Overflow to infinity is the output rule, and the products of dropped elements are discarded.
-    with numpy.errstate(over="ignore", invalid="ignore"):
-        if kind.startswith("complex"):
-            y = library.arrays.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
-        else:
-            y = scaled(xp.astype(x, dtype, copy=False))
-        y = xp.astype(y, x.dtype, copy=False)
+    if kind.startswith("complex"):
+        y = library.arrays.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
+    else:
+        y = scaled(xp.astype(x, dtype, copy=False))
+    y = xp.astype(y, x.dtype, copy=False)
     if y.dtype != x.dtype:
         raise TypeError(
             f"x has dtype {x.dtype}, which {xp.__name__} does not support with its present settings"

@@ -4,39 +4,65 @@ PyTorch documentation: torch.onnx.export, torch.onnx.is_in_onnx_export.
 """
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.onnx._internal.exporter import _flags
 
 from unidrop.adapters.torch.state import get_number, set_number
 from unidrop.key import Key
+from unidrop.mask import portable_mask
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+
+try:
+    from torch.onnx._internal.exporter import _flags
+except ImportError:  # a version that does not mark its exports
+    _flags = None  # type: ignore[assignment]
+
+_DispatchMode = torch._C._TorchDispatchModeKey
 
 __all__ = ["is_exporting", "mark_as_set", "run_exported", "take_number"]
 
 
 def is_exporting() -> bool:
-    """Return whether `torch.onnx.export` traces."""
+    """Return whether `torch.onnx.export` traces in this thread."""
     if torch.compiler.is_dynamo_compiling():
         # Dynamo takes torch.onnx.is_in_onnx_export() for False. Other graphs need no guard.
-        return torch.compiler.is_exporting() and _flags._is_onnx_exporting
-    return torch.onnx.is_in_onnx_export()
+        return _flags is not None and torch.compiler.is_exporting() and _flags._is_onnx_exporting
+    # PyTorch marks the whole process, but another thread has no mode that traces.
+    return torch.onnx.is_in_onnx_export() and any(
+        torch._C._get_dispatch_mode(mode) is not None
+        for mode in (_DispatchMode.PROXY, _DispatchMode.FAKE)
+    )
 
 
 class _TensorRate(Rate):
     """A rate with its scale as a tensor: the exporter rounds a Python float to float32."""
 
     def scale_in(self, dtype: str) -> Any:
-        return torch.tensor(super().scale_in(dtype), dtype=getattr(torch, dtype))
+        return torch.tensor(self.scale, dtype=getattr(torch, dtype))
 
 
 def run_exported(plan: DropoutPlan, x: Tensor, key: Key, mask: Tensor | None) -> Any:
-    """Return dropout by the operators that the core's own arithmetic consists of."""
-    return replace(plan, rate=_TensorRate(*plan.rate)).run(x, key, mask)
+    """Return dropout by the operators that the core's own arithmetic consists of.
+
+    Raises
+    ------
+    RuntimeError
+        Under `torch.func`, whose ``randomness`` these operators do not follow.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.onnx.export cannot export dropout under torch.func, such as vmap: call dropout "
+            "on the whole batch"
+        )
+    plan = DropoutPlan(plan.library, plan.window, _TensorRate(*plan.rate), plan.drops)
+    if plan.is_trivial(x):
+        return plan.run(x, key, mask)
+    if mask is None:
+        mask = portable_mask(plan.library, x, key, plan.window, plan.rate, x.device)
+    return plan.select(x, mask)
 
 
 def mark_as_set(calls: Tensor) -> None:

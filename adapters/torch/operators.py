@@ -229,7 +229,8 @@ def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
         is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(calls)
         # torch.func refuses to advance a tensor that the function does not receive.
         with nullcontext() if is_wrapped else torch._C._DisableFuncTorch():
-            take = partial(next_call_number, read=False)
+            is_observed = is_wrapped or torch._C._len_torch_dispatch_stack() > 0
+            take = partial(next_call_number, read=not is_observed)
             taken = run_exclusively(calls, take, calls, current_log())
         return torch.ops.unidrop.fold_in(words, torch.as_tensor(taken))  # type: ignore[no-any-return]
     if calls.device.type == "cpu":

@@ -46,6 +46,16 @@ def test_refuses_masked_arrays(call):
         call(MASKED)
 
 
+@pytest.mark.parametrize(
+    "out", [np.ma.array(np.ones(6)), np.matrix(np.ones(6))], ids=["masked", "matrix"]
+)
+def test_refuses_other_arrays_as_out(out):
+    before = out.copy()
+    with pytest.raises(TypeError, match=r"out must (not be a masked|be a plain) array"):
+        numpy_adapter.dropout(np.ones(out.shape), key=KEY, out=out)
+    assert np.array_equal(out, before)
+
+
 def test_refuses_masked_dask_arrays():
     with pytest.raises(TypeError, match="x must not be a masked array"):
         unidrop.dropout(da.ma.masked_equal(da.ones(6, chunks=3), 0), 0.5, KEY)

@@ -274,6 +274,12 @@ def test_counts_under_functionalize(remove, layer):
     assert layer.calls == 6
 
 
+def test_raises_for_damaged_number_under_functionalize(layer):
+    layer.get_buffer("_calls").fill_(7)
+    with pytest.raises(RuntimeError, match="call number of a Dropout is damaged"):
+        functionalize(layer)(torch.ones(WIDTH))
+
+
 def test_recomputes_first_mask_in_checkpoint_under_functionalize(layer):
     x = numbers().requires_grad_()
     y = checkpoint(functionalize(layer), x, use_reentrant=False)

@@ -1,13 +1,17 @@
 """Training graphs of torch.onnx.export drop, in ONNX Runtime, the elements of eager calls."""
 
+import runpy
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from without_unidrop import run_without_unidrop
 
 from unidrop import Key
-from unidrop.adapters.torch import Dropout, dropout
+from unidrop.adapters.torch import Dropout, dropout, onnx
 
 for _package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(_package)
@@ -101,6 +105,35 @@ def test_warns_of_layer_whose_calls_are_constant_in_graph():
     for _ in range(2):
         (actual,) = run(x)
         assert np.array_equal(actual, expected)
+
+
+def test_refuses_vmap_whose_randomness_it_would_ignore():
+    class Batched(nn.Module):
+        def forward(self, x):
+            return torch.vmap(lambda row: dropout(row, 0.5, key=KEY), randomness="different")(x)
+
+    with pytest.raises(torch.onnx.OnnxExporterError) as error:
+        export(Batched(), torch.ones(3, 8))
+    assert "under torch.func, such as vmap" in str(error.value.__cause__)
+
+
+def test_changes_nothing_in_threads_that_export_nothing(monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # as in another thread
+    x, layer = torch.ones(8, 64), Dropout(seed=KEY)
+    batched = torch.vmap(lambda row: dropout(row, 0.5, key=KEY), randomness="different")(x)
+    assert torch.equal(batched, dropout(x, 0.5, key=KEY))
+    with FlopCounterMode(display=False):
+        assert torch.equal(layer(x), dropout(x, 0.5, key=KEY.fold_in(0)))
+    assert layer.calls == 1
+
+
+def test_imports_with_versions_that_do_not_mark_exports(monkeypatch):
+    name = "torch.onnx._internal.exporter"
+    monkeypatch.setitem(sys.modules, f"{name}._flags", None)
+    monkeypatch.delattr(f"{name}._flags", raising=False)
+    module = runpy.run_path(onnx.__file__)
+    assert module["_flags"] is None
+    assert not module["is_exporting"]()
 
 
 def test_exports_no_dropout_in_evaluation():
