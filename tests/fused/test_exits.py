@@ -5,6 +5,8 @@ from thread_scripts import assert_success, needs_fork, run_script
 
 pytest.importorskip("numba", reason="only kernels use threads, and they need Numba")
 
+CHILDREN = 6  # which a script forks, one after another
+
 EXITS = {
     "returns": ("pass", 0),
     "exits": ("sys.exit(3)", 3),
@@ -14,12 +16,12 @@ EXITS = {
 
 
 def assert_clean_exit(run, end):
-    """Check that a script and its ten children exited, and printed only expected errors."""
+    """Check that a script and its children exited, and printed only expected errors."""
     assert "Fatal Python error" not in run.stderr
     assert "Segmentation fault" not in run.stderr
     assert "WRONG" not in run.stderr
     if end == "raises":
-        assert run.stderr.count("KeyError: 'uncaught'") == run.stderr.count("Traceback") == 10
+        assert run.stderr.count("KeyError: 'uncaught'") == run.stderr.count("Traceback") == CHILDREN
     else:
         assert run.stderr == ""
     assert run.returncode == 0
@@ -52,7 +54,7 @@ def test_exits_during_large_calls_of_other_threads(tmp_path, kind, end):
         {statement}
 
     begun = threading.Event()
-    for _ in range(10):
+    for _ in range({CHILDREN}):
         random.seed(_)
         status = run_in_fork(scene)
         if status != {status}:
@@ -95,14 +97,14 @@ def test_computes_same_bits_in_atexit_calls(tmp_path, end):
         check_bits()
         {statement}
 
-    for _ in range(10):
+    for _ in range({CHILDREN}):
         status = run_in_fork(scene)
         assert status == {status}, status
     os._exit(0)
     """
     run = run_script(tmp_path, code, warm=True)
     assert_clean_exit(run, end)
-    assert run.stdout.split() == ["last"] * 10
+    assert run.stdout.split() == ["last"] * CHILDREN
 
 
 def test_computes_same_bits_in_first_call_at_exit(tmp_path):
@@ -134,10 +136,10 @@ def test_computes_same_bits_in_finalizers_at_exit(tmp_path, cyclic):
         last = Last()
         check_bits()
 
-    for _ in range(10):
+    for _ in range({CHILDREN}):
         assert run_in_fork(scene) == 0
     os._exit(0)
     """
     run = run_script(tmp_path, code, warm=True)
     assert_success(run)
-    assert run.stdout.split() == ["right"] * 10
+    assert run.stdout.split() == ["right"] * CHILDREN

@@ -1,9 +1,10 @@
 """Trains one small network with Keras, in a process for each backend: 50 steps, or the last 25.
 
-    python keras_training.py run FOLDER       trains; saves at step 25
-    python keras_training.py resume FOLDER    loads what is saved there, and goes on to step 50
+    python keras_training.py run FOLDER       trains, and saves at step 25
+    python keras_training.py resume FOLDER    goes on to step 50
 
-Both print the losses as JSON. `small_network.py` has the expected losses.
+Both begin with the files of other processes in the folder, and resume them. They print the losses
+as JSON, by the name of the training or of the file. `small_network.py` has the expected losses.
 """
 
 import json
@@ -70,11 +71,12 @@ def train(model, steps):
 
 def run(folder):
     """Train, and save after half the steps, in both of Keras's formats."""
+    losses = resume(folder)
     model = compiled(network())
     first = train(model, HALF)
     model.save(folder / f"{BACKEND}.keras")
     model.save_weights(folder / f"{BACKEND}.weights.h5")
-    losses = {"fit": first + train(model, STEPS - HALF)}
+    losses["fit"] = first + train(model, STEPS - HALF)
     if BACKEND == "jax":
         losses["stateless"] = stateless()
     return losses
@@ -114,13 +116,14 @@ def stateless():
 
 
 def resume(folder):
-    """Train the second half: of this backend's model, and of the weights of every backend.
+    """Train the second half: of this backend's model, and of the weights of every file.
 
     A ``.keras`` file holds the optimizer, which on torch is one of torch's own that no other
     backend can run; so of other backends' files the model alone is loaded, and its calls counted.
     """
-    path = folder / f"{BACKEND}.keras"
-    losses = {path.name: train(keras.saving.load_model(path), STEPS - HALF)}
+    losses, path = {}, folder / f"{BACKEND}.keras"
+    if path.exists():
+        losses[path.name] = train(keras.saving.load_model(path), STEPS - HALF)
     for path in sorted(folder.glob("*.weights.h5")):
         model = compiled(network())
         model.load_weights(path)

@@ -131,6 +131,7 @@ def test_imports_with_versions_that_do_not_mark_exports(monkeypatch):
     name = "torch.onnx._internal.exporter"
     monkeypatch.setitem(sys.modules, f"{name}._flags", None)
     monkeypatch.delattr(f"{name}._flags", raising=False)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: False)
     module = runpy.run_path(onnx.__file__)
     assert module["_flags"] is None
     assert not module["is_exporting"]()
