@@ -17,6 +17,7 @@ from flax.errors import TraceContextError
 from jax import numpy as jnp
 
 from unidrop.adapters.calls import run_counted
+from unidrop.adapters.frames import iterate_callers
 from unidrop.adapters.jax.functional import as_array, as_key, dropout
 from unidrop.arguments import checked_integer
 from unidrop.key import Key
@@ -408,12 +409,9 @@ def _warn_of_twins(module: Dropout) -> None:
 def _find_model(module: Dropout) -> Any:
     """Return the outermost module that is the ``self`` of a call on the stack."""
     model: Any = module
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
+    for _, caller in iterate_callers(sys._getframe(1)):
         if isinstance(caller, nnx.Module):
             model = caller
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
     return model
 
 

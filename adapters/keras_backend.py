@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 from keras.src.backend.common import global_state
 
+from unidrop.adapters.frames import iterate_callers
 from unidrop.library import get_library
 
 if keras.backend.backend() == "tensorflow":
@@ -68,14 +69,11 @@ def restore_value(variable: Any) -> None:
     """
     if keras.backend.backend() != "jax" or variable._value is not None:
         return
-    frame = sys._getframe(1)
-    while frame is not None:
-        trainer: Any = frame.f_locals.get("self")
+    for _, trainer in iterate_callers(sys._getframe(1)):
         if hasattr(type(trainer), "jax_state_sync"):
             trainer.jax_state_sync()
             if variable._value is not None:
                 return
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
     raise RuntimeError(
         f"calls must be read and set between the steps of fit, in a callback: {variable.path} has "
         "no value while a model is fitted on JAX in another thread"

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import keras
 
+from unidrop.adapters.frames import iterate_callers
 from unidrop.key import Key
 
 __all__ = ["Callers", "assign_seeds", "find_callers", "note_trace", "renew_traces", "warn_of_twins"]
@@ -94,10 +95,10 @@ class Callers(NamedTuple):
 
 def find_callers(layer: Any) -> Callers:
     """Return the callers of a layer that are on the stack."""
-    model, trainer, frame = layer, None, sys._getframe(1)
+    model, trainer = layer, None
     in_step = in_other = False
-    while frame is not None:
-        name, caller = frame.f_code.co_name, frame.f_locals.get("self")
+    for frame, caller in iterate_callers(sys._getframe(1)):
+        name = frame.f_code.co_name
         if name == "compute_output_spec":
             return Callers(model, "shapes")
         if name == "__call__" and isinstance(caller, keras.layers.Layer):
@@ -108,7 +109,6 @@ def find_callers(layer: Any) -> Callers:
         elif "polymorphic_function" in frame.f_globals.get("__name__", ""):
             # A tf.function: Keras makes one around its own frame, and users make others inside.
             in_other = in_other or not in_step
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
     return Callers(model, None if in_other else trainer)
 
 

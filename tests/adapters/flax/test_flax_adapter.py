@@ -1,5 +1,8 @@
 """Dropout for Flax: nnx.Dropout's behavior, and call numbers that every transform carries."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -504,3 +507,21 @@ def test_counts_nothing_if_warning_is_an_error():
     with pytest.raises(UserWarning, match="one seed"):  # pytest makes warnings errors
         model(X)
     assert int(model.same.calls) == 0
+
+
+class Big:
+    """An object that its owner wants to free."""
+
+
+def test_keeps_no_variables_of_callers_alive():
+    big = Big()
+    reference = weakref.ref(big)
+    made()(X)
+    del big
+    gc.collect()
+    assert reference() is None
+
+
+def test_leaks_no_tracer_that_jax_finds():
+    with jax.checking_leaks():
+        nnx.jit(lambda model, x: model(x))(assign_seeds(Model(), 42), jnp.asarray(X))

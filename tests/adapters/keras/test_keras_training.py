@@ -3,7 +3,9 @@
 Keras's NumPy backend has no gradient, so it trains nothing.
 """
 
+import gc
 import warnings
+import weakref
 
 import keras
 import ml_dtypes
@@ -157,6 +159,21 @@ def test_is_read_and_set_by_callbacks():
     model.fit(x, y, batch_size=4, verbose=0, shuffle=False, callbacks=[follower])
     assert follower.seen == [101, 102]
     assert layer.calls == 102
+
+
+class Big:
+    """An object that its owner wants to free."""
+
+
+def test_keeps_no_variables_of_callers_alive():
+    big, layer = Big(), Dropout(0.5, seed=SITE)
+    reference, model = weakref.ref(big), recording(layer)
+    layer(X, training=True)
+    reader = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: layer.calls)
+    model.fit(X, np.zeros((4, 1)), verbose=0, callbacks=[reader])
+    del big
+    gc.collect()
+    assert reference() is None
 
 
 if BACKEND == "jax":
