@@ -157,9 +157,11 @@ class _SeededLayerMixin(keras.layers.Layer):
         if traced and keras.backend.backend() == "torch":
             return  # torch.compile recompiles for a new seed, and cannot record this
         callers = find_callers(self)
+        if callers is None:
+            return
         if traced:
             note_trace(self, callers)
-        if self._checked != id(self) and callers.trainer != "shapes":
+        if self._checked != id(self):
             warn_of_twins(callers.model, traced)
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,11 +16,14 @@ elif keras.backend.backend() == "torch":
     import torch
 
     from unidrop.adapters.torch.func import randomness
+elif keras.backend.backend() == "jax":
+    import jax
 
 __all__ = [
     "Replica",
     "check_loop",
     "find_replica",
+    "forget_programs",
     "make_increment",
     "restore_value",
     "writes_legacy_file",
@@ -49,6 +52,12 @@ def make_increment(state: Any) -> Any:
         # torch.compile takes long to trace keras.ops.arange.
         return torch.arange(2, dtype=state.dtype, device=state.device)
     return keras.ops.arange(2, dtype=keras.backend.standardize_dtype(state.dtype))
+
+
+def forget_programs() -> None:
+    """Let JAX retrace each function, whose program it would reuse in another `jax.jit`."""
+    if keras.backend.backend() == "jax":
+        jax.clear_caches()
 
 
 def writes_legacy_file() -> bool:

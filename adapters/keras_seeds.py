@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import keras
 
 from unidrop.adapters.frames import iterate_callers
+from unidrop.adapters.keras_backend import forget_programs
 from unidrop.key import Key
 
 __all__ = ["Callers", "assign_seeds", "find_callers", "note_trace", "renew_traces", "warn_of_twins"]
@@ -21,6 +22,8 @@ _HOLDERS = (keras.layers.Layer, dict, list, tuple)
 
 # Frames of Keras's compiled steps. The first is only on TensorFlow, and not in replicas' threads.
 _STEPS = ("one_step_on_data", "train_step", "test_step", "predict_step")
+# Methods that run the layers of their object. Steps on JAX call no other one than the last.
+_CALLS = (*_STEPS[1:], "__call__", "call", "stateless_call")
 _COMPILED = ("train_function", "test_function", "predict_function")
 
 # The models whose compiled steps contain the key of a layer.
@@ -84,55 +87,64 @@ class Callers(NamedTuple):
     Attributes
     ----------
     model : keras.layers.Layer
-        The outermost layer whose call contains the current call.
-    trainer : keras.Model, "shapes" or None
-        The model whose compiled step contains the call; "shapes" if Keras computes shapes alone.
+        The outermost layer whose call or step contains the current call.
+    trainers : list of keras.Model
+        The models whose steps contain the call. One of them may run the step of another.
+    in_function : bool
+        Whether a function that a user compiled contains the call, on TensorFlow.
     """
 
     model: Any
-    trainer: Any
+    trainers: list[Any]
+    in_function: bool
 
 
-def find_callers(layer: Any) -> Callers:
-    """Return the callers of a layer that are on the stack."""
-    model, trainer = layer, None
-    in_step = in_other = False
+def find_callers(layer: Any) -> Callers | None:
+    """Return the callers of a layer that are on the stack; None if Keras computes shapes alone."""
+    model: Any = layer
+    trainers = []
+    in_step = in_function = False
     for frame, caller in iterate_callers(sys._getframe(1)):
         name = frame.f_code.co_name
         if name == "compute_output_spec":
-            return Callers(model, "shapes")
-        if name == "__call__" and isinstance(caller, keras.layers.Layer):
+            return None
+        if isinstance(caller, keras.layers.Layer) and name in _CALLS:
             model = caller
-        elif name in _STEPS and isinstance(caller, keras.Model):
-            trainer = trainer or caller
+        if isinstance(caller, keras.Model) and name in _STEPS:
+            trainers.append(caller)
             in_step = in_step or name == _STEPS[0]
         elif "polymorphic_function" in frame.f_globals.get("__name__", ""):
             # A tf.function: Keras makes one around its own frame, and users make others inside.
-            in_other = in_other or not in_step
-    return Callers(model, None if in_other else trainer)
+            in_function = in_function or not in_step
+    return Callers(model, trainers, in_function)
 
 
 def note_trace(layer: Any, callers: Callers) -> None:
-    """Remember the function that now receives the key of a layer as a constant."""
-    trainer = callers.trainer
-    if isinstance(trainer, keras.Model) and any(getattr(trainer, name, None) for name in _COMPILED):
-        _TRAINERS.setdefault(layer, WeakSet()).add(trainer)
-    elif trainer != "shapes":
+    """Remember the functions that now receive the key of a layer as a constant."""
+    trainers = [
+        trainer
+        for trainer in callers.trainers
+        if any(getattr(trainer, name, None) for name in _COMPILED)
+    ]
+    _TRAINERS.setdefault(layer, WeakSet()).update(trainers)
+    if callers.in_function or not trainers:
         _TRACED.add(layer)
 
 
 def renew_traces(layer: Any) -> None:
     """Let Keras recompile its steps, which contain the former key of a layer."""
-    for trainer in _TRAINERS.pop(layer, ()):
+    trainers = _TRAINERS.pop(layer, ())
+    if trainers:
+        forget_programs()  # another model may have the same step
+    for trainer in trainers:
         for name in _COMPILED:
             if getattr(trainer, name, None) is not None:
-                setattr(trainer, name, None)
-                getattr(trainer, f"make_{name}")()
+                # Another thread may run the former function, so there must always be one.
+                getattr(trainer, f"make_{name}")(force=True)
     if layer in _TRACED:
-        _TRACED.discard(layer)
         warnings.warn(
             f"the layer {layer.name!r} has a new seed, but a compiled function, such as a "
-            "tf.function or jax.jit, contains the former one: define that function again",
+            "tf.function or jax.jit, contains an earlier one: define that function again",
             stacklevel=3,
         )
 

@@ -161,6 +161,17 @@ def test_is_read_and_set_by_callbacks():
     assert layer.calls == 102
 
 
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_warns_once_of_layers_with_one_seed_in_fit(options):
+    layers = [Dropout(0.5, seed=SITE) for _ in range(2)]
+    model = keras.Sequential([keras.Input((10,)), *layers, keras.layers.Dense(1)])
+    model.compile("sgd", "mse", **options)
+    with pytest.warns(UserWarning, match=r"'layers.0' and 'layers.1' have one seed.*assign_seeds"):
+        model.fit(X, np.zeros((4, 1)), verbose=0)
+    model.fit(X, np.zeros((4, 1)), verbose=0)
+    assert [layer.calls for layer in layers] == [2, 2]
+
+
 class Big:
     """An object that its owner wants to free."""
 
