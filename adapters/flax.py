@@ -397,10 +397,11 @@ def _warn_of_twins(module: Dropout) -> None:
         twins.setdefault(other.seed, []).append((name, number))
     for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
         if abs(a - b) <= 1:  # one of them may have run in this call of the model already
+            perhaps, may = (", and perhaps", "may ") if _is_traced(module) else (" and", "")
             warnings.warn(
-                f"the modules {first!r} and {second!r} have one seed and one call number, so they "
-                "drop the same units: call unidrop.adapters.flax.assign_seeds(model, seed), or "
-                f"set module.seed = Key(42).fold_in({second!r})",
+                f"the modules {first!r} and {second!r} have one seed{perhaps} one call number, so "
+                f"they {may}drop the same units: call unidrop.adapters.flax.assign_seeds(model, "
+                f"seed), or set module.seed = Key(42).fold_in({second!r})",
                 stacklevel=3,
             )
             return

@@ -58,11 +58,17 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @seed.setter
     def seed(self, value: int | Key | None) -> None:
+        if self._replace_seed(value):
+            renew_traces(self)
+
+    def _replace_seed(self, value: int | Key | None) -> bool:
+        """Set the seed, and return whether it differs; compiled functions contain the former."""
         former = self._seed
         self._seed = value if value is None or isinstance(value, Key) else Key(value)
-        if self._seed != former:
-            self._checked = None
-            renew_traces(self)
+        if self._seed == former:
+            return False
+        self._checked = None
+        return True
 
     @property
     def key(self) -> None:

@@ -76,8 +76,8 @@ def assign_seeds(model: M, seed: int | Key) -> M:
     layers = dict(_named_layers(model))
     if not layers:
         raise ValueError("model must have a layer of unidrop.adapters.keras, and it has none")
-    for name, layer in layers.items():
-        layer.seed = key.fold_in(name)
+    changed = [layer for name, layer in layers.items() if layer._replace_seed(key.fold_in(name))]
+    renew_traces(*changed)
     return model
 
 
@@ -131,9 +131,9 @@ def note_trace(layer: Any, callers: Callers) -> None:
         _TRACED.add(layer)
 
 
-def renew_traces(layer: Any) -> None:
-    """Let Keras recompile its steps, which contain the former key of a layer."""
-    trainers = _TRAINERS.pop(layer, ())
+def renew_traces(*layers: Any) -> None:
+    """Let Keras recompile its steps, which contain the former keys of layers."""
+    trainers = {trainer for layer in layers for trainer in _TRAINERS.pop(layer, ())}
     if trainers:
         forget_programs()  # another model may have the same step
     for trainer in trainers:
@@ -141,12 +141,13 @@ def renew_traces(layer: Any) -> None:
             if getattr(trainer, name, None) is not None:
                 # Another thread may run the former function, so there must always be one.
                 getattr(trainer, f"make_{name}")(force=True)
-    if layer in _TRACED:
-        warnings.warn(
-            f"the layer {layer.name!r} has a new seed, but a compiled function, such as a "
-            "tf.function or jax.jit, contains an earlier one: define that function again",
-            stacklevel=3,
-        )
+    for layer in layers:
+        if layer in _TRACED:
+            warnings.warn(
+                f"the layer {layer.name!r} has a new seed, but a compiled function, such as a "
+                "tf.function or jax.jit, contains an earlier one: define that function again",
+                stacklevel=3,
+            )
 
 
 def warn_of_twins(model: Any, traced: bool) -> None:
@@ -167,10 +168,11 @@ def warn_of_twins(model: Any, traced: bool) -> None:
             twins.setdefault(other.seed, []).append((name, number))
     for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
         if abs(a - b) <= 1:  # one of them may have run in this call of the model already
+            perhaps, may = (", and perhaps", "may ") if traced else (" and", "")
             warnings.warn(
-                f"the layers {first!r} and {second!r} have one seed and one call number, so they "
-                "drop the same units: call unidrop.adapters.keras.assign_seeds(model, seed), or "
-                f"set layer.seed = Key(42).fold_in({second!r})",
+                f"the layers {first!r} and {second!r} have one seed{perhaps} one call number, so "
+                f"they {may}drop the same units: call unidrop.adapters.keras.assign_seeds(model, "
+                f"seed), or set layer.seed = Key(42).fold_in({second!r})",
                 stacklevel=3,
             )
             return

@@ -471,6 +471,13 @@ def test_warns_only_of_equal_masks(name, value):
     model(X)
 
 
+def test_compares_no_call_numbers_in_compiled_function():
+    model = Model(seed=KEY)
+    model.layers[1].dropout.calls = 1000
+    with pytest.warns(UserWarning, match="one seed, and perhaps one call number, so they may drop"):
+        nnx.jit(lambda model, x: model(x))(model, X)
+
+
 def test_warns_of_neither_evaluation_nor_other_models():
     twins = Model(seed=KEY)
     twins.eval()

@@ -204,6 +204,16 @@ def test_fits_by_new_seed_in_step_of_another_model():
     np.testing.assert_allclose(inner.get_metrics_result()["loss"], expected, rtol=1e-6)
 
 
+def test_assigns_all_seeds_if_warning_is_an_error():
+    model = keras.Sequential([Dropout(0.5, seed=n) for n in (1, 2)])
+    tf.function(lambda: model(X, training=True))()
+    with pytest.raises(UserWarning, match="has a new seed"):  # pytest makes warnings errors
+        assign_seeds(model, 42)
+    assert [layer.seed for layer in model.layers] == [
+        Key(42).fold_in(f"layers.{n}") for n in (0, 1)
+    ]
+
+
 class Functions(keras.Model):
     """Compiles one method by itself."""
 
@@ -270,6 +280,12 @@ def test_warns_of_cloned_model_inside_another():
 @pytest.mark.parametrize("changes", [{"seed": 7}, {"calls": 5}, {"rate": 0}], ids=str)
 def test_warns_only_of_equal_masks(changes):
     twins(**changes)(X, training=True)
+
+
+def test_compares_no_call_numbers_in_compiled_step():
+    model = compiled(twins(calls=1000))
+    with pytest.warns(UserWarning, match="one seed, and perhaps one call number, so they may drop"):
+        model.train_on_batch(X, X)
 
 
 def test_warns_of_neither_inference_nor_other_models():
