@@ -19,6 +19,7 @@ from jax import numpy as jnp
 from unidrop.adapters.calls import run_counted
 from unidrop.adapters.frames import iterate_callers
 from unidrop.adapters.jax.functional import as_array, as_key, dropout
+from unidrop.adapters.numpy import check_plain
 from unidrop.arguments import checked_integer
 from unidrop.key import Key
 from unidrop.library import get_library
@@ -202,6 +203,7 @@ class Dropout(nnx.Dropout):
                 "Dropout must know whether to drop: pass `deterministic` to the constructor or "
                 "to the call, or use `nnx.view(model, deterministic=...)`"
             )
+        check_plain(type(inputs), "inputs")
         if deterministic or self.rate == 0:
             return inputs
         if isinstance(inputs, nnx.Variable):

@@ -97,6 +97,12 @@ def test_gives_zeros_and_zero_gradient_at_rate_1(kind):
     assert not np.asarray(jax.grad(lambda x: kind(1.0, rngs=nnx.Rngs(0))(x).sum())(X)).any()
 
 
+def test_refuses_masked_arrays_in_evaluation():
+    for module in (made(deterministic=True), Dropout(0.0)):
+        with pytest.raises(TypeError, match="inputs must not be a masked array"):
+            module(np.ma.array(X))
+
+
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
 def test_rejects_missing_rngs_and_deterministic(kind):
     with pytest.raises(ValueError, match="rngs"):
