@@ -321,8 +321,8 @@ def assign_seeds(model: M, seed: int | Key) -> M:
 
     The name is the path of attributes and indices from the model to the module, joined by ".", as
     in `nnx.iter_modules`: ``model.encoder.layers[2]`` has the name "encoder.layers.2". A module in
-    two places has the name that comes first in the alphabet. Modules that are made under `nnx.vmap`
-    have one name and separate keys, ``Key(seed).fold_in(name).fold_in(i)``.
+    two places has the path that comes first there. Modules that are made under `nnx.vmap` have one
+    name and separate keys, ``Key(seed).fold_in(name).fold_in(i)``.
 
     Parameters
     ----------
