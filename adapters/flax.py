@@ -17,7 +17,9 @@ from flax.errors import TraceContextError
 from jax import numpy as jnp
 
 from unidrop.adapters.calls import run_counted
+from unidrop.adapters.frames import iterate_callers
 from unidrop.adapters.jax.functional import as_array, as_key, dropout
+from unidrop.adapters.numpy import check_plain
 from unidrop.arguments import checked_integer
 from unidrop.key import Key
 from unidrop.library import get_library
@@ -201,6 +203,7 @@ class Dropout(nnx.Dropout):
                 "Dropout must know whether to drop: pass `deterministic` to the constructor or "
                 "to the call, or use `nnx.view(model, deterministic=...)`"
             )
+        check_plain(type(inputs), "inputs")
         if deterministic or self.rate == 0:
             return inputs
         if isinstance(inputs, nnx.Variable):
@@ -318,8 +321,8 @@ def assign_seeds(model: M, seed: int | Key) -> M:
 
     The name is the path of attributes and indices from the model to the module, joined by ".", as
     in `nnx.iter_modules`: ``model.encoder.layers[2]`` has the name "encoder.layers.2". A module in
-    two places has the name that comes first in the alphabet. Modules that are made under `nnx.vmap`
-    have one name and separate keys, ``Key(seed).fold_in(name).fold_in(i)``.
+    two places has the path that comes first there. Modules that are made under `nnx.vmap` have one
+    name and separate keys, ``Key(seed).fold_in(name).fold_in(i)``.
 
     Parameters
     ----------
@@ -396,10 +399,11 @@ def _warn_of_twins(module: Dropout) -> None:
         twins.setdefault(other.seed, []).append((name, number))
     for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
         if abs(a - b) <= 1:  # one of them may have run in this call of the model already
+            perhaps, may = (", and perhaps", "may ") if _is_traced(module) else (" and", "")
             warnings.warn(
-                f"the modules {first!r} and {second!r} have one seed and one call number, so they "
-                "drop the same units: call unidrop.adapters.flax.assign_seeds(model, seed), or "
-                f"set module.seed = Key(42).fold_in({second!r})",
+                f"the modules {first!r} and {second!r} have one seed{perhaps} one call number, so "
+                f"they {may}drop the same units: call unidrop.adapters.flax.assign_seeds(model, "
+                f"seed), or set module.seed = Key(42).fold_in({second!r})",
                 stacklevel=3,
             )
             return
@@ -408,12 +412,9 @@ def _warn_of_twins(module: Dropout) -> None:
 def _find_model(module: Dropout) -> Any:
     """Return the outermost module that is the ``self`` of a call on the stack."""
     model: Any = module
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
+    for _, caller in iterate_callers(sys._getframe(1)):
         if isinstance(caller, nnx.Module):
             model = caller
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
     return model
 
 

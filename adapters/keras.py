@@ -58,11 +58,17 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @seed.setter
     def seed(self, value: int | Key | None) -> None:
+        if self._replace_seed(value):
+            renew_traces(self)
+
+    def _replace_seed(self, value: int | Key | None) -> bool:
+        """Set the seed, and return whether it differs; compiled functions contain the former."""
         former = self._seed
         self._seed = value if value is None or isinstance(value, Key) else Key(value)
-        if self._seed != former:
-            self._checked = None
-            renew_traces(self)
+        if self._seed == former:
+            return False
+        self._checked = None
+        return True
 
     @property
     def key(self) -> None:
@@ -157,9 +163,11 @@ class _SeededLayerMixin(keras.layers.Layer):
         if traced and keras.backend.backend() == "torch":
             return  # torch.compile recompiles for a new seed, and cannot record this
         callers = find_callers(self)
+        if callers is None:
+            return
         if traced:
             note_trace(self, callers)
-        if self._checked != id(self) and callers.trainer != "shapes":
+        if self._checked != id(self):
             warn_of_twins(callers.model, traced)
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:

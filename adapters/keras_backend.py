@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 from keras.src.backend.common import global_state
 
+from unidrop.adapters.frames import iterate_callers
 from unidrop.library import get_library
 
 if keras.backend.backend() == "tensorflow":
@@ -15,11 +16,14 @@ elif keras.backend.backend() == "torch":
     import torch
 
     from unidrop.adapters.torch.func import randomness
+elif keras.backend.backend() == "jax":
+    import jax
 
 __all__ = [
     "Replica",
     "check_loop",
     "find_replica",
+    "forget_programs",
     "make_increment",
     "restore_value",
     "writes_legacy_file",
@@ -50,6 +54,12 @@ def make_increment(state: Any) -> Any:
     return keras.ops.arange(2, dtype=keras.backend.standardize_dtype(state.dtype))
 
 
+def forget_programs() -> None:
+    """Let JAX retrace each function, whose program it would reuse in another `jax.jit`."""
+    if keras.backend.backend() == "jax":
+        jax.clear_caches()
+
+
 def writes_legacy_file() -> bool:
     """Return whether Keras writes or reads an ``.h5`` file of a whole model."""
     return bool(global_state.get_global_attribute("use_legacy_config"))
@@ -68,14 +78,11 @@ def restore_value(variable: Any) -> None:
     """
     if keras.backend.backend() != "jax" or variable._value is not None:
         return
-    frame = sys._getframe(1)
-    while frame is not None:
-        trainer: Any = frame.f_locals.get("self")
+    for _, trainer in iterate_callers(sys._getframe(1)):
         if hasattr(type(trainer), "jax_state_sync"):
             trainer.jax_state_sync()
             if variable._value is not None:
                 return
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
     raise RuntimeError(
         f"calls must be read and set between the steps of fit, in a callback: {variable.path} has "
         "no value while a model is fitted on JAX in another thread"

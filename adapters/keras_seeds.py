@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import keras
 
+from unidrop.adapters.frames import iterate_callers
+from unidrop.adapters.keras_backend import forget_programs
 from unidrop.key import Key
 
 __all__ = ["Callers", "assign_seeds", "find_callers", "note_trace", "renew_traces", "warn_of_twins"]
@@ -20,6 +22,8 @@ _HOLDERS = (keras.layers.Layer, dict, list, tuple)
 
 # Frames of Keras's compiled steps. The first is only on TensorFlow, and not in replicas' threads.
 _STEPS = ("one_step_on_data", "train_step", "test_step", "predict_step")
+# Methods that run the layers of their object. Steps on JAX call no other one than the last.
+_CALLS = (*_STEPS[1:], "__call__", "call", "stateless_call")
 _COMPILED = ("train_function", "test_function", "predict_function")
 
 # The models whose compiled steps contain the key of a layer.
@@ -72,8 +76,8 @@ def assign_seeds(model: M, seed: int | Key) -> M:
     layers = dict(_named_layers(model))
     if not layers:
         raise ValueError("model must have a layer of unidrop.adapters.keras, and it has none")
-    for name, layer in layers.items():
-        layer.seed = key.fold_in(name)
+    changed = [layer for name, layer in layers.items() if layer._replace_seed(key.fold_in(name))]
+    renew_traces(*changed)
     return model
 
 
@@ -83,58 +87,67 @@ class Callers(NamedTuple):
     Attributes
     ----------
     model : keras.layers.Layer
-        The outermost layer whose call contains the current call.
-    trainer : keras.Model, "shapes" or None
-        The model whose compiled step contains the call; "shapes" if Keras computes shapes alone.
+        The outermost layer whose call or step contains the current call.
+    trainers : list of keras.Model
+        The models whose steps contain the call. One of them may run the step of another.
+    in_function : bool
+        Whether a function that a user compiled contains the call, on TensorFlow.
     """
 
     model: Any
-    trainer: Any
+    trainers: list[Any]
+    in_function: bool
 
 
-def find_callers(layer: Any) -> Callers:
-    """Return the callers of a layer that are on the stack."""
-    model, trainer, frame = layer, None, sys._getframe(1)
-    in_step = in_other = False
-    while frame is not None:
-        name, caller = frame.f_code.co_name, frame.f_locals.get("self")
+def find_callers(layer: Any) -> Callers | None:
+    """Return the callers of a layer that are on the stack; None if Keras computes shapes alone."""
+    model: Any = layer
+    trainers = []
+    in_step = in_function = False
+    for frame, caller in iterate_callers(sys._getframe(1)):
+        name = frame.f_code.co_name
         if name == "compute_output_spec":
-            return Callers(model, "shapes")
-        if name == "__call__" and isinstance(caller, keras.layers.Layer):
+            return None
+        if isinstance(caller, keras.layers.Layer) and name in _CALLS:
             model = caller
-        elif name in _STEPS and isinstance(caller, keras.Model):
-            trainer = trainer or caller
+        if isinstance(caller, keras.Model) and name in _STEPS:
+            trainers.append(caller)
             in_step = in_step or name == _STEPS[0]
         elif "polymorphic_function" in frame.f_globals.get("__name__", ""):
             # A tf.function: Keras makes one around its own frame, and users make others inside.
-            in_other = in_other or not in_step
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
-    return Callers(model, None if in_other else trainer)
+            in_function = in_function or not in_step
+    return Callers(model, trainers, in_function)
 
 
 def note_trace(layer: Any, callers: Callers) -> None:
-    """Remember the function that now receives the key of a layer as a constant."""
-    trainer = callers.trainer
-    if isinstance(trainer, keras.Model) and any(getattr(trainer, name, None) for name in _COMPILED):
-        _TRAINERS.setdefault(layer, WeakSet()).add(trainer)
-    elif trainer != "shapes":
+    """Remember the functions that now receive the key of a layer as a constant."""
+    trainers = [
+        trainer
+        for trainer in callers.trainers
+        if any(getattr(trainer, name, None) for name in _COMPILED)
+    ]
+    _TRAINERS.setdefault(layer, WeakSet()).update(trainers)
+    if callers.in_function or not trainers:
         _TRACED.add(layer)
 
 
-def renew_traces(layer: Any) -> None:
-    """Let Keras recompile its steps, which contain the former key of a layer."""
-    for trainer in _TRAINERS.pop(layer, ()):
+def renew_traces(*layers: Any) -> None:
+    """Let Keras recompile its steps, which contain the former keys of layers."""
+    trainers = {trainer for layer in layers for trainer in _TRAINERS.pop(layer, ())}
+    if trainers:
+        forget_programs()  # another model may have the same step
+    for trainer in trainers:
         for name in _COMPILED:
             if getattr(trainer, name, None) is not None:
-                setattr(trainer, name, None)
-                getattr(trainer, f"make_{name}")()
-    if layer in _TRACED:
-        _TRACED.discard(layer)
-        warnings.warn(
-            f"the layer {layer.name!r} has a new seed, but a compiled function, such as a "
-            "tf.function or jax.jit, contains the former one: define that function again",
-            stacklevel=3,
-        )
+                # Another thread may run the former function, so there must always be one.
+                getattr(trainer, f"make_{name}")(force=True)
+    for layer in layers:
+        if layer in _TRACED:
+            warnings.warn(
+                f"the layer {layer.name!r} has a new seed, but a compiled function, such as a "
+                "tf.function or jax.jit, contains an earlier one: define that function again",
+                stacklevel=3,
+            )
 
 
 def warn_of_twins(model: Any, traced: bool) -> None:
@@ -155,10 +168,11 @@ def warn_of_twins(model: Any, traced: bool) -> None:
             twins.setdefault(other.seed, []).append((name, number))
     for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
         if abs(a - b) <= 1:  # one of them may have run in this call of the model already
+            perhaps, may = (", and perhaps", "may ") if traced else (" and", "")
             warnings.warn(
-                f"the layers {first!r} and {second!r} have one seed and one call number, so they "
-                "drop the same units: call unidrop.adapters.keras.assign_seeds(model, seed), or "
-                f"set layer.seed = Key(42).fold_in({second!r})",
+                f"the layers {first!r} and {second!r} have one seed{perhaps} one call number, so "
+                f"they {may}drop the same units: call unidrop.adapters.keras.assign_seeds(model, "
+                f"seed), or set layer.seed = Key(42).fold_in({second!r})",
                 stacklevel=3,
             )
             return

@@ -249,7 +249,9 @@ def as_array(x: Any, name: str = "x") -> Any:
     if isinstance(x, jax.Array):
         return x
     if hasattr(x, "__jax_array__"):
-        return x.__jax_array__()
+        x = x.__jax_array__()
+        if isinstance(x, jax.Array):
+            return x
     check_plain(type(x), name)
     if isinstance(x, np.ndarray):
         compute_dtype(x.dtype, name)

@@ -1,5 +1,8 @@
 """Dropout for Flax: nnx.Dropout's behavior, and call numbers that every transform carries."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +95,12 @@ def test_gives_zeros_and_zero_gradient_at_rate_1(kind):
     module = kind(1.0, rngs=nnx.Rngs(0))
     assert not np.asarray(module(X)).any()
     assert not np.asarray(jax.grad(lambda x: kind(1.0, rngs=nnx.Rngs(0))(x).sum())(X)).any()
+
+
+def test_refuses_masked_arrays_in_evaluation():
+    for module in (made(deterministic=True), Dropout(0.0)):
+        with pytest.raises(TypeError, match="inputs must not be a masked array"):
+            module(np.ma.array(X))
 
 
 @pytest.mark.parametrize("kind", [nnx.Dropout, Dropout])
@@ -468,6 +477,13 @@ def test_warns_only_of_equal_masks(name, value):
     model(X)
 
 
+def test_compares_no_call_numbers_in_compiled_function():
+    model = Model(seed=KEY)
+    model.layers[1].dropout.calls = 1000
+    with pytest.warns(UserWarning, match="one seed, and perhaps one call number, so they may drop"):
+        nnx.jit(lambda model, x: model(x))(model, X)
+
+
 def test_warns_of_neither_evaluation_nor_other_models():
     twins = Model(seed=KEY)
     twins.eval()
@@ -504,3 +520,21 @@ def test_counts_nothing_if_warning_is_an_error():
     with pytest.raises(UserWarning, match="one seed"):  # pytest makes warnings errors
         model(X)
     assert int(model.same.calls) == 0
+
+
+class Big:
+    """An object that its owner wants to free."""
+
+
+def test_keeps_no_variables_of_callers_alive():
+    big = Big()
+    reference = weakref.ref(big)
+    made()(X)
+    del big
+    gc.collect()
+    assert reference() is None
+
+
+def test_leaks_no_tracer_that_jax_finds():
+    with jax.checking_leaks():
+        nnx.jit(lambda model, x: model(x))(assign_seeds(Model(), 42), jnp.asarray(X))

@@ -104,6 +104,21 @@ def test_returns_x_without_key_if_nothing_is_dropped():
     assert mask.all()
 
 
+class Variable:
+    """A variable of a module, which holds an array of NumPy, as `nnx.Param(np.ones(3))` does."""
+
+    def __jax_array__(self):
+        return np.ones(3)
+
+
+def test_returns_array_of_jax_for_variable_of_numpy():
+    x = np.ones(3, "float32")
+    for options, expected in (({}, wanted(x)), ({"deterministic": True}, x)):
+        y = dropout(Variable(), RATE, KEY, **options)
+        assert isinstance(y, jax.Array)
+        assert_bits(y, expected)
+
+
 def test_returns_mask_of_its_output():
     x = jnp.ones((5, 7))
     y, mask = jax.jit(lambda x: dropout(x, RATE, KEY, return_mask=True))(x)

@@ -3,7 +3,9 @@
 Keras's NumPy backend has no gradient, so it trains nothing.
 """
 
+import gc
 import warnings
+import weakref
 
 import keras
 import ml_dtypes
@@ -157,6 +159,32 @@ def test_is_read_and_set_by_callbacks():
     model.fit(x, y, batch_size=4, verbose=0, shuffle=False, callbacks=[follower])
     assert follower.seen == [101, 102]
     assert layer.calls == 102
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_warns_once_of_layers_with_one_seed_in_fit(options):
+    layers = [Dropout(0.5, seed=SITE) for _ in range(2)]
+    model = keras.Sequential([keras.Input((10,)), *layers, keras.layers.Dense(1)])
+    model.compile("sgd", "mse", **options)
+    with pytest.warns(UserWarning, match=r"'layers.0' and 'layers.1' have one seed.*assign_seeds"):
+        model.fit(X, np.zeros((4, 1)), verbose=0)
+    model.fit(X, np.zeros((4, 1)), verbose=0)
+    assert [layer.calls for layer in layers] == [2, 2]
+
+
+class Big:
+    """An object that its owner wants to free."""
+
+
+def test_keeps_no_variables_of_callers_alive():
+    big, layer = Big(), Dropout(0.5, seed=SITE)
+    reference, model = weakref.ref(big), recording(layer)
+    layer(X, training=True)
+    reader = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: layer.calls)
+    model.fit(X, np.zeros((4, 1)), verbose=0, callbacks=[reader])
+    del big
+    gc.collect()
+    assert reference() is None
 
 
 if BACKEND == "jax":
