@@ -17,7 +17,7 @@ from flax.errors import TraceContextError
 from jax import numpy as jnp
 
 from unidrop.adapters.calls import run_counted
-from unidrop.adapters.frames import iterate_callers
+from unidrop.adapters.frames import list_callers
 from unidrop.adapters.jax.functional import as_array, as_key, dropout
 from unidrop.adapters.numpy import check_plain
 from unidrop.arguments import checked_integer
@@ -412,7 +412,7 @@ def _warn_of_twins(module: Dropout) -> None:
 def _find_model(module: Dropout) -> Any:
     """Return the outermost module that is the ``self`` of a call on the stack."""
     model: Any = module
-    for _, caller in iterate_callers(sys._getframe(1)):
+    for _, caller in list_callers(sys._getframe(1)):
         if isinstance(caller, nnx.Module):
             model = caller
     return model

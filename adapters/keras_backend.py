@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 from keras.src.backend.common import global_state
 
-from unidrop.adapters.frames import iterate_callers
+from unidrop.adapters.frames import list_callers
 from unidrop.library import get_library
 
 if keras.backend.backend() == "tensorflow":
@@ -78,7 +78,7 @@ def restore_value(variable: Any) -> None:
     """
     if keras.backend.backend() != "jax" or variable._value is not None:
         return
-    for _, trainer in iterate_callers(sys._getframe(1)):
+    for _, trainer in list_callers(sys._getframe(1)):
         if hasattr(type(trainer), "jax_state_sync"):
             trainer.jax_state_sync()
             if variable._value is not None:

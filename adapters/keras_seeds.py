@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import keras
 
-from unidrop.adapters.frames import iterate_callers
+from unidrop.adapters.frames import list_callers
 from unidrop.adapters.keras_backend import forget_programs
 from unidrop.key import Key
 
@@ -104,7 +104,7 @@ def find_callers(layer: Any) -> Callers | None:
     model: Any = layer
     trainers = []
     in_step = in_function = False
-    for frame, caller in iterate_callers(sys._getframe(1)):
+    for frame, caller in list_callers(sys._getframe(1)):
         name = frame.f_code.co_name
         if name == "compute_output_spec":
             return None
@@ -121,7 +121,7 @@ def find_callers(layer: Any) -> Callers | None:
 
 def note_trace(layer: Any, callers: Callers) -> None:
     """Remember the functions that now receive the key of a layer as a constant."""
-    trainers = [
+    trainers = callers.trainers and [
         trainer
         for trainer in callers.trainers
         if any(getattr(trainer, name, None) for name in _COMPILED)

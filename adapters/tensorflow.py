@@ -254,7 +254,7 @@ class TensorFlowWords(Words):
         self, xp: Any, device: Any, first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int
     ) -> PhiloxBlock:
         """Return the words of consecutive blocks."""
-        if _avoids_native_operators(first):
+        if is_forced("portable") and _is_lite(first):
             block = tensorflow_lite.generate(first, count, key, tag)
             return tuple(tf.cast(words, tf.int64) for words in block)
         with tf.device(device):
@@ -276,7 +276,7 @@ class TensorFlowWords(Words):
         each word into both of its numbers u: the word itself in the low half, the odd element's in
         the high half, modulo 2^32.
         """
-        if _avoids_native_operators(first):
+        if is_forced("portable") and _is_lite(first):
             return tensorflow_lite.keep_flags(first, count, key, threshold)
         is_one_run = isinstance(first[0], int) or first[0].shape.rank == 0
         if not is_one_run or sys.byteorder == "big":
@@ -347,12 +347,12 @@ class TensorFlowBuffers(Buffers):
             return tf.constant(mask)
 
 
-def _avoids_native_operators(first: SplitInteger) -> bool:
-    """Return whether to trace plain integer operators, as users wish for TensorFlow Lite.
+def _is_lite(first: SplitInteger) -> bool:
+    """Return whether TensorFlow Lite has operators for a trace: they count from a Python integer.
 
-    These count blocks from a Python integer only.
+    Users of TensorFlow Lite trace under ``force_path("portable")``.
     """
-    return not tf.executing_eagerly() and isinstance(first[0], int) and is_forced("portable")
+    return isinstance(first[0], int) and not tf.executing_eagerly()
 
 
 LIBRARY = ArrayLibrary(
