@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from types import FrameType
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 from weakref import WeakSet
 
@@ -20,6 +20,7 @@ from unidrop.adapters.calls import run_counted
 from unidrop.adapters.frames import list_callers
 from unidrop.adapters.jax.functional import as_array, as_key, dropout
 from unidrop.adapters.numpy import check_plain
+from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.arguments import checked_integer
 from unidrop.key import Key
 from unidrop.library import get_library
@@ -290,7 +291,7 @@ def _check_scan(number: jax.Array) -> None:
     It hands the module over as a new one, which may change, and forgets it. So the frames of the
     stack tell.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _SCAN:
             broadcast = frame.f_locals.get("broadcast_deque_out")
@@ -300,7 +301,7 @@ def _check_scan(number: jax.Array) -> None:
                     calls.get_value() is number or calls.get_value()._trace is not number._trace
                 ):
                     raise TraceContextError(f"nnx.scan broadcasts a Dropout. {_NOT_CARRIED}")
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
+        frame = frame.f_back
 
 
 def _roll_back(number: jax.Array, variable: DropoutCalls) -> None:
@@ -382,7 +383,7 @@ def _warn_of_twins(module: Dropout) -> None:
         return  # the module is a copy, which a transformation makes for each trace
     modules = list(_named_modules(model))
     _CHECKED.update([model, module, *(other for _, other in modules)])
-    twins: dict[Key, list[tuple[str, int]]] = {}
+    active = []
     for name, other in modules:
         if other.seed is None or other.seed.is_traced or other.deterministic or other.rate == 0:
             continue
@@ -396,17 +397,9 @@ def _warn_of_twins(module: Dropout) -> None:
             )
             return
         number = 0 if _is_traced(other) else int(other.calls.get_value())
-        twins.setdefault(other.seed, []).append((name, number))
-    for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
-        if abs(a - b) <= 1:  # one of them may have run in this call of the model already
-            perhaps, may = (", and perhaps", "may ") if _is_traced(module) else (" and", "")
-            warnings.warn(
-                f"the modules {first!r} and {second!r} have one seed{perhaps} one call number, so "
-                f"they {may}drop the same units: call unidrop.adapters.flax.assign_seeds(model, "
-                f"seed), or set module.seed = Key(42).fold_in({second!r})",
-                stacklevel=3,
-            )
-            return
+        active.append((name, other.seed, number))
+    known = not _is_traced(module)
+    warn_of_equal_seeds(active, "unidrop.adapters.flax", known=known, stacklevel=3)
 
 
 def _find_model(module: Dropout) -> Any:

@@ -3,7 +3,6 @@
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -11,6 +10,7 @@ import keras
 
 from unidrop.adapters.frames import list_callers
 from unidrop.adapters.keras_backend import forget_programs
+from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.key import Key
 
 __all__ = ["Callers", "assign_seeds", "find_callers", "note_trace", "renew_traces", "warn_of_twins"]
@@ -159,23 +159,14 @@ def warn_of_twins(model: Any, traced: bool) -> None:
     layers = list(_named_layers(model))
     for _, other in layers:
         other._checked = id(other)
-    twins: dict[Key, list[tuple[str, int]]] = {}
+    active = []
     for name, other in layers:
         if other.seed is not None and other.rate > 0:
             number = 0  # a trace has no numbers
             if not traced:  # by `calls`, a trainer on JAX would put back its variables
                 number = int(keras.ops.convert_to_numpy(other.seed_generator.state.value)[1])
-            twins.setdefault(other.seed, []).append((name, number))
-    for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
-        if abs(a - b) <= 1:  # one of them may have run in this call of the model already
-            perhaps, may = (", and perhaps", "may ") if traced else (" and", "")
-            warnings.warn(
-                f"the layers {first!r} and {second!r} have one seed{perhaps} one call number, so "
-                f"they {may}drop the same units: call unidrop.adapters.keras.assign_seeds(model, "
-                f"seed), or set layer.seed = Key(42).fold_in({second!r})",
-                stacklevel=3,
-            )
-            return
+            active.append((name, other.seed, number))
+    warn_of_equal_seeds(active, "unidrop.adapters.keras", known=not traced, stacklevel=3)
 
 
 def _named_layers(

@@ -1,13 +1,13 @@
 """The seeds of a model: assigns each layer its own, and warns of layers that share one."""
 
 import sys
-import warnings
 from collections.abc import Iterator
-from itertools import pairwise
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 
+from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.key import Key
 
 __all__ = ["assign_seeds", "warn_of_twins"]
@@ -76,31 +76,23 @@ def warn_of_twins(layer: torch.nn.Module) -> None:
     layers = list(_named_layers(_find_model(layer)))
     for _, other in layers:
         other._checked = id(other)
-    twins: dict[Key, list[tuple[str, int]]] = {}
-    for name, other in layers:
-        if other.seed is None or not other.training or other.p == 0:
-            continue
-        # Reading the number on another device would wait for it.
-        number = int(other.calls) if other.calls.device.type == "cpu" else 0
-        twins.setdefault(other.seed, []).append((name, number))
-    for (first, a), (second, b) in (pair for same in twins.values() for pair in pairwise(same)):
-        if abs(a - b) <= 1:  # one of them may have run in this call of the model already
-            warnings.warn(
-                f"the layers {first!r} and {second!r} have one seed and one call number, so they "
-                "drop the same units: call unidrop.adapters.torch.assign_seeds(model, seed), or "
-                f"set layer.seed = Key(42).fold_in({second!r})",
-                stacklevel=2,
-            )
-            return
+    # Reading a number on another device would wait for it.
+    active = [
+        (name, other.seed, int(other.calls) if other.calls.device.type == "cpu" else 0)
+        for name, other in layers
+        if other.seed is not None and other.training and other.p > 0
+    ]
+    warn_of_equal_seeds(active, "unidrop.adapters.torch")
 
 
 def _find_model(layer: torch.nn.Module) -> torch.nn.Module:
     """Return the outermost module whose call contains the current call."""
-    model, frame = layer, sys._getframe(1)
+    model = layer
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL:
             model = frame.f_locals["self"]
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
+        frame = frame.f_back
     return model
 
 
