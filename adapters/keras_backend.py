@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import FrameType
 from typing import Any, NamedTuple
 
 import keras
@@ -124,11 +125,11 @@ def check_loop(name: str, x: Any, state: Any, advanced: Any) -> None:
 
 def _is_in_vectorized_map() -> bool:
     """Return whether `tf.vectorized_map` is building the body of its loop."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_pfor_impl":
             return True
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
+        frame = frame.f_back
     return False
 
 

@@ -34,7 +34,7 @@ __all__ = [
 _WORDS = Int64Words(array_api_compat.torch)
 
 # torch.compiler.assume_constant_result does the same, but imports the compiler.
-string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions accept any
+string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # a function accepts any attribute
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -77,7 +77,7 @@ class TorchArrays(Arrays):
         """Raise TypeError for tensors that are not dense, or have names."""
         if x.layout is not torch.strided or x.is_nested:
             raise not_dense(x, name)
-        if MAY_HAVE_NAMES and x.has_names():  # type: ignore[attr-defined]
+        if MAY_HAVE_NAMES and x.has_names():  # type: ignore[attr-defined] # gone in 2.13
             raise TypeError(f"{name} must not have names: pass {name}.rename(None)")
 
     def namespace(self, x: torch.Tensor) -> Any:

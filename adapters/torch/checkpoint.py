@@ -22,6 +22,7 @@ private parts of PyTorch; tests fail if those change:
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -162,13 +163,13 @@ def _find_reentrant_node() -> Any:
 
 def _reentrant_forwards() -> Iterator[Any]:
     """Yield the reentrant regions that run for the first time, the innermost first."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _REENTRANT_FORWARD:
             yield frame.f_locals["ctx"]
         elif frame.f_code is _REENTRANT_BACKWARD:
             return
-        frame = frame.f_back  # type: ignore[assignment] # None at the end
+        frame = frame.f_back
 
 
 def _regions_of_hooks() -> Iterator[tuple[Any, Any]]:

@@ -18,7 +18,7 @@ from unidrop.rate import Rate
 try:
     from torch.onnx._internal.exporter import _flags
 except ImportError:  # a version that does not mark its exports
-    _flags = None  # type: ignore[assignment]
+    _flags = None  # type: ignore[assignment] # to mypy it is always a module
 
 _DispatchMode = torch._C._TorchDispatchModeKey
 
@@ -67,7 +67,7 @@ def run_exported(plan: DropoutPlan, x: Tensor, key: Key, mask: Tensor | None) ->
 
 def mark_as_set(calls: Tensor) -> None:
     """Record in the tensor of a call number, which is new in each trace, that a model set it."""
-    calls._unidrop_is_set = True  # type: ignore[attr-defined]
+    calls._unidrop_is_set = True  # type: ignore[attr-defined] # a tensor accepts any attribute
 
 
 def take_number(layer: torch.nn.Module, calls: Tensor) -> Tensor:

@@ -184,13 +184,12 @@ def draw_words() -> Tensor:
     A recomputation replays the original words, but draws too: `torch.utils.checkpoint` may have
     restored the generator's state, and later draws must find the generator advanced.
     """
-    words = _generate_words()
+    words: Tensor = _generate_words()
     log = current_log()
-    if log is None:
-        return words
-    if log.replays:
-        return log.replay()  # type: ignore[no-any-return] # the words appended below
-    log.append(words)
+    if log is not None and log.replays:
+        words = log.replay()  # what was appended below
+    elif log is not None:
+        log.append(words)
     return words
 
 
@@ -225,6 +224,7 @@ def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
     trace contains the arithmetic, on 0-d tensors. `torch.func.functionalize` accepts no operator
     that advances a number, so there PyTorch's own does.
     """
+    folded: Tensor
     if is_functionalizing():
         is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(calls)
         # torch.func refuses to advance a tensor that the function does not receive.
@@ -232,13 +232,14 @@ def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
             is_observed = is_wrapped or torch._C._len_torch_dispatch_stack() > 0
             take = partial(next_call_number, read=not is_observed)
             taken = run_exclusively(calls, take, calls, current_log())
-        return torch.ops.unidrop.fold_in(words, torch.as_tensor(taken))  # type: ignore[no-any-return]
-    if calls.device.type == "cpu":
-        folded: Tensor = torch.ops.unidrop.call_key(calls, words)
-        return folded
-    number = torch.ops.unidrop.next_call(calls)
-    lo, hi = words.to(calls.device).unbind()
-    return key_tensor(Key.from_words(lo, hi).fold_in(number))
+        folded = torch.ops.unidrop.fold_in(words, torch.as_tensor(taken))
+    elif calls.device.type == "cpu":
+        folded = torch.ops.unidrop.call_key(calls, words)
+    else:
+        number = torch.ops.unidrop.next_call(calls)
+        lo, hi = words.to(calls.device).unbind()
+        folded = key_tensor(Key.from_words(lo, hi).fold_in(number))
+    return folded
 
 
 @_disable_dynamo

@@ -12,17 +12,8 @@ from torch_tensors import patterns
 
 from unidrop.adapters.torch import Dropout, assign_seeds
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 P = 0.3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Compute in one thread, because small models only wait for others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def replace(model):

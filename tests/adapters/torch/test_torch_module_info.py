@@ -30,6 +30,7 @@ CONTAINERS += ["Transformer"]
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.slow,  # PyTorch's description of its modules takes seconds to import
     # PyTorch warns of inputs of 3 axes, and so does the adapter.
     pytest.mark.filterwarnings("ignore:dropout2d. Received a 3"),
@@ -39,15 +40,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 two_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 each_seed = pytest.mark.parametrize("seed", [None, SITE], ids=["drawn", "seed"])
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Compute in one thread, because small arrays only wait for others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
