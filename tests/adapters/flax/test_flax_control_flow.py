@@ -7,25 +7,11 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 from jax import numpy as jnp
+from loops import KEY, X, chained, expected
 
-import unidrop
-from unidrop import Key
 from unidrop.adapters.flax import Dropout, DropoutCalls
 
-KEY = Key(42).fold_in("encoder/0")
-X = np.arange(1, 25, dtype="float32")
 ROWS = np.stack([X] * 3)
-
-
-def expected(numbers, x=X):
-    with unidrop.force_path("portable"):
-        return np.stack([unidrop.dropout(x, 0.5, KEY.fold_in(n)) for n in numbers])
-
-
-def chained(numbers, x=X):
-    for n in numbers:
-        (x,) = expected([n], x)
-    return x
 
 
 def call(module, x):

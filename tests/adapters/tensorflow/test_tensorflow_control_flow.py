@@ -3,30 +3,16 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from loops import KEY, X, chained, expected
 
-import unidrop
-from unidrop import Key
 from unidrop.adapters.keras import Dropout
 from unidrop.adapters.tensorflow import dropout
 
-KEY = Key(42).fold_in("encoder/0")
-X = np.arange(1, 25, dtype="float32")
 MODES = {
     "eager": lambda function: function,
     "graph": tf.function,
     "XLA": tf.function(jit_compile=True),
 }
-
-
-def expected(numbers, x=X):
-    with unidrop.force_path("portable"):
-        return np.stack([unidrop.dropout(x, 0.5, KEY.fold_in(n)) for n in numbers])
-
-
-def chained(numbers, x=X):
-    for n in numbers:
-        (x,) = expected([n], x)
-    return x
 
 
 def autograph_for(drop, x):
