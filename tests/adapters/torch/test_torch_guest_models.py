@@ -1,9 +1,6 @@
 """Whole models of other packages train, save, load, and continue as if they had never stopped."""
 
 import copy
-import importlib.util
-import sys
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from torch_tensors import patterns
 
 from unidrop.adapters.torch import Dropout, assign_seeds
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "torchvision")]
 P = 0.3
 
 
@@ -204,22 +201,9 @@ def test_resumes_with_lora(transformers, tmp_path):
 # --- timm -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def timm(monkeypatch):
-    """Return timm, with a stub of torchvision if that is missing.
+def test_resumes_vision_transformer(tmp_path):
+    timm = pytest.importorskip("timm")
 
-    The models of timm import torchvision and do not use it. The extra `interop` lacks timm, because
-    pip would install a torchvision that does not import with PyTorch's build for the CPU.
-    """
-    with monkeypatch.context() as context:
-        if importlib.util.find_spec("torchvision") is None:
-            for name in ["", ".datasets", ".transforms", ".transforms.functional", ".ops.misc"]:
-                stub = MagicMock(__path__=[], __spec__=None)
-                context.setitem(sys.modules, f"torchvision{name}", stub)
-        return pytest.importorskip("timm")
-
-
-def test_resumes_vision_transformer(timm, tmp_path):
     def make():
         model = timm.create_model(
             "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2,

@@ -273,6 +273,7 @@ def rows_of_page():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize("name", LOADERS)
 def test_does_what_page_says(name, tmp_path):
     actual = []
