@@ -63,17 +63,20 @@ def philox(
 def _philox_of_integers(counter: PhiloxBlock, key: tuple[int, int], rounds: int) -> PhiloxBlock:
     """Run `philox` on Python integers, whose products are exact.
 
-    A layer folds its call number into its key at every call; the generic code takes three times as
-    long.
+    A layer folds its call number into its key at every call, so each operation counts. High bits
+    that no multiplication reads stay until the end.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    first, second = MULTIPLIERS
+    increment0, increment1 = KEY_INCREMENTS
     for _ in range(rounds):
-        first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1 = second >> 32 ^ c1 ^ k0, second & MASK32
-        c2, c3 = first >> 32 ^ c3 ^ k1, first & MASK32
-        k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
-    return c0, c1, c2, c3
+        product0, product1 = c0 * first, c2 * second
+        c0, c2 = (product1 >> 32 ^ c1 ^ k0) & MASK32, (product0 >> 32 ^ c3 ^ k1) & MASK32
+        c1, c3 = product1, product0
+        k0 += increment0
+        k1 += increment1
+    return c0, c1 & MASK32, c2, c3 & MASK32
 
 
 def keep_flags(xp: Any, words: WordArithmetic, four: PhiloxBlock, threshold: int) -> Any:
