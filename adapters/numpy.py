@@ -1,7 +1,11 @@
 """Dropout for NumPy: the textbook function under a key or a generator, and its backward pass."""
 
+import os
+import struct
 import sys
 from collections.abc import Sequence
+from ctypes import addressof, c_char
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -17,6 +21,16 @@ __all__ = ["dropout", "dropout_backward"]
 Rng = int | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
 
 _DEFAULT_P = 0.5
+
+_cached_rate = lru_cache(maxsize=256)(Rate.from_p)
+
+_from_buffer = c_char.from_buffer
+
+_two_words = struct.Struct("<II")
+
+# Bits of `numpy.ndarray.flags.num`: C order, aligned, writeable, and a warning of a write.
+_PLAIN_FLAGS = 0x1 | 0x100 | 0x400
+_WARN_ON_WRITE = -1 << 31
 
 # TensorFlow and XLA share memory that begins at a cache line, and copy other memory.
 _ALIGNMENT = 64
@@ -147,14 +161,16 @@ def dropout(
             raise ValueError(f"pass key or rng, not both, got key={key!r} and rng={rng!r}")
     _check_out(out, x)
     plan = _make_plan(x, rate, training, broadcast_axes, global_shape, start, "x")
-    generator = _get_generator(rng) if key is None else None
+    generator = None if rng is None else _get_generator(rng)
     if not plan.drops:
-        output, mask = _copy_to(out, x), plan.ones(x)
-    else:
-        key = _draw_key(generator) if key is None else key
-        mask = plan.mask(x, key) if return_mask else None
-        output = plan.run(x, key, mask, out)
-    return (output, mask) if return_mask else output
+        output = _copy_to(out, x)
+        return (output, plan.ones(x)) if return_mask else output
+    if key is None:
+        key = _draw_key(generator)
+    if not return_mask:
+        return plan.run(x, key, None, out)
+    mask = plan.mask(x, key)
+    return plan.run(x, key, mask, out), mask
 
 
 def dropout_backward(
@@ -284,7 +300,7 @@ def _make_plan(
 
 
 def _get_rate(p: float, keep_prob: float | None) -> Rate:
-    rate = Rate.from_p(p)
+    rate = _cached_rate(p) if type(p) is float else Rate.from_p(p)
     if keep_prob is None:
         return rate
     if rate.p != _DEFAULT_P:
@@ -303,16 +319,19 @@ def _get_generator(rng: Rng) -> np.random.Generator:
         ) from None
 
 
-def _draw_key(generator: Any) -> Key:
+def _draw_key(generator: np.random.Generator | None) -> Key:
+    if generator is None:
+        return Key._from_raw_words(_two_words.unpack(os.urandom(8)))
     return Key(int(generator.integers(0, 2**64, dtype=np.uint64)))
 
 
 def _check_out(out: object, x: NDArray[Any]) -> None:
     if out is None:
         return
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
-    check_plain(type(out), "out")
+    if type(out) is not np.ndarray:
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
+        check_plain(type(out), "out")
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
             f"out must have shape {x.shape} and dtype {x.dtype}, "
@@ -346,20 +365,25 @@ class NumPyArrays(Arrays):
         """Raise TypeError for other subclasses, such as masked arrays."""
         check_plain(kind, name)
 
+    def is_traced(self, x: Any) -> bool:
+        """Return False: NumPy runs every operation at once."""
+        return False
+
 
 class NumPyBuffers(Buffers):
     """Plain NumPy arrays, memory-mapped ones included; other subclasses may be outputs."""
 
     def locate(self, x: Any) -> Buffer | str:
         """Return the buffer of a plain array of native, aligned elements."""
-        if type(x) is not np.ndarray and type(x) is not np.memmap:
-            return f"a {type(x).__name__} is not a plain numpy.ndarray"
-        return locate_array(x)
+        if type(x) is np.ndarray or type(x) is np.memmap:
+            return locate_array(x)
+        return f"a {type(x).__name__} is not a plain numpy.ndarray"
 
     def allocate_like(self, x: Any) -> tuple[Any, Buffer]:
         """Return an empty array, in the memory order of x."""
         y = np.empty_like(x, subok=False)
-        return y, Buffer(get_address(y), _element_strides(y))
+        strides = None if y.flags.c_contiguous else _element_strides(y)
+        return y, Buffer(get_address(y), strides)
 
 
 LIBRARY = ArrayLibrary(arrays=NumPyArrays(), buffers=NumPyBuffers())
@@ -390,12 +414,16 @@ def allocate_aligned_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def get_address(x: np.ndarray[Any, Any]) -> int:
     """Return the address of a NumPy array's first element."""
+    # The array interface makes a dictionary, which takes four times as long as the buffer protocol.
+    if x.flags.num & (_PLAIN_FLAGS | _WARN_ON_WRITE) == _PLAIN_FLAGS:
+        try:
+            return addressof(_from_buffer(x))  # type: ignore[arg-type] # the stubs lack __buffer__
+        except ValueError:  # x is empty, or the buffer protocol has no name for its dtype
+            pass
     address: int = x.__array_interface__["data"][0]
     return address
 
 
-def _element_strides(x: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
-    """Return the strides in elements, or None for C order."""
-    if x.flags.c_contiguous:
-        return None
+def _element_strides(x: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    """Return the strides in elements."""
     return tuple(stride // x.itemsize for stride in x.strides)

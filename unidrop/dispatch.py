@@ -226,9 +226,9 @@ def _find_kernels(
 
 def _has_traced(key: Key, window: Window | None) -> bool:
     """Return whether a word of a key or a start of a window is traced."""
-    numbers = [*key._words]
+    numbers = key._words
     if window is not None and window.start is not None:
-        numbers.extend(window.start)
+        numbers = (*numbers, *window.start)
     for number in numbers:
         if not isinstance(number, int) and get_library(number).arrays.is_traced(number):
             return True

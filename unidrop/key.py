@@ -10,7 +10,7 @@ from unidrop.philox import philox
 from unidrop.protocols import ArrayLibrary
 from unidrop.words import MASK32, SplitInteger, split64
 
-__all__ = ["Key", "check_key", "string_data"]
+__all__ = ["Key", "check_key", "fold_words", "string_data"]
 
 _TAG_INTEGER = 1
 _TAG_STRING = 2
@@ -139,32 +139,28 @@ class Key:
         >>> Key(2**64 - 1).fold_in(2**64 - 1)
         Key(0xa1951b70d619276d)
         """
+        tag, split = _TAG_INTEGER, None
         if type(data) is int and 0 <= data < 1 << 64:  # the call number of a layer
             data = operator.index(data)  # which compilers treat as a constant, not as a symbol
-            return self._fold((data >> 32, data & MASK32), _TAG_INTEGER)
-        if isinstance(data, str):
-            return self._fold(split64(string_data(data)), _TAG_STRING)
-        if _is_index(data):
-            return self._fold(split64(checked_integer(data, "data")), _TAG_INTEGER)
-        library = _get_integer_library(data, "data")
-        words = library.operator.fold_in(self._words, data, _TAG_INTEGER)
-        if words is not None:
-            return self._from_raw_words(words)
-        xp, device = library.arrays.namespace(data), library.arrays.device(data)
-        split = library.words.split(xp, device, data, "data")
-        if self.is_traced:
-            return self._fold(split, _TAG_INTEGER)
-        return self._generate(library, xp, device, split, _TAG_INTEGER)
-
-    def _fold(self, data: SplitInteger, tag: int) -> Self:
-        hi, lo = data
+        elif isinstance(data, str):
+            data, tag = string_data(data), _TAG_STRING
+        elif _is_index(data):
+            data = checked_integer(data, "data")
+        else:
+            library = _get_integer_library(data, "data")
+            words = library.operator.fold_in(self._words, data, tag)
+            if words is not None:
+                return self._from_raw_words(words)
+            xp, device = library.arrays.namespace(data), library.arrays.device(data)
+            split = library.words.split(xp, device, data, "data")
+            if not self.is_traced:
+                return self._generate(library, xp, device, split, tag)
         if not self.is_traced:
-            lo, hi, _, _ = philox((lo, hi, 0, tag), self._words)
-            return self._from_raw_words((lo, hi))
+            return self._from_raw_words(fold_words(self._words, data, tag))
         word, _ = self.words
         library = get_library(word)
         xp, device = library.arrays.namespace(word), library.arrays.device(word)
-        return self._generate(library, xp, device, data, tag)
+        return self._generate(library, xp, device, split or split64(data), tag)
 
     def _generate(
         self, library: ArrayLibrary, xp: Any, device: Any, data: SplitInteger, tag: int
@@ -257,6 +253,12 @@ def _as_array_word(word: int, array: Any) -> Any:
     library = get_library(array)
     xp, device = library.arrays.namespace(array), library.arrays.device(array)
     return (array & 0) | library.words.arithmetic(xp, device).constant(word)
+
+
+def fold_words(words: tuple[int, int], data: int, tag: int) -> tuple[int, int]:
+    """Return the words of a key after folding in an integer below 2^64."""
+    lo, hi, _, _ = philox((data & MASK32, data >> 32, 0, tag), words)
+    return lo, hi
 
 
 def string_data(data: str) -> int:

@@ -9,7 +9,7 @@ import reference
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.numpy import dropout, dropout_backward
+from unidrop.adapters.numpy import dropout, dropout_backward, get_address
 
 KEY = Key(42).fold_in("encoder/0").fold_in(7)
 X = np.random.default_rng(0).standard_normal((3, 37))
@@ -163,6 +163,24 @@ def test_accepts_what_default_rng_accepts(rng):
 
 def test_draws_fresh_mask_without_key_and_rng():
     assert not np.array_equal(dropout(X), dropout(X))
+
+
+def test_draws_64_bits_of_entropy_without_key_and_rng(monkeypatch):
+    drawn = []
+
+    def urandom(size):
+        drawn.append(size)
+        return bytes(range(1, size + 1))
+
+    monkeypatch.setattr("os.urandom", urandom)
+    assert_same_bits(dropout(X), dropout(X, key=Key(0x0807060504030201)))
+    assert drawn == [8]
+
+
+@pytest.mark.parametrize("options", [{"p": 0.0}, {"training": False}], ids=str)
+def test_draws_no_entropy_if_nothing_is_dropped(monkeypatch, options):
+    monkeypatch.setattr("os.urandom", None)
+    assert dropout(X, **options) is X
 
 
 def test_leaves_global_numpy_state_alone():
@@ -440,3 +458,25 @@ def test_rejects_bool_as_rng(rng):
 def test_rejects_array_of_rates():
     with pytest.raises(TypeError, match=r"probability p must be a Python int or float"):
         dropout(X, np.array([0.1, 0.2]), keep_prob=0.5, key=Key(1))
+
+
+# --- addresses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        X,
+        X[1:, 5:],
+        X.T,
+        readonly(X),
+        np.ones(()),
+        np.ones((0, 3)),
+        np.ones(3, ml_dtypes.bfloat16),
+        np.ones(3, ">f4"),
+        np.broadcast_arrays(X, X[None])[0],  # of C order, and NumPy warns of a write
+    ],
+    ids=lambda x: f"{x.dtype}, {x.shape}, {x.flags.num:#x}",
+)
+def test_finds_the_address_of_any_array_without_a_warning(array):
+    assert get_address(array) == array.__array_interface__["data"][0]
