@@ -2,6 +2,7 @@
 
 import hashlib
 import operator
+from collections.abc import Callable
 from typing import Any, Self
 
 from unidrop.arguments import NUMPY_TYPES, checked_integer
@@ -10,10 +11,12 @@ from unidrop.philox import philox
 from unidrop.protocols import ArrayLibrary
 from unidrop.words import MASK32, SplitInteger, split64
 
-__all__ = ["Key", "check_key", "fold_words", "string_data"]
+__all__ = ["Key", "check_key", "fold_number", "set_compiled_fold", "string_data"]
 
 _TAG_INTEGER = 1
 _TAG_STRING = 2
+
+_compiled_fold: Callable[[int, int, int], int] | None = None
 
 
 class Key:
@@ -156,7 +159,9 @@ class Key:
             if not self.is_traced:
                 return self._generate(library, xp, device, split, tag)
         if not self.is_traced:
-            return self._from_raw_words(fold_words(self._words, data, tag))
+            lo, hi = self._words
+            number = fold_number(hi << 32 | lo, data, tag)
+            return self._from_raw_words((number & MASK32, number >> 32))
         word, _ = self.words
         library = get_library(word)
         xp, device = library.arrays.namespace(word), library.arrays.device(word)
@@ -255,10 +260,23 @@ def _as_array_word(word: int, array: Any) -> Any:
     return (array & 0) | library.words.arithmetic(xp, device).constant(word)
 
 
-def fold_words(words: tuple[int, int], data: int, tag: int) -> tuple[int, int]:
-    """Return the words of a key after folding in an integer below 2^64."""
-    lo, hi, _, _ = philox((data & MASK32, data >> 32, 0, tag), words)
-    return lo, hi
+def fold_number(key: int, data: int, tag: int) -> int:
+    """Return the key made of a key and data, three integers below 2^64."""
+    if _compiled_fold is not None:
+        return _compiled_fold(key, data, tag)
+    lo, hi, _, _ = philox((data & MASK32, data >> 32, 0, tag), (key & MASK32, key >> 32))
+    folded: int = hi << 32 | lo
+    return folded
+
+
+def set_compiled_fold(fold: Callable[[int, int, int], int]) -> None:
+    """Let `fold_number` call a compiled function with its arguments and result.
+
+    `unidrop.fused` sets one with its first kernel. A layer folds its call number into its key at
+    every call, and Python integers take three times as long.
+    """
+    global _compiled_fold
+    _compiled_fold = fold
 
 
 def string_data(data: str) -> int:

@@ -15,7 +15,7 @@ from unidrop.adapters.torch.operators import (
     trace_dropout,
 )
 from unidrop.arguments import register_symbolic_integer
-from unidrop.key import Key, string_data
+from unidrop.key import Key, fold_number, string_data
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
 from unidrop.rate import Rate
@@ -34,6 +34,7 @@ __all__ = [
 _WORDS = Int64Words(array_api_compat.torch)
 
 # torch.compiler.assume_constant_result does the same, but imports the compiler.
+fold_number._dynamo_marked_constant = True  # type: ignore[attr-defined] # a function accepts any attribute
 string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # a function accepts any attribute
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)

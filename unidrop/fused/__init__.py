@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from unidrop.dtypes import dtype_name
 from unidrop.fused.layout import make_layout
+from unidrop.key import set_compiled_fold
 from unidrop.rate import Rate
 from unidrop.threads import fork_guard
 
@@ -96,4 +97,12 @@ def _compile(traversal: str, kind: str) -> Any:
         from unidrop.fused.kernels import make_kernel
         from unidrop.fused.task import prepare_kernel
 
+        _compile_fold()
         return partial(prepare_kernel, make_kernel(traversal, kind))
+
+
+@cache
+def _compile_fold() -> None:
+    from unidrop.fused.fold import compile_fold
+
+    set_compiled_fold(compile_fold())
