@@ -11,10 +11,12 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from unidrop.dispatch import get_kernels
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers
 from unidrop.rate import Rate
+from unidrop.window import Window
 
 __all__ = ["dropout", "dropout_backward"]
 
@@ -28,9 +30,12 @@ _from_buffer = c_char.from_buffer
 
 _two_words = struct.Struct("<II")
 
-# Bits of `numpy.ndarray.flags.num`: C order, aligned, writeable, and a warning of a write.
+# Of native byte order. The buffer protocol has no name for bfloat16.
+_PLAIN_DTYPES = frozenset(map(np.dtype, ("f2", "f4", "f8", "c8", "c16")))
+
+# Bits of `numpy.ndarray.flags.num`: C order, aligned, writeable; and also a warning of a write.
 _PLAIN_FLAGS = 0x1 | 0x100 | 0x400
-_WARN_ON_WRITE = -1 << 31
+_FLAGS = _PLAIN_FLAGS | -1 << 31
 
 # TensorFlow and XLA share memory that begins at a cache line, and copy other memory.
 _ALIGNMENT = 64
@@ -153,6 +158,19 @@ def dropout(
     >>> mask
     array([ True, False, False, False])
     """
+    if (
+        keep_prob is None
+        and rng is None
+        and global_shape is None
+        and start is None
+        and training is True
+        and return_mask is False
+        and type(broadcast_axes) is tuple
+        and not broadcast_axes
+    ):
+        output = _run_plain(x, p, key, out)
+        if output is not None:
+            return output
     x = _as_array(x, "x")
     rate = _get_rate(p, keep_prob)
     if key is not None:
@@ -231,6 +249,19 @@ def dropout_backward(
     >>> dropout_backward(np.ones(4), 0.5, key=Key(42))
     array([2., 0., 0., 0.])
     """
+    if (
+        keep_prob is None
+        and key is not None
+        and mask is None
+        and global_shape is None
+        and start is None
+        and training is True
+        and type(broadcast_axes) is tuple
+        and not broadcast_axes
+    ):
+        gradient = _run_plain(grad, p, key, out)
+        if gradient is not None:
+            return gradient
     grad = _as_array(grad, "grad")
     rate = _get_rate(p, keep_prob)
     if key is not None:
@@ -244,9 +275,59 @@ def dropout_backward(
     if not plan.drops:
         return _copy_to(out, grad)
     if key is not None:
-        gradient: NDArray[Any] = plan.run(grad, key, out=out)
-        return gradient
+        result: NDArray[Any] = plan.run(grad, key, out=out)
+        return result
     return _copy_to(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
+
+
+def _run_plain(x: Any, p: float, key: Key | None, out: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Return the output of a plain call, or None if the call needs the general route.
+
+    In a plain call, the arrays have C order and may be written, the rate is a float that drops some
+    elements and keeps some, and the words of a key are integers. Without a key, entropy is one. The
+    caller has passed no other argument. For small arrays, the general route takes twice as long.
+    """
+    if type(x) is not np.ndarray or x.flags.num & _FLAGS != _PLAIN_FLAGS or type(p) is not float:
+        return None
+    if out is not None and (
+        type(out) is not np.ndarray
+        or out.flags.num & _FLAGS != _PLAIN_FLAGS
+        or out.shape != x.shape
+        or out.dtype != x.dtype
+    ):
+        return None
+    lo = hi = 0
+    if key is not None:
+        if type(key) is not Key or type(key._words) is not tuple:
+            return None
+        lo, hi = key._words
+        if type(lo) is not int or type(hi) is not int:
+            return None
+    package = get_kernels()
+    prepared = None if package is None else _prepare_plain(package, x.shape, x.dtype, p)
+    if prepared is None:
+        return None
+    kernel, rate = prepared
+    number = int.from_bytes(os.urandom(8), "little") if key is None else hi << 32 | lo
+    y = np.empty_like(x) if out is None else out
+    source, target = addressof(_from_buffer(x)), addressof(_from_buffer(y))  # type: ignore[arg-type] # the stubs lack __buffer__
+    if 0 < abs(source - target) < x.nbytes:
+        return None
+    kernel.run(source, target, rate, number, 0, (x, y))
+    return y
+
+
+@lru_cache(maxsize=1024)
+def _prepare_plain(
+    package: Any, shape: tuple[int, ...], dtype: Any, p: float
+) -> tuple[Any, Rate] | None:
+    """Return the kernel and the rate of a plain call, or None."""
+    if not 0 < p < 1 or dtype not in _PLAIN_DTYPES or 0 in shape:
+        return None
+    rate = Rate.from_p(p)
+    if rate.keeps_nothing:
+        return None
+    return package.prepare(dtype, shape, None, Window.from_args(shape).strides), rate
 
 
 def _as_array(x: ArrayLike, name: str) -> NDArray[Any]:
@@ -415,7 +496,7 @@ def allocate_aligned_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def get_address(x: np.ndarray[Any, Any]) -> int:
     """Return the address of a NumPy array's first element."""
     # The array interface makes a dictionary, which takes four times as long as the buffer protocol.
-    if x.flags.num & (_PLAIN_FLAGS | _WARN_ON_WRITE) == _PLAIN_FLAGS:
+    if x.flags.num & _FLAGS == _PLAIN_FLAGS:
         try:
             return addressof(_from_buffer(x))  # type: ignore[arg-type] # the stubs lack __buffer__
         except ValueError:  # x is empty, or the buffer protocol has no name for its dtype

@@ -31,6 +31,7 @@ __all__ = [
     "force_path",
     "fused_dropout",
     "fused_mask",
+    "get_kernels",
     "is_forced",
 ]
 
@@ -128,6 +129,17 @@ def force_path(path: PathName) -> Iterator[None]:
 def is_forced(path: PathName) -> bool:
     """Return whether `force_path` forces a path now."""
     return _forced.get() == path
+
+
+def get_kernels() -> Any | None:
+    """Return the package of kernels, or None if it cannot run or `force_path` forbids it.
+
+    An adapter that has located an array calls its kernel without the rest of this file.
+    """
+    if _forced.get() == "portable":
+        return None
+    package = _get_package()
+    return None if isinstance(package, str) or package.unavailable() else package
 
 
 def fused_dropout(

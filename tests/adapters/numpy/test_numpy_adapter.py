@@ -1,7 +1,10 @@
 """Tests of the NumPy adapter: the textbook's form, SPEC 7's rng, out=, and the backward pass."""
 
 import re
+from contextlib import nullcontext
+from functools import partial
 
+import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
@@ -480,3 +483,90 @@ def test_rejects_array_of_rates():
 )
 def test_finds_the_address_of_any_array_without_a_warning(array):
     assert get_address(array) == array.__array_interface__["data"][0]
+
+
+# --- plain calls -------------------------------------------------------------------------------
+
+CALLS = {
+    "float32": lambda: {"x": X.astype(np.float32)},
+    "float16": lambda: {"x": X.astype(np.float16)},
+    "bfloat16": lambda: {"x": X.astype(ml_dtypes.bfloat16)},
+    "complex": lambda: {"x": X * 1j},
+    "longdouble": lambda: {"x": X.astype(np.longdouble)},
+    "integers": lambda: {"x": np.arange(3)},
+    "another byte order": lambda: {"x": X.astype(">f8")},
+    "0-d": lambda: {"x": np.ones(())},
+    "empty": lambda: {"x": np.ones((0, 3))},
+    "transposed": lambda: {"x": X.T},
+    "sliced": lambda: {"x": X[:, 3:]},
+    "read-only": lambda: {"x": readonly(X)},
+    "a list": lambda: {"x": [1.0, 2.0]},
+    "masked": lambda: {"x": np.ma.masked_array(X)},
+    "mapped": lambda: {"x": X.view(np.memmap)},
+    "rate 0": lambda: {"p": 0.0},
+    "rate 1": lambda: {"p": 1.0},
+    "rate 1, an integer": lambda: {"p": 1},
+    "rate of few": lambda: {"p": 1e-12},
+    "rate of almost 1": lambda: {"p": 1 - 1e-12},
+    "rate of NumPy": lambda: {"p": np.float64(0.25)},
+    "rate of 32 bits": lambda: {"p": np.float32(0.25)},
+    "rate NaN": lambda: {"p": float("nan")},
+    "rate above 1": lambda: {"p": 1.5},
+    "rate above 1, and integers": lambda: {"p": 1.5, "x": np.arange(3)},
+    "key of NumPy words": lambda: {"key": Key.from_words(np.uint32(3), np.uint32(4))},
+    "key of strict words": lambda: {"key": Key.from_words(*strict_words(3, 4))},
+    "no key but an integer": lambda: {"key": 42},
+    "evaluation": lambda: {"training": False},
+    "training 0": lambda: {"training": 0},
+    "axes": lambda: {"broadcast_axes": [0]},
+    "axes of an array": lambda: {"broadcast_axes": np.array([], int)},
+    "out": lambda: {"out": np.empty_like(X)},
+    "out is x": lambda: {"x": (x := X.copy()), "out": x},
+    "out overlaps x": lambda: {"x": (memory := np.ones(50))[:40], "out": memory[3:43]},
+    "out is transposed": lambda: {"out": np.empty_like(X.T).T},
+    "out is read-only": lambda: {"out": readonly(X)},
+    "out has another shape": lambda: {"out": np.empty(3)},
+    "out has another dtype": lambda: {"out": np.empty(X.shape, np.float32)},
+    "out is a list": lambda: {"out": [0.0]},
+    "out is masked": lambda: {"out": np.ma.masked_array(X)},
+    "out is wrong, and integers": lambda: {"x": np.arange(3), "out": np.empty(4, int)},
+}
+
+
+def strict_words(*words):
+    return (array_api_strict.asarray(word, dtype=array_api_strict.uint32) for word in words)
+
+
+def outcome(function, call):
+    """Return what a call returns, down to the memory layout, or what it raises."""
+    options = {"x": X, "p": 0.5, "key": KEY} | call
+    try:
+        y = function(options.pop("x"), options.pop("p"), **options)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        return type(error), str(error)
+    is_input = [y is value for value in call.values()]
+    return type(y), y.dtype, y.shape, y.strides, y.tobytes(), is_input
+
+
+@pytest.mark.parametrize("path", [None, "fused", "portable"])
+@pytest.mark.parametrize("name", CALLS)
+def test_plain_calls_do_and_raise_the_same(monkeypatch, name, path):
+    context = nullcontext if path is None else partial(unidrop.force_path, path)
+    for function in (dropout, dropout_backward):
+        with monkeypatch.context() as patch, context():
+            actual = outcome(function, CALLS[name]())
+            patch.setattr("unidrop.adapters.numpy._run_plain", lambda *arguments: None)
+            assert outcome(function, CALLS[name]()) == actual
+
+
+def test_runs_plain_calls_by_one_kernel(monkeypatch):
+    monkeypatch.setattr("unidrop.plan.DropoutPlan.run", None)
+    with unidrop.force_path("fused"):
+        np.testing.assert_array_equal(dropout(X, key=KEY), MASK * X * 2)
+        np.testing.assert_array_equal(dropout_backward(X, key=KEY), MASK * X * 2)
+
+
+def test_runs_no_kernel_if_another_path_is_forced(monkeypatch):
+    monkeypatch.setattr("unidrop.fused.prepare", None)
+    with unidrop.force_path("portable"):
+        np.testing.assert_array_equal(dropout(X, key=KEY), MASK * X * 2)
