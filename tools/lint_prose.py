@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
 # A sentence or a clause begins here.
 _START = r"(?:(?:^|\n *(?:[-*] )?|[.;!?] )\(?)(?:and |but |so )?"
-_PRODUCTS = "CuPy|Dask|Flax|JAX|Keras|MLX|Numba|NumPy|PyTorch|TensorFlow|XLA"
+_PRODUCTS = "CuPy|Dask|Flax|JAX|Keras|LLVM|MLX|NumPy|PyTorch|TensorFlow|XLA"
 
 RULES = (
     Rule(

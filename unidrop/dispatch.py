@@ -1,8 +1,8 @@
 """The choice between fused kernels and portable operations, and the calls of the kernels.
 
 The path changes the time, but never a bit. Fused kernels serve arrays whose elements are in this
-process's memory, if Numba is installed to compile them. All other arrays, traced ones included, use
-the operations of their own library. A library may record dropout as one operator; that operator
+process's memory, if llvmlite is installed to compile them. All other arrays, traced ones included,
+use the operations of their own library. A library may record dropout as one operator; that operator
 chooses a path when it runs.
 """
 

@@ -17,16 +17,13 @@ __all__ = ["fork_guard", "get_num_threads", "run", "set_num_threads"]
 
 # A first call holds this lock while it imports or compiles something, a layer while it takes its
 # call number, and a fork in another thread waits for it. Otherwise the child would inherit Python's
-# import locks, or Numba's lock, from a thread that does not exist there, and its own first call
+# import locks, or LLVM's lock, from a thread that does not exist there, and its own first call
 # would wait forever. This module holds the lock because it loads before `unidrop.fused`, the first
 # import under guard.
-# Numba logs while it compiles. A fork acquires locks in the reverse order of their registration, so
-# `logging` must register its own lock first.
+# A fork acquires locks in the reverse order of their registration, so `logging`, which a first call
+# may import, must register its own lock first.
 logging.getLogger(__name__)
 fork_guard = RLock()
-
-# The caller finishes fewer work items before a worker wakes up.
-_MIN_WORK_ITEMS = 16
 
 # A larger number is a mistake: threads beyond the number of CPUs never help, and start slowly.
 _MAX_THREADS = 1024
@@ -86,7 +83,7 @@ def get_num_threads() -> int:
         return _num_threads
 
 
-def run(kernel: Callable[[Any, bool], bool], task: Any, work_items: int, keep_alive: Any) -> bool:
+def run(kernel: Callable[[int, bool], int], task: int, work_items: int, keep_alive: Any) -> bool:
     """Run a kernel on all work items of a task, and return True when all of them are finished.
 
     A signal handler may fork meanwhile. The child has no workers, so it returns False if a worker
@@ -97,12 +94,13 @@ def run(kernel: Callable[[Any, bool], bool], task: Any, work_items: int, keep_al
     kernel : callable
         Computes work items of a task until all are claimed. Its second argument is True in
         a worker. Returns whether all work items are finished.
-    task : array of int
+    task : int
+        The address of the task.
     work_items : int
         The number of work items of the task.
     keep_alive : object
-        The owners of the memory whose addresses are in the task. Each worker holds a reference, so
-        the memory outlives an interrupted caller.
+        The owners of the task, and of the memory whose addresses are in it. Each worker holds a
+        reference, so the memory outlives an interrupted caller.
     """
     interrupt: BaseException | None = None
     is_submitted = False
@@ -112,7 +110,7 @@ def run(kernel: Callable[[Any, bool], bool], task: Any, work_items: int, keep_al
         try:
             if not is_submitted:
                 is_submitted = True
-                if work_items >= _MIN_WORK_ITEMS and get_num_threads() > 1:
+                if get_num_threads() > 1:
                     _get_pool().submit(work_items - 1, kernel, task, keep_alive)
             while not (is_finished := kernel(task, False)) and forks == _forks:
                 time.sleep(0)
@@ -121,7 +119,7 @@ def run(kernel: Callable[[Any, bool], bool], task: Any, work_items: int, keep_al
             interrupt = raised
     if interrupt is not None:
         raise interrupt
-    return is_finished
+    return bool(is_finished)
 
 
 class _WorkerPool:

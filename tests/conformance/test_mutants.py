@@ -353,7 +353,7 @@ def test_diagnoses_a_golden_output_unless_it_conforms(golden):
 
 @pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
 def backend(request):
-    """A backend without kernels, since Numba would compile and cache the defect."""
+    """A backend without kernels, since compiled kernels would lack the defect."""
     backend = request.param()
     backend.modes = ("eager",)
     return backend

@@ -17,7 +17,7 @@ EDGES = (0, 1, 42, 2**32 - 1, 2**32, 2**63, 2**64 - 1)
 @pytest.fixture(params=["compiled", "Python"])
 def fold(request, monkeypatch):
     """Let keys fold by the compiled function and by Python integers in turn."""
-    from unidrop.fused.fold import compile_fold
+    from unidrop.fused.generator import compile_fold
 
     compiled = compile_fold() if request.param == "compiled" else None
     monkeypatch.setattr("unidrop.key._compiled_fold", compiled)

@@ -11,7 +11,7 @@ import unidrop
 import unidrop.adapters
 
 FRAMEWORKS = {
-    "torch", "tensorflow", "keras", "jax", "flax", "numba", "dask", "rich", "click", "ml_dtypes",
+    "torch", "tensorflow", "keras", "jax", "flax", "llvmlite", "dask", "rich", "click", "ml_dtypes",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 from thread_scripts import assert_success, needs_fork, run_script
 
-pytest.importorskip("numba", reason="only kernels use threads, and they need Numba")
+pytest.importorskip("llvmlite", reason="only kernels use threads, and they need llvmlite")
 
 CHILDREN = 6  # which a script forks, one after another
 

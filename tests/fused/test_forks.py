@@ -1,5 +1,6 @@
 """Forks and pools of processes: a child computes the same bits, and never hangs."""
 
+import ctypes
 import os
 import sys
 
@@ -10,7 +11,7 @@ from thread_scripts import LIMIT, assert_success, needs_fork, run_script
 from unidrop import Key, threads
 from unidrop.adapters.numpy import dropout
 
-pytest.importorskip("numba", reason="only kernels use threads, and they need Numba")
+pytest.importorskip("llvmlite", reason="only kernels use threads, and they need llvmlite")
 
 
 @needs_fork
@@ -61,7 +62,7 @@ def test_computes_same_bits_in_fork_during_other_calls(tmp_path):
 
 @pytest.mark.slow
 @needs_fork
-@pytest.mark.parametrize("delay", [0, 0.1, 0.2, 0.4, 1])
+@pytest.mark.parametrize("delay", [0, 0.05, 0.1, 0.2, 0.4])
 def test_computes_same_bits_in_fork_during_compilation(tmp_path, delay):
     code = f"""
     set_num_threads(3)
@@ -80,18 +81,14 @@ def test_computes_same_bits_in_fork_during_compilation(tmp_path, delay):
     compiler.join()
     call("f4")
     """
-    assert_success(run_script(tmp_path, code, NUMBA_CACHE_DIR=str(tmp_path / "cache")))
+    assert_success(run_script(tmp_path, code))
 
 
 @pytest.mark.slow
 @needs_fork
-@pytest.mark.parametrize(
-    ("path", "cached", "forks"),
-    [("portable", True, 6), ("fused", True, 6), ("fused", False, 2)],
-    ids=["portable", "fused, read from disk", "fused, compiled"],
-)
-def test_never_hangs_in_fork_during_first_call(tmp_path, path, cached, forks):
-    forks = int(os.environ.get("UNIDROP_TEST_FORKS", forks))
+@pytest.mark.parametrize("path", ["portable", "fused"])
+def test_never_hangs_in_fork_during_first_call(tmp_path, path):
+    forks = int(os.environ.get("UNIDROP_TEST_FORKS", 8))
     code = f"""
     import mmap
 
@@ -124,19 +121,15 @@ def test_never_hangs_in_fork_during_first_call(tmp_path, path, cached, forks):
     EXPECTED = np.frombuffer(mmap.mmap(-1, X.nbytes), X.dtype)  # shared with children
     SECONDS = np.frombuffer(mmap.mmap(-1, 8))
     assert run_in_fork(lambda: np.copyto(EXPECTED, call("portable"))) == 0
-    for _ in range({1 + cached}):  # the second call reads from disk
-        assert run_in_fork(measure, {LIMIT} / 3) == 0
+    assert run_in_fork(measure, {LIMIT} / 3) == 0
     for number in range({forks}):
-        if not {cached}:
-            os.environ["NUMBA_CACHE_DIR"] += "0"
         # Half of the forks fall into the first imports, the shortest part of the call.
         delay = random.uniform(0, random.choice([0.02, SECONDS[0]]))
         status = run_in_fork(first_call, {LIMIT} / 2)
         if status != 0:
             sys.exit(f"fork {{number}}, after {{delay:.4f}} of {{SECONDS[0]:.4f}} s: {{status}}")
     """
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert_success(run_script(tmp_path, code, timeout=LIMIT + 20 * forks, **environment))
+    assert_success(run_script(tmp_path, code, timeout=LIMIT + 20 * forks))
 
 
 @pytest.mark.slow
@@ -166,8 +159,7 @@ def test_computes_same_bits_in_process_pools(tmp_path, method, cached):
             assert list(pool.map(work, range(4))) == expected
         assert [work(number) for number in range(4)] == expected
     """
-    environment = {} if cached else {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert_success(run_script(tmp_path, code, **environment))
+    assert_success(run_script(tmp_path, code))
 
 
 @pytest.mark.slow
@@ -217,7 +209,8 @@ def test_finishes_alone_in_child_of_handler_that_forks(monkeypatch):
     """A child that forks in the middle of a call waits for no worker, which it does not have."""
 
     def claim_and_fork(task, is_worker):
-        task[:2] += 1  # as a worker that is not in the child
+        counters = (ctypes.c_int64 * 2).from_address(task)
+        counters[:] = [count + 1 for count in counters]  # as a worker that is not in the child
         reset()
         return False
 
@@ -233,7 +226,7 @@ def test_finishes_alone_in_child_of_handler_that_forks(monkeypatch):
     for name in ("_pool", "_lock", "_forks"):
         monkeypatch.setattr(threads, name, getattr(threads, name))
     monkeypatch.setattr(task, "run", run_in_child)
-    x = np.arange(200_000.0)
+    x = np.arange(1_200_000.0)
     y = dropout(x, 0.5, key=Key(42))
     assert forked
     np.testing.assert_array_equal(y, dropout(x, 0.5, key=Key(42)))

@@ -21,7 +21,7 @@ from fused_arrays import (
 
 import unidrop
 from unidrop import Key, keep_mask
-from unidrop.fused.kernels import CHUNK, WORK_ITEM_SIZE
+from unidrop.fused.kernels import WORK_ITEM_SIZE
 
 # --- Values ---------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ def test_needs_no_kernel_to_keep_all_or_nothing():
 # --- Sizes ----------------------------------------------------------------------------------------
 
 
-EDGES = [0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 255, 256, 257, CHUNK - 1, CHUNK, CHUNK + 1]
+EDGES = [0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049]
 WORK_ITEMS = [(1, -1), (1, 0), (1, 1), (2, 5), (17, 3)]
 SIZES = EDGES + [count * WORK_ITEM_SIZE + more for count, more in WORK_ITEMS]
 

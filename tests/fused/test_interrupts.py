@@ -3,7 +3,7 @@
 import pytest
 from thread_scripts import needs_signals, run_script
 
-pytest.importorskip("numba", reason="only kernels use threads, and they need Numba")
+pytest.importorskip("llvmlite", reason="only kernels use threads, and they need llvmlite")
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import unidrop.adapters.numpy as for_numpy
 import unidrop.adapters.torch as for_torch
 from unidrop import Key, get_num_threads, keep_mask, set_num_threads, threads
 
-pytest.importorskip("numba", reason="only kernels use threads, and they need Numba")
+pytest.importorskip("llvmlite", reason="only kernels use threads, and they need llvmlite")
 
 KEY = Key(42).fold_in("encoder/0").fold_in(7)
 LARGE = (20 << 16) + 5  # elements, in 21 work items

@@ -59,7 +59,7 @@ class Mutant:
         """Write the changed file into a copy of the repository."""
         path = folder / self.file
         path.write_bytes(self.source())
-        # Python and Numba recompile a file if its time has changed.
+        # Python recompiles a file if its time has changed.
         changed = (ROOT / self.file).stat().st_mtime + 1 + int(self.id, 16) % 10**6
         os.utime(path, (changed, changed))
 

@@ -15,7 +15,7 @@ import reference
 import unidrop
 from unidrop import Key
 
-pytest.importorskip("numba", reason="without Numba there are no kernels to test")
+pytest.importorskip("llvmlite", reason="without llvmlite there are no kernels to test")
 
 FUSED = importlib.import_module("unidrop.fused")
 

@@ -36,18 +36,16 @@ _ITEM_SIZES = {
 
 @cache
 def unavailable() -> str | None:
-    """Return the reason why kernels cannot be compiled, or None; the first call imports Numba."""
+    """Return why kernels cannot be compiled, or None; the first call imports llvmlite."""
     if sys.byteorder != "little":
         return "this machine is big-endian"
     try:
         with fork_guard:
-            import numba
-    except ImportError as error:
-        if error.name == "numba":
-            return "Numba is not installed: install unidrop with its extra 'fast'"
-        return f"Numba can't be imported: {error}"
-    if numba.config.DISABLE_JIT:
-        return "NUMBA_DISABLE_JIT is set"
+            import llvmlite.binding  # noqa: F401
+    except ModuleNotFoundError:
+        return "llvmlite is not installed: install unidrop with its extra 'fast'"
+    except (ImportError, OSError) as error:  # OSError: its library is damaged
+        return f"llvmlite can't be imported: {error}"
     return None
 
 
@@ -92,7 +90,7 @@ def make_mask(
 
 @cache
 def _compile(traversal: str, kind: str) -> Any:
-    """Compile a kernel and return `prepare_kernel` for it; the first call imports Numba."""
+    """Compile a kernel and return `prepare_kernel` for it; the first call imports llvmlite."""
     with fork_guard:
         from unidrop.fused.kernels import make_kernel
         from unidrop.fused.task import prepare_kernel
@@ -103,6 +101,6 @@ def _compile(traversal: str, kind: str) -> Any:
 
 @cache
 def _compile_fold() -> None:
-    from unidrop.fused.fold import compile_fold
+    from unidrop.fused.generator import compile_fold
 
     set_compiled_fold(compile_fold())

@@ -2,10 +2,8 @@
 
 import math
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +17,9 @@ from unidrop.threads import run
 
 __all__ = ["PreparedKernel", "prepare_kernel"]
 
+# The caller finishes fewer elements alone before a worker wakes up.
+_MIN_SHARED = 1 << 19
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PreparedKernel:
@@ -26,22 +27,26 @@ class PreparedKernel:
 
     Attributes
     ----------
-    compiled : callable
-        Computes work items of a task; see `unidrop.fused.kernels`.
+    kernel : Kernel
     template : array of int64
         A task without addresses, rate and key.
+    template_address : int
     work_items : int
         The number of work items of a task.
     shape : tuple of int
     size : int
         The size of an array in bytes.
+    is_shared : bool
+        Whether an array is large enough for several threads.
     """
 
-    compiled: Callable[[Any, bool], bool]
+    kernel: Kernel
     template: NDArray[np.int64]
+    template_address: int
     work_items: int
     shape: tuple[int, ...]
     size: int
+    is_shared: bool
 
     def can_read(self, source: Buffer, target: Buffer) -> bool:
         """Return whether the kernel can read from source while it writes to target.
@@ -70,16 +75,15 @@ class PreparedKernel:
         RuntimeError
             In a child, if a signal handler forked meanwhile and x is y.
         """
+        numbers = (rate.threshold, get_bits(rate.scale), key, base)
+        if not self.is_shared:
+            self.kernel.run_alone(self.template_address, x, y, *numbers)
+            return
         task = self.template.copy()
-        task[kernels.X] = x
-        task[kernels.Y] = y
-        task[kernels.THRESHOLD] = rate.threshold
-        task[kernels.SCALE] = _get_bits(rate.scale)
-        task[kernels.KEY] = key if key < 1 << 63 else key - (1 << 64)
-        task[kernels.BASE] = base if base < 1 << 63 else base - (1 << 64)
-        if self.work_items == 1:
-            self.compiled(task, False)
-        elif not run(self.compiled, task, self.work_items, keep_alive):
+        fields = [kernels.X, kernels.Y, kernels.THRESHOLD, kernels.SCALE, kernels.KEY, kernels.BASE]
+        task.view(np.uint64)[fields] = x, y, *numbers
+        address = _get_address(task)
+        if not run(self.kernel.run, address, self.work_items, (task, keep_alive)):
             if x == y:
                 raise RuntimeError(
                     "a signal handler forked during dropout in place, and the child has no threads "
@@ -94,8 +98,6 @@ def prepare_kernel(
     """Return a kernel with the template of its tasks; size is in bytes."""
     length = math.prod(axis.length for axis in layout.axes)
     template = np.zeros(kernels.AXES + 3 * len(layout.axes), dtype=np.int64)
-    template[kernels.GENERATE] = kernel.generate
-    template[kernels.SELECT] = kernel.select
     template[kernels.SIZE] = length
     template[kernels.NDIM] = len(layout.axes)
     # Mask strides may exceed int64: the kernel adds them modulo 2^64.
@@ -105,17 +107,23 @@ def prepare_kernel(
         work_items = -(-length // kernels.WORK_ITEM_SIZE)
     else:
         *outer, rows, columns = layout.axes
-        height = min(kernels.TILE_ROWS, rows.length)
-        width = min(kernels.get_tile_columns(height, columns.mask_stride), columns.length)
+        height, width = kernels.get_tile(rows.length, columns.length, columns.mask_stride)
         template[[kernels.HEIGHT, kernels.WIDTH]] = height, width
         tiles = -(-rows.length // height) * -(-columns.length // width)
         work_items = tiles * math.prod(axis.length for axis in outer)
     template[kernels.WORK_ITEMS] = work_items
-    return PreparedKernel(kernel.run, template, work_items, shape, size)
+    address, is_shared = _get_address(template), length >= _MIN_SHARED
+    return PreparedKernel(kernel, template, address, work_items, shape, size, is_shared)
+
+
+def _get_address(array: NDArray[np.int64]) -> int:
+    """Return the address of an array; unlike `ctypes`, this imports nothing while Python exits."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 @lru_cache(maxsize=1024)
-def _get_bits(number: float) -> int:
-    """Return the bits of a double as an int64."""
-    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+def get_bits(number: float) -> int:
+    """Return the bits of a double."""
+    bits: int = struct.unpack("<Q", struct.pack("<d", number))[0]
     return bits
