@@ -28,6 +28,7 @@ __all__ = [
     "PathName",
     "check_fused",
     "explain_path",
+    "forbid_plain_calls",
     "force_path",
     "fused_dropout",
     "fused_mask",
@@ -39,6 +40,7 @@ PathName = Literal["fused", "portable"]
 
 _PATHS = ("fused", "portable")
 
+# A path that `force_path` forces, or "general" under `forbid_plain_calls`.
 _forced: ContextVar[str | None] = ContextVar("unidrop_force_path", default=None)
 
 
@@ -131,12 +133,23 @@ def is_forced(path: PathName) -> bool:
     return _forced.get() == path
 
 
-def get_kernels() -> Any | None:
-    """Return the package of kernels, or None if it cannot run or `force_path` forbids it.
+@contextmanager
+def forbid_plain_calls() -> Iterator[None]:
+    """Send every call through the functions of this file, for the matrix."""
+    token = _forced.set("general")
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
-    An adapter that has located an array calls its kernel without the rest of this file.
+
+def get_kernels() -> Any | None:
+    """Return the package of kernels for a plain call, or None if it must not or cannot run.
+
+    An adapter that has located an array calls its kernel without the rest of this file. It does not
+    where a path is forced.
     """
-    if _forced.get() == "portable":
+    if _forced.get() is not None:
         return None
     package = _get_package()
     return None if isinstance(package, str) or package.unavailable() else package

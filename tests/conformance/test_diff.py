@@ -638,7 +638,7 @@ def test_rejects_undeclared_capabilities_with_the_reason(theirs, arguments, ment
     ("arguments", "code", "mention"),
     [
         (["--backend", "numpi"], 2, "got 'numpi'"),
-        (["--backend", "numpy", "--mode", "graph"], 2, "must be one of eager, fused, got 'graph'"),
+        (["--backend", "numpy", "--mode", "graph"], 2, "fused-general, got 'graph'"),
         (["--backend", "numpy", "--device", "gpu"], 2, "must be one of cpu, got 'gpu'"),
         (["--backend", "numpy", "--dtype", "int8"], 2, "complex128, got 'int8'"),
         (["--backend", "numpy", "--site", "encoder/0"], 2, "does not support --site"),

@@ -92,13 +92,14 @@ def test_fails_cell_of_death_and_counts_cells_not_run(install, how):
     statement, mention = DEATHS[how]
     install("mutant", mutant("dropout", statement))
     outcomes = list(run_matrix(["mutant"], ["traces", "steps", "mask"], jobs=1, timeout=limit))
-    *known, failure, missing, rest = outcomes
+    *known, failure, missing, other_missing, rest = outcomes
     assert [type(outcome) for outcome in known] == [NotApplicable, Result]
     assert (str(failure), failure.status) == ("mask-mutant-cpu-float32-eager", "failed")
     assert mention in failure.actual
     assert (missing.contract, missing.mode) == ("traces", "fused")
+    assert (other_missing.contract, other_missing.mode) == ("traces", "fused-general")
     assert isinstance(rest, BackendNotRun)
-    assert rest.error.endswith("; 2 cells were not run")
+    assert rest.error.endswith("; 4 cells were not run")
 
 
 def test_runs_other_backends_after_a_death(install):
@@ -106,7 +107,7 @@ def test_runs_other_backends_after_a_death(install):
     result = run("--backend", "mutant", "--backend", "numpy", "--contract", "mask")
     assert result.exit_code == 1
     assert "✗ mutant: broken (the process of backend mutant was killed" in result.output
-    assert "2 passed, 0 failed" in result.output
+    assert "3 passed, 0 failed" in result.output
 
 
 @pytest.mark.parametrize("how", [how for how in ERRORS if how not in ("error", "SystemExit")])
@@ -117,7 +118,7 @@ def test_fails_cell_of_any_error_in_every_report(install, tmp_path, how):
     files = [str(part) for name, path in names.items() for part in (f"--{name}", path)]
     result = run("--backend", "mutant", "--contract", "mask", "--contract", "keys", *files)
     assert result.exit_code == 1
-    assert "2 passed, 2 failed" in result.output
+    assert "3 passed, 3 failed" in result.output
     for path in names.values():
         assert mention.partition(":")[0] in path.read_text(encoding="utf-8")
 
@@ -204,7 +205,7 @@ def test_runs_one_backend_at_a_time_with_one_job(install, tmp_path):
     note = f"os.write(os.open({str(tmp_path / 'log')!r}, 1089, 0o600), b'%d ' % os.getpid())"
     for name in ("one", "other"):
         install(name, mutant("dropout", note).replace('"mutant"', repr(name)))
-    assert len(list(run_matrix(["one", "other"], ["mask"], jobs=1))) == 4
+    assert len(list(run_matrix(["one", "other"], ["mask"], jobs=1))) == 6
     pids = (tmp_path / "log").read_text().split()
     changes = sum(before != after for before, after in itertools.pairwise(pids))
     assert (len(set(pids)), changes) == (2, 1)
@@ -215,10 +216,12 @@ def test_yields_outcomes_by_mode_and_counts_them():
     progress = Progress(lambda name, count: begun.append((name, count)), ran.append)
     outcomes = run_matrix(["numpy"], ["traces", "steps", "keys"], jobs=1, progress=progress)
     assert [(outcome.mode, outcome.contract) for outcome in outcomes] == [
-        (mode, contract) for mode in ("eager", "fused") for contract in ("traces", "steps", "keys")
+        (mode, contract)
+        for mode in ("eager", "fused", "fused-general")
+        for contract in ("traces", "steps", "keys")
     ]
-    assert begun == [("numpy", 6)]
-    assert ran == ["numpy"] * 6
+    assert begun == [("numpy", 9)]
+    assert ran == ["numpy"] * 9
 
 
 @pytest.mark.parametrize(("backends", "contracts"), [(["numpi"], []), ([], ["masks"])])
@@ -260,7 +263,7 @@ def in_own_environment(install, monkeypatch):
 def test_runs_child_process_in_backend_environment(in_own_environment):
     in_own_environment()
     outcomes = list(run_matrix(["mutant"], ["mask", "threads"], jobs=1))
-    assert [(outcome.backend, outcome.status) for outcome in outcomes] == [("mutant", "passed")] * 4
+    assert [(outcome.backend, outcome.status) for outcome in outcomes] == [("mutant", "passed")] * 6
 
 
 def test_requires_environment_to_load_backend(in_own_environment, monkeypatch):

@@ -140,7 +140,7 @@ def test_selects_backends_by_option_or_variable(suite, monkeypatch, how):
     if how == "variable":
         monkeypatch.setenv("UNIDROP_BACKENDS", "numpy,array-api-strict")
     result = suite("['careless', 'numpy'], contracts=['mask']", *arguments)
-    result.assert_outcomes(passed=2)
+    result.assert_outcomes(passed=3)
     assert "careless-cpu" not in result.stdout.str()
 
 

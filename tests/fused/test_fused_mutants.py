@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from fused_arrays import FUSED
 
+from unidrop.adapters import numpy as adapter
+from unidrop.conformance import FUSED as FUSED_MODE
 from unidrop.conformance import Cell, cells, run_cell
 from unidrop.conformance.backends.numpy import Numpy
 from unidrop.fused import kernels
@@ -158,3 +160,11 @@ def test_stays_green_with_kernels_of_same_source(mutate):
     mutate("kernels", "SIZE = range(7)", "SIZE = range(7)")
     assert not any(fails(name) for name in ("mask", "threshold", "windows"))
     assert not any(fails(name, "float32") for name in ("layout", "output", "dropped-is-zero"))
+
+
+def test_turns_matrix_red_by_a_wrong_plain_call(monkeypatch):
+    run_plain = adapter._run_plain
+    monkeypatch.setattr(adapter, "_run_plain", lambda x, *others: run_plain(-x, *others))
+    chosen = [cell for cell in cells(Numpy(), ["output"]) if isinstance(cell, Cell)]
+    failed = {cell.mode for cell in chosen if run_cell(cell).status == "failed"}
+    assert failed == {FUSED_MODE}

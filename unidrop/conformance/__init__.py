@@ -19,6 +19,7 @@ from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
 from unidrop.conformance.core_backend import (
     FUSED,
+    GENERAL,
     CoreBackend,
     eager_modes,
     missing_eager_modes,
@@ -33,6 +34,7 @@ __all__ = [
     "CAPABILITIES",
     "CONTRACTS",
     "FUSED",
+    "GENERAL",
     "SEED",
     "Backend",
     "BackendNotRun",

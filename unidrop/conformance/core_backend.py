@@ -9,13 +9,17 @@ from numpy.typing import NDArray
 
 import unidrop
 from unidrop.conformance.backend import BaseBackend
+from unidrop.dispatch import forbid_plain_calls
 from unidrop.library import get_namespace_library
 from unidrop.philox import philox
 
-__all__ = ["FUSED", "CoreBackend", "eager_modes", "missing_eager_modes", "use_mode_path"]
+__all__ = ["FUSED", "GENERAL", "CoreBackend", "eager_modes", "missing_eager_modes", "use_mode_path"]
 
 #: The mode that uses the fused kernels for every array that they support.
 FUSED = "fused"
+
+#: The mode that calls them as for any array, where an adapter has a shorter way for plain ones.
+GENERAL = "fused-general"
 
 
 def eager_modes(array: Any) -> tuple[str, ...]:
@@ -38,8 +42,10 @@ def missing_eager_modes(array: Any) -> dict[str, str]:
 
 
 def use_mode_path(mode: str) -> AbstractContextManager[None]:
-    """Return a context that forces the portable path in eager modes."""
-    return unidrop.force_path("portable") if mode.startswith("eager") else nullcontext()
+    """Return a context that forces the portable path in eager modes, and the general call."""
+    if mode.startswith("eager"):
+        return unidrop.force_path("portable")
+    return forbid_plain_calls() if mode == GENERAL else nullcontext()
 
 
 class CoreBackend(BaseBackend):

@@ -8,7 +8,14 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop.adapters.numpy import dropout, dropout_backward
-from unidrop.conformance import CoreBackend, eager_modes, missing_eager_modes, use_mode_path
+from unidrop.conformance import (
+    FUSED,
+    GENERAL,
+    CoreBackend,
+    eager_modes,
+    missing_eager_modes,
+    use_mode_path,
+)
 
 __all__ = ["Numpy"]
 
@@ -26,7 +33,8 @@ class Numpy(CoreBackend):
     }
 
     def __init__(self) -> None:
-        self.modes = eager_modes(np.ones(1))
+        modes = eager_modes(np.ones(1))
+        self.modes = (*modes, GENERAL) if FUSED in modes else modes
         self.missing_modes = missing_eager_modes(np.ones(1))
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
@@ -34,7 +42,9 @@ class Numpy(CoreBackend):
         return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> NDArray[Any]:
-        """Return a read-only view, so that writing to the input raises."""
+        """Return a copy for plain calls, or a read-only view, so that writing to it raises."""
+        if mode == FUSED:
+            return x.copy()
         x = x.view()
         x.flags.writeable = False
         return x
