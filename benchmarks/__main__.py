@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import runner
 from benchmarks.config import DEFAULT, QUICK, Config, full
 from benchmarks.machine import facts
+from benchmarks.markdown import format_markdown
 from benchmarks.plot import plot
 from benchmarks.report import Report
 from benchmarks.rows import Outcome, Row
@@ -44,6 +45,7 @@ _ENVIRONMENT = {
     help="Run only this group. Repeatable.",
 )
 @click.option("--json", "json_path", type=_File, help="Write all results to this file.")
+@click.option("--markdown", "md_path", type=_File, help="Write the tables of README to this file.")
 @click.option("--png", "png_path", type=_File, help="Plot ratios against sizes into this file.")
 def main(
     quick: bool,
@@ -52,6 +54,7 @@ def main(
     repeat: int,
     groups: tuple[str, ...],
     json_path: Path | None,
+    md_path: Path | None,
     png_path: Path | None,
 ) -> None:
     """Time unidrop, each framework's own dropout and a plain multiply, side by side.
@@ -59,7 +62,7 @@ def main(
     The results are medians over rounds, and each candidate runs once in each round. The exit
     status is 0 even if a target is not reached, because a busy machine distorts times.
     """
-    for option, path in (("--json", json_path), ("--png", png_path)):
+    for option, path in (("--json", json_path), ("--markdown", md_path), ("--png", png_path)):
         if path is not None and not path.parent.is_dir():
             raise click.BadParameter(f"{path.parent} is not a folder", param_hint=option)
     os.environ.update(_ENVIRONMENT)
@@ -73,6 +76,8 @@ def main(
     report.print(console)
     if json_path is not None:
         json_path.write_text(report.to_json() + "\n", encoding="utf-8")
+    if md_path is not None:
+        md_path.write_text(format_markdown(report), encoding="utf-8")
     if png_path is not None:
         plot(outcomes, png_path)
 

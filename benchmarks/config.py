@@ -44,7 +44,7 @@ class Config:
 
 
 DEFAULT = Config(
-    shapes=((10**3,), SMALL, (10**4,), (10**5,), MIDDLE, (10**6,), LARGE),
+    shapes=((10**2,), (10**3,), SMALL, (10**4,), (10**5,), MIDDLE, (10**6,), LARGE),
     elements=1 << 22,
     side=4096,
     images=(32, 64, 56, 56),
@@ -54,7 +54,7 @@ DEFAULT = Config(
 )
 
 QUICK = Config(
-    shapes=((10**3,), SMALL, MIDDLE),
+    shapes=((10**2,), SMALL),
     elements=1 << 18,
     side=256,
     images=(2, 16, 14, 14),

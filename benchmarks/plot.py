@@ -6,17 +6,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.markdown import TITLES
 from benchmarks.rows import Outcome
 
 __all__ = ["plot"]
 
-_TITLES = {
-    "numpy": "NumPy",
-    "torch": "PyTorch",
-    "tensorflow": "TensorFlow",
-    "keras": "Keras",
-    "jax": "JAX",
-}
+_NAMES = ("forward", "forward + backward")
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -25,23 +20,26 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     Parameters
     ----------
     outcomes : sequence of Outcome
-        The plot shows the rows with an ``own`` candidate.
+        The plot shows the rows of eager calls with an ``own`` candidate.
     path : pathlib.Path
     """
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for number, (group, title) in enumerate(_TITLES.items()):
-        swept = [o for o in outcomes if o.row.group == group and o.row.own is not None]
-        if swept:
-            _lines(axes, sorted(swept, key=_elements), title, f"C{number}")
-    axes.axhline(1, color="0.5", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("elements, float32")
-    axes.set_ylabel("time, in multiplies by a scalar")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", frameon=False)
+    figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(_NAMES), sharey=True)
+    for axes, name in zip(panels, _NAMES, strict=True):
+        for number, (group, title) in enumerate(TITLES.items()):
+            row = [o for o in outcomes if (o.row.group, o.row.name) == (group, name)]
+            if row:
+                _lines(axes, sorted(row, key=_elements), title, f"C{number}")
+        axes.set_title(name)
+        axes.axhline(1, color="0.5", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("elements, float32")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("time, in multiplies by a scalar")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
     figure.savefig(path)
 
 

@@ -12,7 +12,7 @@ from benchmarks.config import Config, Shape
 from benchmarks.rows import Outcome
 from benchmarks.runner import Skipped
 
-__all__ = ["Report"]
+__all__ = ["Report", "format_machine", "format_value"]
 
 _BUSY = 0.5  # processes, on average in the last minute
 
@@ -43,7 +43,7 @@ class Report:
 
     def print(self, console: Console) -> None:
         """Print the machine, a table per group, the skipped measurements, and the last line."""
-        console.print(Text(_format_machine(self.machine), style="dim"), soft_wrap=True)
+        console.print(Text(format_machine(self.machine), style="dim"), soft_wrap=True)
         for group in dict.fromkeys(outcome.row.group for outcome in self.outcomes):
             console.print(_table(group, [o for o in self.outcomes if o.row.group == group]))
         if (self.machine["load"] or 0) > _BUSY:
@@ -72,7 +72,8 @@ class Report:
         )
 
 
-def _format_machine(machine: Mapping[str, Any]) -> str:
+def format_machine(machine: Mapping[str, Any]) -> str:
+    """Return the machine and the libraries as one line."""
     shown = [
         machine["processor"],
         f"{machine['cpus']} CPUs",
@@ -101,7 +102,7 @@ def _table(group: str, outcomes: Sequence[Outcome]) -> Table:
             table.add_row(
                 work,
                 candidate,
-                _value(outcome.value(candidate), outcome.row.unit),
+                format_value(outcome.value(candidate), outcome.row.unit),
                 "" if nanoseconds is None else f"{nanoseconds:.3g}",
                 "" if ratio is None else f"{ratio:.2f}",
                 _verdicts(outcome, candidate),
@@ -124,7 +125,8 @@ def _size(shape: Shape | None) -> str:
     return "" if shape is None else "x".join(str(length) for length in shape)
 
 
-def _value(value: float, unit: str) -> str:
+def format_value(value: float, unit: str) -> str:
+    """Return a value and its unit; a time in s, ms or µs."""
     if unit != "s":
         return f"{value:.3g} {unit}"
     for factor, short in ((1, "s"), (1e-3, "ms")):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -35,7 +36,8 @@ class Row:
     base : str or None
         Name of the candidate for comparison.
     own : str or None
-        Name of the framework's own dropout. The plot shows only rows with one.
+        Name of the framework's own dropout. The plot and the table of ratios show only rows with
+        one.
     unit : str
         Unit of the values. A time is the time of one call.
     targets : tuple of Target
@@ -56,11 +58,19 @@ class Row:
         return None if self.shape is None else math.prod(self.shape)
 
 
-def timed(build: Callable[..., Sequence[Candidate]], *arguments: Any) -> Measure:
-    """Return a measure that builds candidates, with their arrays, just before it times them."""
+def timed(
+    build: Callable[..., Sequence[Candidate]],
+    *arguments: Any,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Measure:
+    """Return a measure that builds candidates, with their arrays, just before it times them.
+
+    ``within`` returns the context of the whole measurement.
+    """
 
     def measure(config: Config) -> Mapping[str, float]:
-        return median_seconds(build(*arguments), rounds=config.rounds, block=config.block)
+        with within():
+            return median_seconds(build(*arguments), rounds=config.rounds, block=config.block)
 
     return measure
 
@@ -90,7 +100,11 @@ class Outcome:
         base = self.row.base
         if base is None or any(values[base] == 0 for values in self.runs):
             return None
-        return self._over_runs(lambda values: values[candidate] / values[base])
+        return self.quotient(candidate, base)
+
+    def quotient(self, candidate: str, reference: str) -> float:
+        """Return a candidate's value relative to a reference, which must not be 0."""
+        return self._over_runs(lambda values: values[candidate] / values[reference])
 
     @property
     def verdicts(self) -> list[Verdict]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Target", "Verdict", "at_most", "at_most_more", "below", "faster"]
+__all__ = ["Target", "Verdict", "at_most", "at_most_more", "below", "faster", "not_slower"]
 
 Values = Mapping[str, float]
 
@@ -64,6 +64,11 @@ def at_most(factor: float, candidate: str, reference: str) -> Target:
         lambda values: values[candidate] / values[reference],
         factor,
     )
+
+
+def not_slower(reference: str, *candidates: str) -> tuple[Target, ...]:
+    """Limit the time of each candidate to the reference's time."""
+    return tuple(at_most(1, candidate, reference) for candidate in candidates)
 
 
 def faster(factor: float, candidate: str, reference: str) -> Target:

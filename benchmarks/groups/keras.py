@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from benchmarks.config import LARGE, MIDDLE, Config, Shape
 from benchmarks.fixtures import SCALE, P, uniform
+from benchmarks.groups.tensorflow import with_gradient
 from benchmarks.rows import Row, UnavailableError, timed
-from benchmarks.thresholds import faster
+from benchmarks.thresholds import not_slower
 from benchmarks.timing import Candidate
 from unidrop.adapters.keras import Dropout
 
@@ -17,60 +18,47 @@ __all__ = ["rows"]
 
 _OWN = "keras.layers.Dropout"
 
-# For each mode: its shapes, its options, and the target for the speed-up over Keras's own layer.
 # With XLA, Keras's own layer takes seconds for a large array.
-_COMPILED: dict[str, tuple[tuple[Shape, ...], dict[str, bool], float]] = {
-    "tf.function": ((MIDDLE, LARGE), {}, 1.2),
-    "XLA": ((MIDDLE,), {"jit_compile": True}, 4),
+_COMPILED: dict[str, tuple[tuple[Shape, ...], dict[str, bool]]] = {
+    "tf.function": ((MIDDLE, LARGE), {}),
+    "XLA": ((MIDDLE,), {"jit_compile": True}),
 }
 
 
 def rows(config: Config) -> Iterator[Row]:
-    """Yield the sweep over sizes, and the compiled modes for the shapes with targets."""
+    """Yield the sweep over sizes, and the compiled modes for two shapes."""
     backend = keras.backend.backend()
     if backend != "tensorflow":
         raise UnavailableError(f"Keras uses {backend}: set KERAS_BACKEND=tensorflow")
-    for shape in config.shapes:
-        targets = (faster(3, "unidrop", _OWN),) if shape in (MIDDLE, LARGE) else ()
-        yield Row("keras", "forward", shape, timed(_forward, shape), own=_OWN, targets=targets)
-    for shape in config.shapes:
-        for mode, (shapes, _, factor) in _COMPILED.items():
-            if shape not in shapes:
-                continue
-            goal = (faster(factor, "unidrop", _OWN),)
-            forward, both = timed(_compiled, shape, mode), timed(_compiled_both, shape, mode)
-            yield Row("keras", f"forward, {mode}", shape, forward, targets=goal)
-            yield Row("keras", f"forward + backward, {mode}", shape, both, targets=goal)
+    goal = not_slower(_OWN, "unidrop")
+    for name, wrap in (("forward", _as_it_is), ("forward + backward", with_gradient)):
+        for shape in config.shapes:
+            measure = timed(_candidates, shape, wrap)
+            yield Row("keras", name, shape, measure, own=_OWN, targets=goal)
+    for mode, (shapes, options) in _COMPILED.items():
+        for shape in (shape for shape in shapes if shape in config.shapes):
+
+            def compile_both(function: Any, options: dict[str, bool] = options) -> Any:
+                return tf.function(with_gradient(function), **options)
+
+            measure = timed(_candidates, shape, compile_both)
+            name = f"{mode} forward + backward"
+            yield Row("keras", name, shape, measure, own=_OWN, targets=goal)
 
 
-def _forward(shape: Shape) -> Sequence[Candidate]:
-    x = tf.constant(uniform(shape))
-    ours, own = Dropout(P, seed=42), keras.layers.Dropout(P, seed=42)
-    return (
-        Candidate("unidrop", lambda step: ours(x, training=True)),
-        Candidate("multiply", lambda step: x * SCALE),
-        Candidate(_OWN, lambda step: own(x, training=True)),
-    )
-
-
-def _compiled(shape: Shape, mode: str) -> Sequence[Candidate]:
-    return _candidates(shape, mode, lambda function: function)
-
-
-def _compiled_both(shape: Shape, mode: str) -> Sequence[Candidate]:
-    return _candidates(shape, mode, _with_gradient)
+def _as_it_is(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return function
 
 
 def _candidates(
-    shape: Shape, mode: str, wrap: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
+    shape: Shape, wrap: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
 ) -> Sequence[Candidate]:
     """Return candidates that keep the step in a layer's state, so that no mask is constant."""
-    _, options, _ = _COMPILED[mode]
     x = tf.constant(uniform(shape))
     ours, own = Dropout(P, seed=42), keras.layers.Dropout(P, seed=42)
 
     def candidate(name: str, function: Callable[[Any], Any]) -> Candidate:
-        run = tf.function(wrap(function), **options)
+        run = wrap(function)
         return Candidate(name, lambda step: run(x))
 
     return (
@@ -78,13 +66,3 @@ def _candidates(
         candidate("multiply", lambda x: x * SCALE),
         candidate(_OWN, lambda x: own(x, training=True)),
     )
-
-
-def _with_gradient(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def both(x: Any) -> Any:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = function(x)
-        return y, tape.gradient(y, x)
-
-    return both

@@ -8,45 +8,76 @@ import tensorflow as tf
 from benchmarks.config import LARGE, MIDDLE, Config, Shape
 from benchmarks.fixtures import SCALE, P, key, uniform
 from benchmarks.rows import Row, timed
+from benchmarks.thresholds import faster, not_slower
 from benchmarks.timing import Candidate
 from unidrop.adapters.tensorflow import dropout
 
-__all__ = ["rows"]
+__all__ = ["rows", "with_gradient"]
 
 _OWN = "tf.nn.dropout"
-_COMPILED: dict[str, dict[str, bool]] = {"tf.function": {}, "XLA": {"jit_compile": True}}
 
 
 def rows(config: Config) -> Iterator[Row]:
     """Yield the sweep over sizes, and the compiled modes for two shapes."""
-    for shape in config.shapes:
-        yield Row("tensorflow", "forward", shape, timed(_forward, shape), own=_OWN)
-    for shape in config.shapes:
-        if shape not in (MIDDLE, LARGE):
-            continue
-        for mode in _COMPILED:
-            yield Row("tensorflow", f"forward, {mode}", shape, timed(_compiled, shape, mode))
+    goal = not_slower(_OWN, "unidrop")
+    for name, wrap in (("forward", _as_it_is), ("forward + backward", with_gradient)):
+        for shape in config.shapes:
+            measure = timed(_eager, shape, wrap)
+            yield Row("tensorflow", name, shape, measure, own=_OWN, targets=goal)
+    for shape in (shape for shape in (MIDDLE, LARGE) if shape in config.shapes):
+        measure = timed(_compiled, shape, _as_it_is, {})
+        yield Row("tensorflow", "tf.function forward", shape, measure, own=_OWN)
+        measure = timed(_compiled, shape, with_gradient, {})
+        fast = (faster(2.5, "unidrop", _OWN),)
+        name = "tf.function forward + backward"
+        yield Row("tensorflow", name, shape, measure, own=_OWN, targets=fast)
+    if MIDDLE in config.shapes:
+        measure = timed(_compiled, MIDDLE, with_gradient, {"jit_compile": True})
+        name = "XLA forward + backward"
+        yield Row("tensorflow", name, MIDDLE, measure, own=_OWN, targets=goal)
 
 
-def _forward(shape: Shape) -> Sequence[Candidate]:
+def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of x and further arguments that returns the output and the gradient."""
+
+    def both(x: Any, *others: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x, *others)
+        return y, tape.gradient(y, x)
+
+    return both
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "unidrop": lambda x, step: dropout(x, P, key=key(step)),
+    "multiply": lambda x, step: x * SCALE,
+    _OWN: lambda x, step: tf.nn.dropout(x, P),
+}
+
+
+def _eager(shape: Shape, wrap: Callable[..., Any]) -> Sequence[Candidate]:
     x = tf.constant(uniform(shape))
-    return (
-        Candidate("unidrop", lambda step: dropout(x, P, key=key(step))),
-        Candidate("multiply", lambda step: x * SCALE),
-        Candidate(_OWN, lambda step: tf.nn.dropout(x, P)),
-    )
+
+    def candidate(name: str) -> Candidate:
+        run = wrap(_FUNCTIONS[name])
+        return Candidate(name, lambda step: run(x, step))
+
+    return [candidate(name) for name in _FUNCTIONS]
 
 
-def _compiled(shape: Shape, mode: str) -> Sequence[Candidate]:
+def _compiled(
+    shape: Shape, wrap: Callable[..., Any], options: dict[str, bool]
+) -> Sequence[Candidate]:
     """Return candidates that take the step as an argument, so that no mask is constant."""
     x = tf.constant(uniform(shape))
 
-    def candidate(name: str, function: Callable[[Any, Any], Any]) -> Candidate:
-        run = tf.function(function, **_COMPILED[mode])
+    def candidate(name: str) -> Candidate:
+        run = tf.function(wrap(_FUNCTIONS[name]), **options)
         return Candidate(name, lambda step: run(x, tf.constant(step, tf.int64)))
 
-    return (
-        candidate("unidrop", lambda x, step: dropout(x, P, key=key(step))),
-        candidate("multiply", lambda x, step: x * SCALE),
-        candidate(_OWN, lambda x, step: tf.nn.dropout(x, P)),
-    )
+    return [candidate(name) for name in _FUNCTIONS]
