@@ -12,7 +12,7 @@ import unidrop
 
 __all__ = ["facts"]
 
-_LIBRARIES = ("numpy", "numba", "torch", "tensorflow", "keras", "jax")
+_LIBRARIES = ("numpy", "llvmlite", "torch", "tensorflow", "keras", "jax")
 
 
 def facts() -> dict[str, Any]:
