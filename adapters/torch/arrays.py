@@ -1,9 +1,8 @@
-"""PyTorch as an array library: its namespace, its integers, its gradient and its buffers."""
+"""PyTorch as an array library: its namespace, its integers and its gradient."""
 
 from typing import Any
 
 import array_api_compat.torch
-import numpy as np
 import torch
 
 from unidrop.adapters.torch.onnx import is_exporting, run_exported
@@ -14,10 +13,11 @@ from unidrop.adapters.torch.operators import (
     pack_words,
     trace_dropout,
 )
+from unidrop.adapters.torch.plain import BUFFERS, is_tracing, run_plain
 from unidrop.arguments import register_symbolic_integer
 from unidrop.key import Key, fold_number, string_data
 from unidrop.plan import DropoutPlan
-from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
+from unidrop.protocols import ArrayLibrary, Arrays, Operator, Words
 from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Int64Words
@@ -25,8 +25,7 @@ from unidrop.words import Int64Words
 __all__ = [
     "LIBRARY",
     "MAY_HAVE_NAMES",
-    "PLAIN",
-    "is_tracing",
+    "apply_eager",
     "not_dense",
     "write_result",
 ]
@@ -36,8 +35,6 @@ _WORDS = Int64Words(array_api_compat.torch)
 # torch.compiler.assume_constant_result does the same, but imports the compiler.
 fold_number._dynamo_marked_constant = True  # type: ignore[attr-defined] # a function accepts any attribute
 string_data._dynamo_marked_constant = True  # type: ignore[attr-defined] # a function accepts any attribute
-
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 # By name, because the import of their modules takes long.
 _REFUSED = {
@@ -124,9 +121,7 @@ class TorchOperator(Operator):
             if is_exporting():
                 return run_exported(plan, x, key, mask)
             return trace_dropout(x, key_tensor(key), plan.rate.p, *_window_arguments(plan.window))
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Dropout.apply(x, key, plan, mask)
-        return plan.run(x, key, mask)
+        return apply_eager(x, key, plan, mask)
 
     def traced_mask(
         self, like: torch.Tensor, key: Key, window: Window, rate: Rate
@@ -173,41 +168,7 @@ class TorchOperator(Operator):
         return folded
 
 
-class TorchBuffers(Buffers):
-    """Plain CPU tensors."""
-
-    def locate(self, x: torch.Tensor) -> Buffer | str:
-        """Return the buffer of a plain CPU tensor."""
-        if type(x) not in PLAIN:
-            return f"a {type(x).__name__} is not a plain torch.Tensor"
-        if x.device.type != "cpu":
-            return f"it is on {x.device}, and kernels are for the CPU"
-        if x.layout != torch.strided:
-            return f"its layout is {x.layout}"
-        if x.is_conj() or x.is_neg():
-            return "its conjugation or negation is still lazy"
-        if x._is_zerotensor():
-            return "it is a zero tensor without memory"
-        try:
-            return _find_observer() or Buffer(x.data_ptr(), x.stride())
-        except RuntimeError as error:  # a batch of gradients is a plain Tensor too
-            return str(error)
-
-    def allocate_like(self, x: torch.Tensor) -> tuple[torch.Tensor, Buffer]:
-        """Return an empty tensor."""
-        y = torch.empty_like(x)
-        return y, Buffer(y.data_ptr(), y.stride())
-
-    def copy_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Copy the elements of x into out."""
-        out.copy_(x)
-
-    def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> torch.Tensor:
-        """Return a tensor that shares the memory of the mask."""
-        return torch.from_numpy(mask)
-
-
-LIBRARY = ArrayLibrary(TorchArrays(), TorchWords(), TorchOperator(), TorchBuffers())
+LIBRARY = ArrayLibrary(TorchArrays(), TorchWords(), TorchOperator(), BUFFERS)
 register_symbolic_integer(torch.SymInt)
 
 
@@ -223,19 +184,6 @@ def not_dense(x: torch.Tensor, name: str) -> TypeError:
     )
 
 
-def is_tracing() -> bool:
-    """Return whether PyTorch traces or transforms operations on tensors.
-
-    torch.compile, torch.func and modes that observe each operation, such as torch.export's, do.
-    `torch.compiler.is_compiling` is also True while another thread compiles.
-    """
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
 def _window_arguments(window: Window) -> tuple[Any, ...]:
     """Return the arguments of an operator for a window."""
     if window.global_shape is None or window.start is None:
@@ -248,26 +196,13 @@ def _window_arguments(window: Window) -> tuple[Any, ...]:
     return window.broadcast_axes, window.global_shape, int_tensor(window.start)
 
 
-def _find_observer() -> str | None:
-    """Return the observer of each operation that would miss a kernel, as a reason, or None."""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms it"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation observes it"
-    if torch._C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode observes each operation"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace records it"
-    return None
-
-
 class _Dropout(torch.autograd.Function):
     """The eager gradient: dropout of the upstream gradient under the same key."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> Any:
         ctx.key, ctx.plan = key, plan
-        return plan.run(x, key, mask)
+        return _run(x, key, plan, mask)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -276,7 +211,9 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        return ctx.plan.apply(upstream[0], ctx.key), None, None, None
+        x, key, plan = upstream[0], ctx.key, ctx.plan
+        is_eager = not torch.is_grad_enabled() and not is_tracing()
+        return _run(x, key, plan, None) if is_eager else plan.apply(x, key), None, None, None
 
 
 class _InPlaceDropout(_Dropout):
@@ -290,6 +227,27 @@ class _InPlaceDropout(_Dropout):
         ctx.key, ctx.plan = key, plan
         ctx.mark_dirty(x)
         return x
+
+
+# `torch.autograd.Function.apply`, whose checks for torch.func `apply_eager` does not need.
+_record = super(torch.autograd.Function, _Dropout).apply
+
+
+def apply_eager(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
+    """Apply a plan to a tensor that PyTorch does not trace; autograd saves the key alone."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _record(torch._C._functorch.unwrap_if_dead(x), key, plan, mask)
+    return _run(x, key, plan, mask)
+
+
+def _run(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> Any:
+    """Return ``plan.run(x, key, mask)``, if possible by `run_plain`."""
+    window = plan.window
+    if window.start is None and not window.broadcast_axes:
+        output = run_plain(x, plan.rate, key._words)
+        if output is not None:
+            return output
+    return plan.run(x, key, mask)
 
 
 def write_result(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> torch.Tensor:

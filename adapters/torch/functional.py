@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -10,21 +11,20 @@ from torch import Tensor
 from unidrop.adapters.torch.arrays import (
     LIBRARY,
     MAY_HAVE_NAMES,
-    PLAIN,
-    is_tracing,
+    apply_eager,
     not_dense,
     write_result,
 )
 from unidrop.adapters.torch.fx import call_override
 from unidrop.adapters.torch.onnx import is_exporting
 from unidrop.adapters.torch.operators import (
-    as_key,
     cached_rate,
-    draw_words,
+    draw_key,
     key_tensor,
     trace_draw_words,
     trace_dropout,
 )
+from unidrop.adapters.torch.plain import PLAIN, SUPPORTED_DTYPES, is_tracing
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_key
 from unidrop.library import get_library
@@ -57,18 +57,6 @@ TORCHSCRIPT_MESSAGE = (
 T = TypeVar("T")
 
 _Result = Tensor | tuple[Tensor, Tensor]
-
-# Dynamo traces less if the names of these dtypes are not looked up.
-_SUPPORTED_DTYPES = frozenset(
-    (
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-        torch.complex64,
-        torch.complex128,
-    )
-)
 
 # Dynamo cannot trace a first lookup, so the library of these types is looked up now.
 for _tensor in (torch.empty(0), torch.nn.Parameter(torch.empty(0))):
@@ -501,10 +489,16 @@ def _dropout_of_window(
 
     def call(key: Key) -> _Result:
         mask = plan.mask(input, key) if return_mask else None
-        output = apply_plan(input, plan, key, inplace, mask)
+        output = _write(input, plan, key, mask) if inplace else plan.apply(input, key, mask)
         return output if mask is None else (output, mask)
 
     return run_with_drawn_key(call, inplace) if key is None else call(key)
+
+
+@lru_cache(maxsize=1024)
+def _plan_whole(shape: torch.Size, dtype: torch.dtype, p: float) -> DropoutPlan:
+    """Return the plan of a tensor without options; a short key makes the lookup fast."""
+    return DropoutPlan.for_whole(LIBRARY, tuple(shape), dtype, Rate.from_p(p), p > 0, "input")
 
 
 def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
@@ -517,9 +511,7 @@ def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> D
     if not training:
         return None
     if axes == ():
-        plan = DropoutPlan.for_whole(
-            LIBRARY, tuple(input.shape), input.dtype, rate, rate.p > 0, "input"
-        )
+        plan = _plan_whole(input.shape, input.dtype, rate.p)
     else:
         plan = DropoutPlan.from_args(input, rate, broadcast_axes=axes, name="input")
     if not plan.drops:
@@ -541,7 +533,7 @@ def traced_call_drops(input: Tensor, p: float, training: bool) -> bool:
         LIBRARY.arrays.check_type(type(input), "input")
     if not training:
         return False
-    if input.dtype not in _SUPPORTED_DTYPES:
+    if input.dtype not in SUPPORTED_DTYPES:
         compute_dtype(input.dtype, "input")
     return p > 0
 
@@ -556,11 +548,11 @@ def trace_identity(input: Tensor) -> Tensor:
     return input
 
 
-def apply_plan(
-    input: Tensor, plan: DropoutPlan, key: Key, inplace: bool, mask: Tensor | None = None
-) -> Tensor:
-    """Return dropout under a key; ``mask`` is the mask of the key if the caller has it."""
-    output: Tensor = _write(input, plan, key, mask) if inplace else plan.apply(input, key, mask)
+def apply_plan(input: Tensor, plan: DropoutPlan, key: Key, inplace: bool) -> Tensor:
+    """Return dropout under a key, in a call that is not traced."""
+    if inplace:
+        return _write(input, plan, key, None)
+    output: Tensor = apply_eager(input, key, plan)
     return output
 
 
@@ -570,10 +562,10 @@ def run_with_drawn_key(call: Callable[[Key], T], inplace: bool) -> T:
     In place, PyTorch may refuse to write to the input. The generator then keeps its state.
     """
     if not inplace:
-        return call(as_key(draw_words()))
+        return call(draw_key())
     state = torch.get_rng_state()
     try:
-        return call(as_key(draw_words()))
+        return call(draw_key())
     except RuntimeError:
         torch.set_rng_state(state)
         raise

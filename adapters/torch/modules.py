@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 import torch
 from torch import Tensor
 
-from unidrop.adapters.calls import run_counted, run_exclusively
-from unidrop.adapters.torch.arrays import LIBRARY, is_tracing
+from unidrop.adapters.calls import run_exclusively
 from unidrop.adapters.torch.checkpoint import current_log
 from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.functional import (
@@ -35,6 +34,7 @@ from unidrop.adapters.torch.operators import (
     trace_call_key,
     trace_draw_words,
 )
+from unidrop.adapters.torch.plain import is_tracing
 from unidrop.adapters.torch.seeds import warn_of_twins
 from unidrop.adapters.torch.state import get_number, make_calls, read_saved, set_number
 from unidrop.arguments import checked_integer
@@ -124,25 +124,24 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         plan = make_plan(input, self.p, self.training, self._get_axes(input))
         if plan is None:
             return input
-        is_own = self._buffers.get(_KEY) is self._own_key
-        seed, inplace = self._seed if is_own else self._get_key(), self.inplace
+        buffers, inplace = self._buffers, self.inplace
+        seed = self._seed if buffers.get(_KEY) is self._own_key else self._get_key()
         if seed is None:
             return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
 
         if self._checked != id(self) and not self.__dict__.get("_is_replica"):
             warn_of_twins(self)
 
-        def call(number: Any) -> Tensor:
-            key = seed.fold_in(number)
-            if inplace:
-                return apply_plan(input, plan, key, inplace)
-            output: Tensor = LIBRARY.operator.dropout(input, key, plan)
-            return output
-
-        calls = self._buffers[_CALLS]
+        calls = buffers[_CALLS]
         if calls.is_meta or calls.is_inference():
             calls = self._get_calls()
-        return run_counted(next_call_number, rollback_call, call, calls, current_log())
+        log = current_log()
+        number = run_exclusively(calls, next_call_number, calls, log)
+        try:
+            return apply_plan(input, plan, seed.fold_in(number), inplace)
+        except BaseException:
+            run_exclusively(calls, rollback_call, number, calls, log)
+            raise
 
     def _trace(self, input: Tensor) -> Tensor:
         """Run `forward` by operators of a trace."""

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -26,7 +27,8 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from unidrop.adapters.calls import run_exclusively
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
 from unidrop.adapters.torch.func import is_functionalizing, randomness
-from unidrop.adapters.torch.state import ADVANCE, get_number, make_damage_error
+from unidrop.adapters.torch.plain import is_tracing, run_plain
+from unidrop.adapters.torch.state import ADVANCE, advance, get_number
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
@@ -38,7 +40,7 @@ __all__ = [
     "as_constant",
     "as_key",
     "cached_rate",
-    "draw_words",
+    "draw_key",
     "key_tensor",
     "next_call_number",
     "rollback_call",
@@ -49,6 +51,9 @@ __all__ = [
 
 # The operator that draws a key declares that it writes to this tensor, which orders the draws.
 _DRAW_ORDER = torch.zeros((), dtype=torch.int64)
+
+# Tensors to draw words into; an operation that makes a new one takes longer than the draw.
+_DRAWN: list[tuple[Tensor, memoryview]] = []
 
 # The rate of a float. Dynamo warns about caches, so only calls that it does not trace use this one.
 cached_rate = lru_cache(maxsize=256)(Rate.from_p)
@@ -141,7 +146,7 @@ def as_constant(p: float) -> float:
 
 def as_key(words: Tensor) -> Key:
     """Return the key of a tensor of words, with a value if reading it waits for no device."""
-    if words.device.type != "cpu":
+    if not words.is_cpu:
         return Key.from_words(*words.unbind())
     lo, hi = words.tolist()
     return Key._from_raw_words((lo & MASK32, hi & MASK32))
@@ -156,11 +161,8 @@ def next_call_number(calls: Tensor, log: CheckpointLog | None, *, read: bool = T
     if log is not None and log.replays:
         return log.replay()
     number: Any
-    if read and calls.device.type == "cpu" and calls.dim() == 1:
-        number, check = calls.tolist()
-        if check != ~number or number < 0:
-            raise make_damage_error(number, check)
-        calls.add_(ADVANCE)
+    if read and calls.is_cpu and calls.dim() == 1:
+        number = advance(calls)
     else:
         number = get_number(calls).clone()
         calls.add_(ADVANCE.to(calls.device))
@@ -191,6 +193,27 @@ def draw_words() -> Tensor:
     elif log is not None:
         log.append(words)
     return words
+
+
+def draw_key() -> Key:
+    """Draw a key as `draw_words` does, for a call that is not traced."""
+    if current_log() is not None:
+        return as_key(draw_words())
+    # A thread or a signal handler that draws meanwhile takes another tensor.
+    drawn = _DRAWN.pop() if _DRAWN else _make_drawn()
+    words, view = drawn
+    words.random_(1 << 32)
+    key = Key._from_raw_words((view[0], view[1]))
+    _DRAWN.append(drawn)
+    return key
+
+
+def _make_drawn() -> tuple[Tensor, memoryview]:
+    """Return a tensor to draw words into, and a view that reads them without an operation."""
+    with torch.inference_mode(False):
+        words = torch.empty((2,), dtype=torch.int64, device="cpu")
+        array: Any = words.numpy()
+        return words, memoryview(array)
 
 
 def trace_draw_words(x: Tensor) -> Tensor:
@@ -297,7 +320,7 @@ def _read_start(start: Tensor | None) -> Sequence[Any] | None:
 
 @_disable_dynamo
 def _integers(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+    return _to_tensor(values)
 
 
 @_disable_dynamo
@@ -323,7 +346,7 @@ def _fold_in(key: Tensor, data: Tensor) -> Tensor:
     bits = integer_bits(data.dtype)
     assert bits is not None  # `Words.width` rejects other dtypes
     # Zero-extend from the width, so that negative steps and steps of uint64 are valid too.
-    return key_tensor(as_key(key).fold_in(int(data.item()) & ((1 << bits) - 1)))
+    return _to_words(as_key(key).fold_in(int(data.item()) & ((1 << bits) - 1)))
 
 
 @_disable_dynamo
@@ -334,12 +357,23 @@ def _next_call(calls: Tensor) -> Tensor:
 
 @_disable_dynamo
 def _call_key(calls: Tensor, key: Tensor) -> Tensor:
-    return key_tensor(as_key(key).fold_in(int(_next_call(calls))))
+    number = run_exclusively(calls, next_call_number, calls, current_log())
+    return _to_words(as_key(key).fold_in(int(number)))
 
 
 @_disable_dynamo
 def _draw_key(order: Tensor) -> Tensor:
-    return draw_words().clone()
+    return _to_words(draw_key())
+
+
+def _to_words(key: Key) -> Tensor:
+    """Return the words of a key as a new tensor, inside an operator."""
+    return key_tensor(key) if key.is_traced else _to_tensor(key._words)
+
+
+def _to_tensor(integers: Sequence[int]) -> Tensor:
+    """Return integers as a tensor, inside an operator; `torch.tensor` takes three times as long."""
+    return torch.from_numpy(np.array(integers, dtype=np.int64))
 
 
 class _Dropout(torch.autograd.function._SingleLevelFunction):
@@ -394,13 +428,34 @@ def _below_autograd(operator: Any, keyset: Any, *arguments: Any) -> Tensor:
     return output
 
 
+@_disable_dynamo
 def _differentiate_dropout(keyset: Any, x: Tensor, *rest: Any) -> Tensor:
     """Run the operator as an autograd function, if PyTorch records gradients."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        # Two more visits of the dispatcher would lead to the same kernel.
+        plain = _run_plain(x, *rest)
+        if plain is not None:
+            return plain
     if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled()):
         return _below_autograd(torch.ops.unidrop.dropout.default, keyset, x, *rest)
     with enable_single_level_autograd_function():
         output: Tensor = _Dropout.apply(keyset, x, *rest)  # type: ignore[attr-defined] # made in C
     return output
+
+
+def _run_plain(
+    x: Tensor,
+    key: Tensor,
+    p: float,
+    axes: Sequence[int],
+    global_shape: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    random: Tensor | None = None,
+) -> Tensor | None:
+    """Return the output of the operator by `run_plain`, or None if it does not serve x."""
+    if axes or global_shape is not None or type(key) is not Tensor or is_tracing():
+        return None
+    return run_plain(x, cached_rate(p), as_key(key)._words)
 
 
 def _batch_dropout(
@@ -444,7 +499,11 @@ def _batch_dropout(
 def _make_saved_kernel(name: str) -> Any:
     """Return an autograd kernel of an operator whose output compilers save, not recompute."""
 
+    @_disable_dynamo
     def kernel(keyset: Any, state: Tensor, *key: Tensor) -> Tensor:
+        if not is_tracing() and all(type(t) is Tensor and not t.is_meta for t in (state, *key)):
+            # Two more visits of the dispatcher would lead to the same function.
+            return _EAGER[name](state, *key)
         operator = getattr(torch.ops.unidrop, name).default
         traced: Any = _get_dispatch_mode(_DispatchMode.PROXY)
         before = 0 if traced is None else len(traced.tracer.graph.nodes)
@@ -505,7 +564,7 @@ def _batch_fold_in(
     return torch.stack(folded), 0
 
 
-_EAGER = {
+_EAGER: dict[str, Callable[..., Tensor]] = {
     "dropout": _dropout,
     "keep_mask": _keep_mask,
     "integers": _integers,

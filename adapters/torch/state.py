@@ -10,15 +10,22 @@ Requirements this design meets:
 * A loader may leave a tensor as uninitialized memory. So a complement follows each call number.
 """
 
+import ctypes
+from functools import lru_cache
+from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["ADVANCE", "get_number", "make_calls", "make_damage_error", "read_saved", "set_number"]
+__all__ = ["ADVANCE", "advance", "get_number", "make_calls", "read_saved", "set_number"]
 
 # Added to (number, ~number).
 ADVANCE = torch.tensor([1, -1])
+
+# The memory of a call number and its check.
+_NUMBERS, _WORDS = Struct("=2q"), Struct("=2Q")
+_MASK64 = (1 << 64) - 1
 
 
 def make_calls(number: int = 0) -> Tensor:
@@ -39,12 +46,40 @@ def set_number(calls: Tensor, number: Any) -> None:
         calls.copy_(make_calls(number))
 
 
-def make_damage_error(number: int, check: int) -> RuntimeError:
-    """Return the error for a call number that does not match its check."""
-    return RuntimeError(
-        f"the call number of a Dropout is damaged: it is {number}, and its check is {check}, "
-        f"not {~number}. A loader left it uninitialized, or wrote to it. Set module.calls"
+def advance(calls: Tensor) -> int:
+    """Return a call number whose tensor is on the CPU, and advance it.
+
+    Raises
+    ------
+    RuntimeError
+        If it does not match its check.
+    """
+    # After a backward pass, two operations of PyTorch take as long as the rest of a small call.
+    is_plain = (
+        type(calls) is Tensor
+        and calls.dtype is torch.int64
+        and calls.shape == (2,)
+        and calls.is_contiguous()
     )
+    address = calls.data_ptr() if is_plain else 0
+    memory = _get_memory(address) if address else None
+    number, check = calls.tolist() if memory is None else _NUMBERS.unpack_from(memory)
+    if check != ~number or number < 0:
+        raise RuntimeError(
+            f"the call number of a Dropout is damaged: it is {number}, and its check is {check}, "
+            f"not {~number}. A loader left it uninitialized, or wrote to it. Set module.calls"
+        )
+    if memory is None:
+        calls.add_(ADVANCE)
+    else:  # in one step, so that a signal handler interrupts before or after it
+        _WORDS.pack_into(memory, 0, number + 1, ~(number + 1) & _MASK64)
+    return int(number)
+
+
+@lru_cache(maxsize=1024)
+def _get_memory(address: int) -> Any:
+    """Return the memory of a call number; its tensor must be alive while it is used."""
+    return (ctypes.c_char * _NUMBERS.size).from_address(address)
 
 
 def read_saved(saved: Any) -> int:
