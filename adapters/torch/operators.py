@@ -27,7 +27,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from unidrop.adapters.calls import run_exclusively
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
 from unidrop.adapters.torch.func import is_functionalizing, randomness
-from unidrop.adapters.torch.plain import is_tracing, run_plain
+from unidrop.adapters.torch.plain import SUPPORTED_DTYPES, is_tracing, run_plain
 from unidrop.adapters.torch.state import ADVANCE, advance, get_number
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
@@ -453,7 +453,9 @@ def _run_plain(
     random: Tensor | None = None,
 ) -> Tensor | None:
     """Return the output of the operator by `run_plain`, or None if it does not serve x."""
-    if axes or global_shape is not None or type(key) is not Tensor or is_tracing():
+    if axes or global_shape is not None or x.dtype not in SUPPORTED_DTYPES:
+        return None
+    if type(key) is not Tensor or is_tracing():
         return None
     return run_plain(x, cached_rate(p), as_key(key)._words)
 

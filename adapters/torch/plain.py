@@ -1,7 +1,7 @@
 """Plain tensors, whose elements kernels read and write with nothing of PyTorch in between.
 
 A call of a small tensor takes as long as the questions about it. So this file asks them once, and
-`run_plain` goes straight to a kernel. Whatever it does not serve, `DropoutPlan.run` does.
+`run_plain` goes straight to a kernel. `DropoutPlan.run` serves all other tensors.
 """
 
 from typing import Any
@@ -56,8 +56,6 @@ class TorchBuffers(Buffers):
             return f"its layout is {x.layout}"
         if x.is_conj() or x.is_neg():
             return "its conjugation or negation is still lazy"
-        if x._is_zerotensor():
-            return "it is a zero tensor without memory"
         if torch._C._are_functorch_transforms_active():
             return "torch.func transforms it"
         if torch.autograd.forward_ad._current_level >= 0:
@@ -67,7 +65,10 @@ class TorchBuffers(Buffers):
         if torch._C._get_tracing_state() is not None:
             return "torch.jit.trace records it"
         try:
-            return Buffer(x.data_ptr(), x.stride())
+            address = x.data_ptr()
+            if address == 0 and x._is_zerotensor():
+                return "it is a zero tensor without memory"
+            return Buffer(address, x.stride())
         except RuntimeError as error:  # a batch of gradients is a plain Tensor too
             return str(error)
 
@@ -91,19 +92,18 @@ BUFFERS = TorchBuffers()
 def run_plain(x: torch.Tensor, rate: Rate, words: Any) -> torch.Tensor | None:
     """Return dropout of a whole tensor under the words of a key, or None if it is not plain.
 
-    A plain tensor has a buffer, C order, elements and a supported dtype; the words are integers.
+    A plain tensor has a buffer and C order, and the words are integers. The caller has checked the
+    dtype.
     """
     if type(words) is not tuple or not type(words[0]) is type(words[1]) is int:
         return None
     buffer = BUFFERS.locate(x)
-    if isinstance(buffer, str) or x.dtype not in SUPPORTED_DTYPES or not x.is_contiguous():
+    if isinstance(buffer, str) or rate.threshold == KEEP_NOTHING or not x.is_contiguous():
         return None
-    if rate.threshold == KEEP_NOTHING:
+    package = get_kernels()
+    if package is None or buffer.address == 0:  # it is empty
         return None
-    size, package = x.numel(), get_kernels()
-    if size == 0 or package is None:
-        return None
-    kernel = package.prepare(x.dtype, (size,), None, (1,))
+    kernel = package.prepare(x.dtype, (x.numel(),), None, (1,))
     y = torch.empty_like(x)
     kernel.run(buffer.address, y.data_ptr(), rate, words[1] << 32 | words[0], 0, (x, y))
     return y
