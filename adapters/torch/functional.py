@@ -496,22 +496,27 @@ def _dropout_of_window(
 
 
 @lru_cache(maxsize=1024)
-def _plan_whole(shape: torch.Size, dtype: torch.dtype, p: float) -> DropoutPlan:
-    """Return the plan of a tensor without options; a short key makes the lookup fast."""
-    return DropoutPlan.for_whole(LIBRARY, tuple(shape), dtype, Rate.from_p(p), p > 0, "input")
+def _make_plain_plan(
+    shape: torch.Size, dtype: torch.dtype, p: float, axes: Sequence[int]
+) -> DropoutPlan:
+    """Return the plan of a dense tensor; a short key makes the lookup fast."""
+    compute_dtype(dtype, "input")
+    window = Window.from_args(tuple(shape), tuple(axes))
+    return DropoutPlan(LIBRARY, window, Rate.from_p(p), p > 0)
 
 
 def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
     """Return the plan of a call that is not traced, or None if the call drops nothing."""
     rate = cached_rate(p) if type(p) is float else Rate.from_p(p)
-    if type(input) not in PLAIN:
+    is_plain = type(input) in PLAIN
+    if not is_plain:
         get_library(input, "input")  # checks the type
     if input.layout is not torch.strided or input.is_nested or MAY_HAVE_NAMES:
         LIBRARY.arrays.check(input, "input")
     if not training:
         return None
-    if axes == ():
-        plan = _plan_whole(input.shape, input.dtype, rate.p)
+    if is_plain:
+        plan = _make_plain_plan(input.shape, input.dtype, rate.p, axes)
     else:
         plan = DropoutPlan.from_args(input, rate, broadcast_axes=axes, name="input")
     if not plan.drops:
