@@ -193,6 +193,8 @@ def fused_dropout(
     if may_overlap and not kernel.can_read(source, target):
         buffers.copy_into(y, x)
         source = target
+    if out is None and kernel.is_shared:
+        package.advise_huge_pages(target.address, kernel.size)
     key_number, base = _get_numbers(key, window)
     kernel.run(source.address, target.address, rate, key_number, base, (x, y))
     return buffers.wrap(y, x) if out is None else out

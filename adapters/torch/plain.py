@@ -105,5 +105,8 @@ def run_plain(x: torch.Tensor, rate: Rate, words: Any) -> torch.Tensor | None:
         return None
     kernel = package.prepare(x.dtype, (x.numel(),), None, (1,))
     y = torch.empty_like(x)
-    kernel.run(buffer.address, y.data_ptr(), rate, words[1] << 32 | words[0], 0, (x, y))
+    address = y.data_ptr()
+    if kernel.is_shared:
+        package.advise_huge_pages(address, kernel.size)
+    kernel.run(buffer.address, address, rate, words[1] << 32 | words[0], 0, (x, y))
     return y

@@ -3,10 +3,12 @@
 import ctypes
 import mmap
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+import unidrop
 from unidrop.fused import memory
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -64,3 +66,15 @@ def test_asks_no_system_that_decides_alone(pages, monkeypatch, text):
     memory._get_advise.cache_clear()
     monkeypatch.undo()
     assert not is_advised(pages + mmap.PAGESIZE)
+
+
+@pytest.mark.parametrize("path", ["plain", "fused"])
+def test_asks_for_huge_pages_in_large_outputs(path):
+    torch = pytest.importorskip("torch")
+    from unidrop.adapters.torch import dropout
+
+    x = torch.ones(LARGE // 4)
+    with unidrop.force_path(path) if path == "fused" else nullcontext():
+        y = dropout(x, 0.5, key=unidrop.Key(1))
+    assert is_advised(y.data_ptr() + LARGE // 2)
+    assert not is_advised(x.data_ptr() + LARGE // 2)

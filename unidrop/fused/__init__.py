@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from unidrop.dtypes import dtype_name
 from unidrop.fused.layout import make_layout
+from unidrop.fused.memory import advise_huge_pages
 from unidrop.key import set_compiled_fold
 from unidrop.rate import Rate
 from unidrop.threads import fork_guard
@@ -21,7 +22,7 @@ from unidrop.threads import fork_guard
 if TYPE_CHECKING:
     from unidrop.fused.task import PreparedKernel
 
-__all__ = ["make_mask", "prepare", "unavailable"]
+__all__ = ["advise_huge_pages", "make_mask", "prepare", "unavailable"]
 
 _ITEM_SIZES = {
     "bool": 1,

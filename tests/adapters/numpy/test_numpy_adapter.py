@@ -561,9 +561,8 @@ def test_plain_calls_do_and_raise_the_same(monkeypatch, name, path):
 
 def test_runs_plain_calls_by_one_kernel(monkeypatch):
     monkeypatch.setattr("unidrop.plan.DropoutPlan.run", None)
-    with unidrop.force_path("fused"):
-        np.testing.assert_array_equal(dropout(X, key=KEY), MASK * X * 2)
-        np.testing.assert_array_equal(dropout_backward(X, key=KEY), MASK * X * 2)
+    np.testing.assert_array_equal(dropout(X, key=KEY), MASK * X * 2)
+    np.testing.assert_array_equal(dropout_backward(X, key=KEY), MASK * X * 2)
 
 
 def test_runs_no_kernel_if_another_path_is_forced(monkeypatch):

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from unidrop import Key
 from unidrop.adapters.torch import Dropout, dropout
 from unidrop.conformance import (
+    FUSED,
+    GENERAL,
     CoreBackend,
     eager_modes,
     missing_eager_modes,
@@ -56,7 +58,9 @@ class Torch(CoreBackend):
 
     def __init__(self) -> None:
         self.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        self.modes = (*eager_modes(torch.ones(1)), *MODES)
+        eager = eager_modes(torch.ones(1))
+        general = (GENERAL,) if FUSED in eager else ()
+        self.modes = (*eager, *general, *MODES)
         self.missing_modes = {**self.missing_modes, **missing_eager_modes(torch.ones(1))}
         self._modules: dict[Any, _Function] = {}
 
