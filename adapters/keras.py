@@ -12,6 +12,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from unidrop.adapters.calls import run_counted
 from unidrop.adapters.keras_backend import (
+    advance_eagerly,
     check_loop,
     find_replica,
     make_increment,
@@ -146,17 +147,17 @@ class _SeededLayerMixin(keras.layers.Layer):
             # counted nothing.
             return plan.apply(inputs, self._make_key(self._advance(state, inputs), rank))
 
+        def take_number(variable: Any) -> Any:
+            state = variable.value
+            before = advance_eagerly(state)
+            return self._advance(state, inputs) if before is None else before
+
         def call(state: Any) -> Any:
             # Inside a trace, JAX also traces operations on an array that is not traced.
             numbers = state if is_traced(state) else self._read(state)
             return plan.apply(inputs, self._make_key(numbers, rank))
 
-        return run_counted(
-            lambda state: self._advance(state.value, inputs),
-            self._roll_back,
-            call,
-            self.seed_generator.state,
-        )
+        return run_counted(take_number, self._roll_back, call, self.seed_generator.state)
 
     def _find_mistakes(self, traced: bool) -> None:
         """Look once for layers with this one's seed, and note where a trace puts the seed."""

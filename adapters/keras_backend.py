@@ -2,11 +2,13 @@
 
 import math
 import sys
+from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
 import keras
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from unidrop.adapters.frames import list_callers
 from unidrop.library import get_library
@@ -22,6 +24,7 @@ elif keras.backend.backend() == "jax":
 
 __all__ = [
     "Replica",
+    "advance_eagerly",
     "check_loop",
     "find_replica",
     "forget_programs",
@@ -53,6 +56,28 @@ def make_increment(state: Any) -> Any:
         # torch.compile takes long to trace keras.ops.arange.
         return torch.arange(2, dtype=state.dtype, device=state.device)
     return keras.ops.arange(2, dtype=keras.backend.standardize_dtype(state.dtype))
+
+
+def advance_eagerly(state: Any) -> Any | None:
+    """Return ``[seed, calls]`` of a TensorFlow variable and count a call; None if Keras must.
+
+    A read and an addition in place take a fifth of the time of Keras's own operations.
+    """
+    if (
+        keras.backend.backend() != "tensorflow"
+        or not tf.executing_eagerly()
+        or type(state).__name__ != "ResourceVariable"  # a variable of replicas has another type
+        or in_stateless_scope()  # which receives what is assigned to Keras's own variable
+    ):
+        return None
+    before = state.value().numpy()
+    state.assign_add(_make_eager_increment(state.dtype), read_value=False)
+    return before
+
+
+@cache
+def _make_eager_increment(dtype: Any) -> Any:
+    return tf.constant([0, 1], dtype)
 
 
 def forget_programs() -> None:

@@ -12,16 +12,22 @@ from typing import Any, Literal, overload
 import numpy as np
 import tensorflow as tf
 
-from unidrop.adapters import tensorflow_lite
+from unidrop.adapters import tensorflow_lite, tensorflow_xla
 from unidrop.adapters.noise_shape import noise_shape_axes
-from unidrop.adapters.numpy import check_plain, get_address, locate_array
+from unidrop.adapters.numpy import (
+    allocate_aligned_like,
+    check_plain,
+    get_address,
+    locate_array,
+)
+from unidrop.adapters.tensorflow_tape import run_with_gradient
 from unidrop.dispatch import is_forced
 from unidrop.key import Key, check_key
 from unidrop.philox import ODD_MULTIPLIER, PhiloxBlock
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
 from unidrop.rate import Rate
-from unidrop.words import Int64Words, SplitInteger
+from unidrop.words import MASK32, Int64Words, SplitInteger
 
 __all__ = ["dropout"]
 
@@ -121,10 +127,11 @@ def dropout(
     array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
     with nullcontext() if name is None else tf.name_scope(name):
-        _check_dense(type(x), "x")
-        kind = type(getattr(x, "_meta", x))  # the _meta of a Dask array is like its chunks
-        check_plain(kind, "x")
-        x = tf.convert_to_tensor(x)
+        if type(x) is not _EagerTensor:
+            _check_dense(type(x), "x")
+            kind = type(getattr(x, "_meta", x))  # the _meta of a Dask array is like its chunks
+            check_plain(kind, "x")
+            x = tf.convert_to_tensor(x)
         check_key(key)
         plan = DropoutPlan.from_args(
             x,
@@ -165,6 +172,8 @@ def _check_dense(kind: type, name: str) -> None:
 _PHILOX = 1  # the algorithm of raw_ops
 
 _EagerTensor = tf.__internal__.EagerTensor
+
+_LARGE = 1 << 20  # bytes
 
 
 def _with_device(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -297,12 +306,25 @@ class TensorFlowOperator(Operator):
             number = tensorflow_lite.split(data, LIBRARY.words.width(data, "data"))
             lo, hi, _, _ = tensorflow_lite.generate(number, 1, words, tag)
             return tf.reshape(lo, []), tf.reshape(hi, [])
-        split = _WORDS.split(data, LIBRARY.words.width(data, "data"))
-        flat = tf.cast(_generate_words(split, 1, words, tag), tf.int64)
-        return flat[0], flat[1]
+        bits = LIBRARY.words.width(data, "data")
+        if tf.executing_eagerly():
+            flat = tf.cast(_generate_words(_WORDS.split(data, bits), 1, words, tag), tf.int64)
+            return flat[0], flat[1]
+        unsigned = data if data.dtype.is_unsigned else tf.bitcast(data, f"uint{bits}")
+        number = _generate(tf.cast(unsigned, tf.uint64), 1, _join_key(*words), tag, tf.uint64)
+        lo = tf.cast(number[0] & MASK32, tf.int64)
+        hi = tf.cast(tf.bitwise.right_shift(number[0], 32), tf.int64)
+        # TensorFlow removes both words from a graph that reads the number alone.
+        lo._unidrop_key = hi, number
+        return lo, hi
 
     def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
         """Apply dropout as one operator, whose gradient recomputes the mask."""
+        x = x if type(x) is _EagerTensor else tf.convert_to_tensor(x)
+        size = x.shape.num_elements()
+        if size is None:
+            size = tensorflow_xla.guess_size(x.shape)
+        is_large = size >= tensorflow_xla.LEAST
 
         def backward(upstream: Any) -> Any:
             # A gather passes a sparse upstream gradient, and a variable's reader an unread one.
@@ -312,12 +334,12 @@ class TensorFlowOperator(Operator):
             with tf.control_dependencies([upstream]):
                 return plan.apply(upstream, key)
 
-        def with_gradient(v: Any) -> Any:
+        def with_gradient(v: Any) -> tuple[Any, Any]:
+            if is_large and mask is None and tensorflow_xla.can_compile(plan):
+                return tensorflow_xla.dropout(v, _join_key(*key._words), plan), backward
             return plan.run(v, key, mask), backward
 
-        # AutoGraph would convert the core's integers to tensors; tf.map_fn applies it eagerly too.
-        run = tf.autograph.experimental.do_not_convert(tf.custom_gradient(with_gradient))
-        return run(tf.convert_to_tensor(x))
+        return run_with_gradient(with_gradient, x)
 
 
 class TensorFlowBuffers(Buffers):
@@ -336,10 +358,24 @@ class TensorFlowBuffers(Buffers):
         return locate_array(np.asarray(x))
 
     def allocate_like(self, x: Any) -> tuple[Any, Buffer]:
-        """Return a tensor from TensorFlow's own allocator, without another reference."""
+        """Return a tensor, or a NumPy array whose memory a tensor can share.
+
+        NumPy allocates a small array in less time than TensorFlow runs an operation. TensorFlow
+        keeps the memory of large tensors for later ones, and NumPy returns it to the system.
+        """
+        like = np.asarray(x)
+        if like.nbytes < _LARGE and x.dtype != tf.bfloat16:  # which DLPack of NumPy lacks
+            y = allocate_aligned_like(like)
+            return y, Buffer(get_address(y), None)
         with tf.device(x.device):
             y = tf.raw_ops.Empty(shape=x.shape, dtype=x.dtype)
         return y, Buffer(get_address(np.asarray(y)), None)
+
+    def wrap(self, handle: Any, x: Any) -> Any:
+        """Return the tensor of a handle."""
+        if isinstance(handle, np.ndarray):
+            return tf.experimental.dlpack.from_dlpack(handle.__dlpack__())
+        return handle
 
     def from_numpy(self, mask: np.ndarray[Any, Any], device: Any) -> Any:
         """Return a copy as a tensor."""
@@ -362,13 +398,24 @@ LIBRARY = ArrayLibrary(
 
 def _generate_words(first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int) -> Any:
     """Return the words of consecutive blocks in order, four words for each block."""
+    return _generate(_join_uint64(*reversed(first)), 4 * count, _join_key(*key), tag, tf.uint32)
+
+
+def _generate(first: Any, count: Any, key: Any, tag: int, dtype: Any) -> Any:
+    """Return the first numbers of consecutive blocks; a number of 64 bits is of two words."""
     return tf.raw_ops.StatelessRandomUniformFullIntV2(
-        shape=[4 * count],
-        key=tf.reshape(_join_uint64(*key), [1]),
-        counter=tf.stack([_join_uint64(*reversed(first)), tf.constant(tag << 32, tf.uint64)]),
+        shape=[count],
+        key=key,
+        counter=tf.stack([first, tf.constant(tag << 32, tf.uint64)]),
         alg=_PHILOX,
-        dtype=tf.uint32,
+        dtype=dtype,
     )
+
+
+def _join_key(lo: Any, hi: Any) -> Any:
+    """Return the words of a key as one 64-bit integer, of shape (1,)."""
+    former_hi, number = getattr(lo, "_unidrop_key", (None, None))
+    return number if former_hi is hi else tf.reshape(_join_uint64(lo, hi), [1])
 
 
 def _join_uint64(lo: Any, hi: Any) -> Any:

@@ -259,6 +259,33 @@ def test_rolls_back_call_that_fails(monkeypatch):
     assert layer.calls == 0
 
 
+def test_assigns_call_number_in_stateless_scope():
+    layer = Dropout(0.5, seed=SITE)
+    state = layer.seed_generator.state
+    with keras.StatelessScope() as scope:
+        for n in range(2):
+            assert_bits(layer(X, training=True), dropped(X, n))
+    assert int(scope.get_current_value(state)[1]) == 2
+    assert layer.calls == 0
+
+
+def test_counts_eager_calls_of_replicas():
+    with tf.distribute.OneDeviceStrategy("CPU").scope():
+        layer = Dropout(0.5, seed=SITE)
+        for n in range(2):
+            assert_bits(layer(X, training=True), dropped(X, n))
+    assert layer.calls == 2
+
+
+@pytest.mark.parametrize("calls", [0, 2**31 - 1])
+def test_counts_eager_calls_by_one_operation(calls, monkeypatch):
+    layer, state = Dropout(0.5, seed=SITE), type(Dropout(0.5).seed_generator.state)
+    layer.calls = calls
+    monkeypatch.setattr(state, "assign", None)
+    assert_bits(layer(X, training=True), dropped(X, calls))
+    assert layer.calls == calls + 1
+
+
 def test_gives_threads_call_numbers_of_their_own():
     layer, ones = Dropout(0.5, seed=1), np.ones((16, 16), np.float32)
     with ThreadPoolExecutor(8) as pool:

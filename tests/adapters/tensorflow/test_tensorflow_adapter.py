@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from tensorflow.python.eager import context
 
 import unidrop
 import unidrop.library
@@ -215,25 +214,6 @@ def test_gives_gradient_twice_from_tape_inside_function(compiled):
     once, thrice = compiled(gradients)(tf.constant(X), tf.constant(7))
     assert_bits(once, np.ones_like(X), 0.1)
     assert_bits(thrice, np.full_like(X, 3), 0.1)
-
-
-def test_recomputes_mask_in_backward_pass_of_graph():
-    @tf.function
-    def gradient(x, step):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = tf.tanh(dropout(tf.tanh(x), 0.1, key=SITE.fold_in(step)))
-        return tape.gradient(y, x)
-
-    context.enable_run_metadata()
-    try:
-        gradient(tf.ones((300, 100)), tf.constant(7))
-        graphs = context.export_run_metadata().function_graphs
-    finally:
-        context.disable_run_metadata()
-    (ran,) = (graph.post_optimization_graph for graph in graphs)
-    bodies = (ran.node, *(function.node_def for function in ran.library.function))
-    assert sum(node.op == "GreaterEqual" for nodes in bodies for node in nodes) == 2
 
 
 def test_recomputes_mask_in_recompute_grad(compiled):

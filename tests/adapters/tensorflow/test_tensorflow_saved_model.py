@@ -36,6 +36,7 @@ np.savez(
     train_4=loaded["archive"].train(x[:2]),
     step_7=loaded["module"].train(x, tf.constant(7, tf.int64)),
     step_8=loaded["module"].train(x[:2], tf.constant(8, tf.int64)),
+    large=loaded["module"].train_large(np.tile(x, (10, 100)), tf.constant(9, tf.int64)),
 )
 assert "unidrop" not in sys.modules
 """
@@ -46,6 +47,10 @@ class Module(tf.Module):
 
     @tf.function(input_signature=[BATCH, tf.TensorSpec((), tf.int64)])
     def train(self, x, step):
+        return dropout(x, 0.5, key=SITE.fold_in(step))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 1000)), tf.TensorSpec((), tf.int64)])
+    def train_large(self, x, step):
         return dropout(x, 0.5, key=SITE.fold_in(step))
 
 
@@ -85,3 +90,10 @@ def test_continues_counting_in_training_signature(actual, name, rows):
 def test_gives_mask_of_step_in_signature_of_function(actual, name, rows):
     key = SITE.fold_in(int(name[-1]))
     assert actual[name].tobytes() == unidrop.dropout(X[:rows], 0.5, key).tobytes()
+
+
+def test_gives_large_mask_by_saved_program(actual):
+    x = np.tile(X, (10, 100))
+    assert actual["large"].tobytes() == unidrop.dropout(x, 0.5, SITE.fold_in(9)).tobytes()
+    operations = Module().train_large.get_concrete_function().graph.get_operations()
+    assert any(operation.type == "PartitionedCall" for operation in operations)

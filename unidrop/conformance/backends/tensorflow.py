@@ -1,8 +1,11 @@
 """Run the TensorFlow function in every mode of TensorFlow, from eager to a SavedModel."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import tensorflow as tf
@@ -10,6 +13,7 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop import dropout as core_dropout
+from unidrop.adapters import tensorflow_xla
 from unidrop.adapters.tensorflow import dropout
 from unidrop.conformance import (
     CoreBackend,
@@ -26,7 +30,10 @@ _UNKNOWN = "unknown dimensions"
 _XLA = "XLA"
 _RECOMPUTED = "recompute_grad"
 _SAVED = "SavedModel"
-_COMPILED = ("tf.function", _UNKNOWN, _XLA, _RECOMPUTED, _SAVED)
+_LARGE = "large"
+_COMPILED = ("tf.function", _UNKNOWN, _LARGE, _XLA, _RECOMPUTED, _SAVED)
+
+_LOCK = RLock()
 
 
 class TensorFlow(CoreBackend):
@@ -42,8 +49,15 @@ class TensorFlow(CoreBackend):
         "layouts": "TensorFlow tensors have no strides",
     }
 
-    derived_modes: Mapping[str, str] = {_SAVED: _UNKNOWN, _RECOMPUTED: "tf.function"}
+    derived_modes: Mapping[str, str] = {
+        _SAVED: _UNKNOWN,
+        _RECOMPUTED: "tf.function",
+    }
     mode_exclusions: Mapping[str, Mapping[str, str]] = {
+        _LARGE: {
+            "words": "programs for large tensors compute dropout only",
+            "traced_key": "programs for large tensors compute dropout only",
+        },
         _SAVED: {
             "words": "the SavedModel contains dropout only",
             "traced_key": "the SavedModel contains dropout only",
@@ -93,7 +107,8 @@ class TensorFlow(CoreBackend):
             self._compiled[static] = self._compile(
                 lambda x, seed, step: self._traced(x, p, seed, step, options), x, mode, not options
             )
-        return self._compiled[static](x, _split_words(seed), tf.constant(step, tf.uint64))
+        with _use_programs(mode):
+            return self._compiled[static](x, _split_words(seed), tf.constant(step, tf.uint64))
 
     def _traced(self, x: Any, p: Any, seed: Any, step: Any, options: dict[str, Any]) -> Any:
         self._traces += 1
@@ -173,13 +188,23 @@ class TensorFlow(CoreBackend):
         static = ("gradient", mode, p, x.dtype, tuple(x.shape))
         if static not in self._compiled:
             self._compiled[static] = self._function(run, mode)
-        with use_mode_path(mode):
+        with use_mode_path(mode), _use_programs(mode):
             return self._compiled[static](x, upstream, _split_words(seed), tf.constant(step))
 
 
 def _known_shape(x: Any, mode: str) -> tuple[int | None, ...]:
     """Return the static shape of a tensor in a mode."""
-    return (None,) * x.shape.rank if mode in (_UNKNOWN, _SAVED) else tuple(x.shape)
+    return (None,) * x.shape.rank if mode in (_UNKNOWN, _LARGE, _SAVED) else tuple(x.shape)
+
+
+@contextmanager
+def _use_programs(mode: str) -> Iterator[None]:
+    """Let a graph treat small tensors as large ones in the mode of those."""
+    if mode != _LARGE:
+        yield
+        return
+    with _LOCK, patch.object(tensorflow_xla, "LEAST", 0):
+        yield
 
 
 def _split_words(number: int) -> Any:
