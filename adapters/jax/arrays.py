@@ -25,7 +25,7 @@ from jax import numpy as jnp
 
 from unidrop.adapters.jax.primitive import drop, keep_mask
 from unidrop.adapters.numpy import allocate_aligned_like, get_address, locate_array
-from unidrop.dispatch import check_fused, fused_dropout
+from unidrop.dispatch import check_fused, is_forced
 from unidrop.key import Key
 from unidrop.philox import ODD_MULTIPLIER, ROUNDS, PhiloxBlock, next_round_key, philox
 from unidrop.plan import DropoutPlan
@@ -166,15 +166,14 @@ class JaxOperator(Operator):
     """Dropout as a JAX primitive."""
 
     def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
-        """Apply dropout by kernels if x is not traced, else by the primitive."""
+        """Apply dropout by the primitive."""
         if mask is not None or plan.is_trivial(x):
             return plan.run(x, key, mask)
-        y = fused_dropout(LIBRARY, x, key, plan.window, plan.rate)
-        if y is not None:
-            return y
+        if is_forced("fused"):
+            check_fused(LIBRARY, x, key, plan.window)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, which jax.numpy does not support without x64")
-        return drop(x, *_get_operands(key, plan.window), plan)
+        return drop(x, *_get_operands(key, plan.window), plan, is_forced("portable"))
 
     def traced_mask(self, like: Any, key: Key, window: Window, rate: Rate) -> Any:
         """Return the mask by the primitive, whose generator is faster."""
@@ -223,8 +222,10 @@ def _get_operands(key: Key, window: Window) -> tuple[SplitInteger, list[SplitInt
 
 
 def as_jax_word(word: Any) -> Any:
-    """Return a word for JAX, which would treat a Python integer as signed with 32 bits."""
-    return np.uint32(word) if isinstance(word, int) else word
+    """Return a word in ``uint32``: JAX would treat a Python integer as signed with 32 bits."""
+    if isinstance(word, int):
+        return np.uint32(word)
+    return word if word.dtype == np.uint32 else LIBRARY.split(word, "key")[1]
 
 
 @partial(jax.jit, static_argnames="count")

@@ -196,7 +196,7 @@ def as_key(key: Any) -> Key:
         lo, hi = key._words
         if not type(lo) is type(hi) is int:
             check_array_words(lo, hi)
-        _check_one(key, jnp.shape(lo))
+            _check_one(key, jnp.shape(lo))
         return key
     data = _get_data(key)
     if data is None:

@@ -2,8 +2,11 @@
 
 The primitive is linear in x. Its derivative is itself, applied to a tangent; its transpose is
 itself, applied to a cotangent. So a backward pass keeps the key and recomputes the mask. Over a
-batch it is itself with one more leading axis, along which each operand varies or not. It lowers to
-the core's portable operations, which every platform supports and a partitioner can cut.
+batch it is itself with one more leading axis, along which each operand varies or not.
+
+In a program for one CPU it lowers to a call of the fused kernels. In all others it lowers to the
+core's portable operations, which every platform supports and a partitioner can cut. An exported
+program is portable too: it may run in a process without unidrop.
 
 JAX documentation: JAX internals, primitives; `jax.extend.core.Primitive`.
 """
@@ -11,7 +14,8 @@ JAX documentation: JAX internals, primitives; `jax.extend.core.Primitive`.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, lru_cache, partial
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -20,12 +24,14 @@ from jax import numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from unidrop.dispatch import get_kernels
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
 from unidrop.mask import portable_mask
 from unidrop.output import select
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.threads import fork_guard
 from unidrop.window import Window
 from unidrop.words import SplitInteger
 
@@ -33,8 +39,17 @@ __all__ = ["count_programs", "drop", "keep_mask"]
 
 _STATIC = ("plan", "batch")
 
+# From this number of elements, several threads process one array outside of a program.
+_LARGE = 1 << 20
 
-def drop(x: Any, key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPlan) -> Any:
+
+def drop(
+    x: Any,
+    key: SplitInteger,
+    starts: Sequence[SplitInteger],
+    plan: DropoutPlan,
+    is_portable: bool = False,
+) -> Any:
     """Return dropout of an array.
 
     Parameters
@@ -47,14 +62,18 @@ def drop(x: Any, key: SplitInteger, starts: Sequence[SplitInteger], plan: Dropou
         The starts of the window that are arrays, as words.
     plan : DropoutPlan
         A plan that keeps some elements.
+    is_portable : bool, default False
+        If True, a program calls no kernels.
     """
     words = [word for start in starts for word in start]
     # Devices that share x but not the mask do not share the output. The transpose of this cast sums
     # their cotangents of x.
-    axes = frozenset[Any]().union(*map(_get_varying_axes, (*key, *words))) - _get_varying_axes(x)
-    if axes:
+    traced = (word for word in (*key, *words) if isinstance(word, jax.core.Tracer))
+    axes = frozenset[Any]().union(*map(_get_varying_axes, traced))
+    if axes and (axes := axes - _get_varying_axes(x)):
         x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
-    return _drop_p.bind(x, *key, *words, plan=_without_array_starts(plan), batch=())
+    settings = {"plan": _without_array_starts(plan), "batch": (), "is_portable": is_portable}
+    return _drop_p.bind(x, *key, *words, **settings)
 
 
 def keep_mask(key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPlan) -> Any:
@@ -64,11 +83,13 @@ def keep_mask(key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPl
     return mask
 
 
-# In one program, XLA allocates no ones, and places the mask on the device of the key.
+# In one program of portable operations, XLA allocates no ones, and places the mask on the device of
+# the key.
 @partial(jax.jit, static_argnames=("plan",), inline=True)
 def _keep_mask(lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
     starts = list(zip(words[::2], words[1::2], strict=True))
-    return drop(jnp.ones(plan.window.shape, np.float32), (lo, hi), starts, plan) != 0
+    ones = jnp.ones(plan.window.shape, np.float32)
+    return drop(ones, (lo, hi), starts, plan, is_portable=True) != 0
 
 
 def _without_array_starts(plan: DropoutPlan) -> DropoutPlan:
@@ -140,7 +161,7 @@ def _run(threshold: Any, scale: Any, *operands: Any, plan: DropoutPlan, batch: A
 
 def count_programs() -> int:
     """Return how many programs JAX has compiled for eager calls."""
-    number: int = _run._cache_size()
+    number: int = _run._cache_size() + _get_program.cache_info().currsize
     return number
 
 
@@ -149,20 +170,117 @@ _ANY_RATE = Rate.from_p(0.5)
 
 
 def _run_eagerly(
-    x: Any, lo: Any, hi: Any, *words: Any, plan: DropoutPlan, batch: tuple[Any, ...]
+    x: Any, *words: Any, plan: DropoutPlan, batch: tuple[Any, ...], is_portable: bool
 ) -> Any:
     """Compute dropout of an array that is not traced, such as a tangent."""
-    if isinstance(x, jax.Array) and not words and not batch:
-        y = plan.run_fused(x, Key.from_words(lo, hi))
-        if y is not None:
-            return y
-    dtype, rate = compute_dtype(x.dtype), plan.rate
-    numbers = np.uint32(rate.threshold), np.dtype(dtype).type(rate.scale_in(dtype))
-    return _run(*numbers, x, lo, hi, *words, plan=replace(plan, rate=_ANY_RATE), batch=batch)
+    # A user's transfer guard is for arrays. A call transfers the numbers of a key and a rate.
+    with jax.transfer_guard_host_to_device("allow"):
+        if not is_portable and isinstance(x, jax.Array):
+            y = _run_kernels(x, words, plan, batch)
+            if y is not None:
+                return y
+        dtype, rate = compute_dtype(x.dtype), plan.rate
+        numbers = np.uint32(rate.threshold), np.dtype(dtype).type(rate.scale_in(dtype))
+        return _run(*numbers, x, *words, plan=replace(plan, rate=_ANY_RATE), batch=batch)
 
 
 _drop_p.def_impl(_run_eagerly)
-mlir.register_lowering(_drop_p, mlir.lower_fun(_shared_rule, multiple_results=False))
+
+
+def _run_kernels(x: Any, words: Sequence[Any], plan: DropoutPlan, batch: tuple[Any, ...]) -> Any:
+    """Compute dropout of an array by kernels, or return None if they cannot run."""
+    is_one = len(words) == 2 and not batch
+    program = None
+    if get_kernels() is not None and not (is_one and x.size >= _LARGE):
+        is_located = not isinstance(plan.library.buffers.locate(x), str)
+        program = _get_program(x.shape, x.dtype, plan.window, batch) if is_located else None
+    if program is not None:
+        return program(x, *words, rate=_get_custom_call().pack_rate(plan.rate))
+    return plan.run_fused(x, Key.from_words(*words)) if is_one else None
+
+
+@lru_cache(maxsize=1024)
+def _get_program(
+    shape: tuple[int, ...], dtype: Any, window: Window, batch: tuple[Any, ...]
+) -> Any | None:
+    """Return a compiled program that calls kernels, or None if they cannot run.
+
+    JAX takes longer to adopt memory of NumPy than to run this program.
+    """
+    call = _make_call(jax.ShapeDtypeStruct(shape, dtype), window, batch)
+    return None if call is None else jax.jit(partial(_call_rule, call=call, batch=batch))
+
+
+def _lower(
+    context: Any, *operands: Any, plan: DropoutPlan, batch: tuple[Any, ...], is_portable: bool
+) -> Any:
+    """Lower to a call of kernels in a program for one CPU, otherwise to portable operations."""
+    call = None
+    if not is_portable and _is_for_one_cpu(context):
+        call = _make_call(context.avals_in[0], plan.window, batch)
+    if call is None:
+        rule = partial(_shared_rule, plan=plan, batch=batch)
+    else:
+        rate = _get_custom_call().pack_rate(plan.rate)
+        rule = partial(_call_rule, rate=rate, call=call, batch=batch)
+    return mlir.lower_fun(rule, multiple_results=False)(context, *operands)
+
+
+def _is_for_one_cpu(context: Any) -> bool:
+    """Return whether a program is for one CPU of this process.
+
+    A partitioner would gather a sharded array for a custom call. An exported program may run in a
+    process without unidrop. JAX documents none of these attributes, so each may be missing.
+    """
+    module = context.module_context
+    platforms: Any = getattr(context, "platforms", None) or getattr(module, "platforms", ())
+    devices = getattr(getattr(module, "axis_context", None), "num_devices", None)
+    is_exported = getattr(getattr(module, "lowering_parameters", None), "for_export", True)
+    return tuple(platforms) == ("cpu",) and devices == 1 and not is_exported
+
+
+def _make_call(x: Any, window: Window, batch: tuple[Any, ...]) -> Any:
+    """Return the custom call for an array, or None if kernels cannot compute it."""
+    custom_call = _get_custom_call()
+    if custom_call is None or not all(isinstance(n, int) and n for n in x.shape):
+        return None
+    ndim = len(batch)
+    runs, shape, strides = 1, x.shape, window.strides
+    if _has_varying(batch):
+        runs, shape = math.prod(shape[:ndim]), shape[ndim:]
+    else:
+        strides = (0,) * ndim + strides  # all examples share one mask
+    starts = [stride for _, stride in window.offsets]
+    return custom_call.make_call(x.dtype, shape, strides, window.whole.base, starts, runs)
+
+
+def _call_rule(x: Any, *words: Any, rate: Any, call: Any, batch: tuple[Any, ...]) -> Any:
+    """Return the output of a custom call. Over a batch of keys, each example has its own words."""
+    if not _has_varying(batch):
+        return _get_custom_call().call_kernel(call, x, rate, *words)
+    sizes, spread = x.shape[: len(batch)], []
+    for operand, word in enumerate(words, 1):
+        shared = [axis for axis, varies in enumerate(batch) if not varies[operand]]
+        spread.append(jnp.broadcast_to(jnp.expand_dims(word, shared), sizes))
+    return _get_custom_call().call_kernel(call, x, rate, *spread)
+
+
+def _has_varying(batch: tuple[Any, ...]) -> bool:
+    """Return whether an operand other than x varies along an axis of the batch."""
+    return any(any(varies[1:]) for varies in batch)
+
+
+@cache
+def _get_custom_call() -> Any:
+    """Return the module of the custom call, or None if this process has no kernels."""
+    try:
+        with fork_guard:
+            return import_module("unidrop.adapters.jax.custom_call")
+    except ImportError:  # of llvmlite or of unidrop.fused
+        return None
+
+
+mlir.register_lowering(_drop_p, _lower)
 
 
 def _abstract_eval(x: Any, *others: Any, **settings: Any) -> Any:

@@ -41,6 +41,7 @@ def partitioned(kind, layouts):
             compiled = jax.jit(function).lower(placed, 3).compile()
             text = compiled.as_text()
             assert not re.search("all-|collective-permute|reduce-scatter", text), (shape, spec)
+            assert not re.search("custom_call_target=.unidrop", text), (shape, spec)
             assert (np.asarray(compiled(placed, 3)) == wanted).all(), (shape, spec)
 
 
@@ -109,6 +110,16 @@ def mask_on_requested_device():
     assert mask.device == second
 
 
+def kernels_on_second_device():
+    """A program for one of the devices calls kernels."""
+    x = jax.device_put(np.ones((64, 9), "float32"), jax.devices()[1])
+    compiled = jax.jit(lambda x: dropout(x, 0.3, KEY)).lower(x).compile()
+    assert re.search("custom_call_target=.unidrop", compiled.as_text())
+    y = compiled(x)
+    assert y.devices() == x.devices(), y.devices()
+    assert (np.asarray(y) == unidrop.dropout(np.asarray(x), 0.3, KEY)).all()
+
+
 CASES = {
     "partitioned_auto": lambda: partitioned(jax.sharding.AxisType.Auto, [ROWS, COLUMNS, FEW]),
     "partitioned_explicit": lambda: partitioned(jax.sharding.AxisType.Explicit, [COLUMNS]),
@@ -116,6 +127,7 @@ CASES = {
     "gradients_of_shared_array_with_keys_of_devices": gradients_with_keys,
     "gradients_of_shared_array_with_windows_of_devices": gradients_with_windows,
     "mask_on_requested_device": mask_on_requested_device,
+    "kernels_on_second_device": kernels_on_second_device,
 }
 
 

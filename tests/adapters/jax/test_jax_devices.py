@@ -34,6 +34,7 @@ NAMES = [
     "gradients_of_shared_array_with_keys_of_devices",
     "gradients_of_shared_array_with_windows_of_devices",
     "mask_on_requested_device",
+    "kernels_on_second_device",
 ]
 
 

@@ -140,3 +140,13 @@ def test_gives_no_gradient_of_step():
     gradient, none = jax.grad(function, argnums=(0, 1), allow_int=True)(x, 3)
     assert_bits(gradient, wanted(np.ones_like(x), KEY.fold_in(3)))
     assert none.dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_accepts_words_of_other_integer_types(transform):
+    x, leaves = values((33,)), jax.tree.structure(KEY)
+    drop = transform(lambda *words: dropout(x, RATE, jax.tree.unflatten(leaves, words)))
+    for dtype in ("uint8", "int16", "int32"):
+        assert_bits(drop(*np.array([5, 7], dtype)), wanted(x, Key.from_words(5, 7)))
+    with pytest.raises(TypeError, match="key must be an integer"):
+        drop(*np.float32([5, 7]))

@@ -1,7 +1,7 @@
 """Run the JAX function in eager mode, compiled, and under transformations, on one device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
@@ -10,11 +10,14 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
+import unidrop
 from unidrop import Key
 from unidrop.adapters.jax import dropout
 from unidrop.adapters.jax.arrays import generate_block
 from unidrop.adapters.jax.primitive import count_programs
 from unidrop.conformance import (
+    FUSED,
+    GENERAL,
     CoreBackend,
     eager_modes,
     missing_eager_modes,
@@ -60,8 +63,10 @@ def _scan(f: Function) -> Function:
 _TRANSFORMED: Mapping[str, Callable[[Function], Function]] = {
     "jit": lambda f: f,
     "jit-x64": lambda f: f,
+    "jit-portable": lambda f: f,
     "vjp": _vjp,
     "vmap": _vmap,
+    "vmap-portable": _vmap,
     "scan": _scan,
     "remat": jax.checkpoint,
     "donated": lambda f: f,
@@ -82,12 +87,16 @@ class Jax(CoreBackend):
         "layer_gradient": "JAX has no layers; the flax backend has",
         "layouts": "JAX arrays have no strides",
     }
-    derived_modes: Mapping[str, str] = dict.fromkeys(("vjp", "scan", "remat", "donated"), "jit")
+    derived_modes: Mapping[str, str] = {
+        **dict.fromkeys(("vjp", "scan", "remat", "donated"), "jit"),
+        "vmap-portable": "jit-portable",
+    }
 
     def __init__(self) -> None:
         eager = eager_modes(jnp.ones(1))
         x64 = [f"{mode}-x64" for mode in eager if mode != "eager"]
-        self.modes = (*eager, *x64, *_TRANSFORMED)
+        general = (GENERAL,) if FUSED in eager else ()
+        self.modes = (*eager, *general, *x64, *_TRANSFORMED)
         self.missing_modes = missing_eager_modes(jnp.ones(1))
         self._traces = 0
         self._compiled: dict[Any, Function] = {}
@@ -110,7 +119,7 @@ class Jax(CoreBackend):
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the function in a mode."""
-        with _x64(mode), use_mode_path(mode):
+        with _x64(mode), _path(mode):
             if mode not in _TRANSFORMED:
                 return call(x, p, Key(seed).fold_in(step), options)
             if mode == "donated":
@@ -138,7 +147,7 @@ class Jax(CoreBackend):
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Pull the upstream gradient back through the mode's transformation."""
-        with _x64(mode), use_mode_path(mode):
+        with _x64(mode), _path(mode):
             if mode not in _TRANSFORMED:
                 key = Key(seed).fold_in(step)
                 return jax.vjp(lambda v: dropout(v, p, key), x)[1](upstream)[0]
@@ -198,6 +207,11 @@ def make_step(seed: int, step: int) -> tuple[Key, Any]:
     if step < 1 << 32:
         return Key(seed), np.uint32(step)
     return Key(seed).fold_in(step), None
+
+
+def _path(mode: str) -> AbstractContextManager[None]:
+    """Return a context that forces the portable path, if the mode is for it."""
+    return unidrop.force_path("portable") if mode.endswith("portable") else use_mode_path(mode)
 
 
 @contextmanager
