@@ -1,4 +1,4 @@
-"""Huge pages: the system is asked for them in large new arrays, and nowhere else."""
+"""Huge pages: dropout asks the system for them in large new arrays, and nowhere else."""
 
 import ctypes
 import mmap
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def is_advised(address):
-    """Return whether huge pages were asked for at an address."""
+    """Return whether the process has asked for huge pages at an address."""
     mapping = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

@@ -15,7 +15,7 @@ _MADV_HUGEPAGE = 14
 
 
 def advise_huge_pages(address: int, size: int) -> None:
-    """Ask Linux for huge pages in the memory of an array that nobody has written yet.
+    """Ask Linux for huge pages in the memory of an array that no code has written yet.
 
     Does nothing for an array below 32 MiB, or where the system decides without being asked.
 
