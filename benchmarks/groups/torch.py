@@ -45,6 +45,9 @@ def rows(config: Config) -> Iterator[Row]:
         compiled_goal: tuple[Target, ...] = not_slower(_OWN, "unidrop", _LAYER)
         if shape == SMALL:
             compiled_goal = tuple(at_most(1.3, ours, _OWN) for ours in ("unidrop", _LAYER))
+            measure = timed(_compiled, shape, False, within=_one_thread)
+            name = "compiled forward, 1 thread"
+            yield Row("torch", name, shape, measure, own=_OWN, targets=compiled_goal)
             measure = timed(_compiled, shape, False)
             name = "compiled forward"
             yield Row("torch", name, shape, measure, own=_OWN, targets=compiled_goal)
