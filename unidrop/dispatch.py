@@ -58,7 +58,7 @@ class PathChoice:
 def explain_path(x: Any) -> PathChoice:
     """Return the path that `dropout` would choose now for an array, and the reason.
 
-    Under ``force_path("fused")``, dropout raises RuntimeError if this path is "portable".
+    A trace chooses later: its library may then call kernels, as JAX does in a program for one CPU.
 
     Parameters
     ----------
@@ -104,7 +104,8 @@ def force_path(path: PathName) -> Iterator[None]:
     Parameters
     ----------
     path : {"fused", "portable"}
-        With "fused", dropout of an array that kernels cannot reach raises RuntimeError.
+        With "fused", dropout of an array that kernels cannot reach raises RuntimeError. A compiled
+        function keeps the path of its trace.
 
     Raises
     ------
@@ -241,7 +242,7 @@ def _find_kernels(
 ) -> tuple[Any, Buffer] | str:
     """Return the package of kernels and the buffer of x, or the reason why kernels cannot run."""
     if library.arrays.is_traced(x) or (key is not None and _has_traced(key, window)):
-        return "it is traced, and the compiler of the trace compiles dropout"
+        return "it is traced, and its library chooses when it runs the trace"
     buffer = library.buffers.locate(x)
     if isinstance(buffer, str):
         return buffer

