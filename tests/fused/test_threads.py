@@ -446,3 +446,14 @@ def test_starts_one_thread_fewer_than_the_number(tmp_path):
     assert threading.active_count() == 3, threading.enumerate()
     """
     assert_success(run_script(tmp_path, code))
+
+
+@pytest.mark.parametrize(("size", "keeps_lock"), [(1 << 14, True), (1 << 15, False)])
+def test_keeps_lock_of_python_for_small_arrays_alone(size, keeps_lock):
+    from unidrop.fused import prepare
+
+    prepared = prepare(np.dtype("float32"), (size,), None, (1,))
+    kernel = prepared.kernel
+    assert prepared.run_alone is (kernel.run_alone if keeps_lock else kernel.run_unlocked)
+    # ctypes keeps the lock in functions with this flag.
+    assert bool(kernel.run_alone._flags_ & 4) > bool(kernel.run_unlocked._flags_ & 4)

@@ -317,12 +317,13 @@ class Kernel(NamedTuple):
     Python's lock.
 
     ``run_alone(task, x, y, threshold, scale, key, base)`` computes all work items, and reads of the
-    task only what calls share: it may be a template. It keeps Python's lock. ``address`` is the
-    address of this function.
+    task only what calls share: it may be a template. It keeps Python's lock. ``run_unlocked`` is
+    the same function, and releases the lock. ``address`` is the address of this function.
     """
 
     run: Callable[[int, bool], int]
     run_alone: Callable[..., int]
+    run_unlocked: Callable[..., int]
     address: int
 
 
@@ -344,6 +345,7 @@ def make_kernel(traversal: str, kind: str) -> Kernel:
     return Kernel(
         ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(run),
         ctypes.PYFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 7)(alone),
+        ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 7)(alone),
         alone,
     )
 

@@ -2,6 +2,7 @@
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +22,9 @@ __all__ = ["PreparedKernel", "prepare_kernel"]
 # thread saves a fifth of the time, but takes as much more where another library's threads spin.
 _MIN_SHARED = 1 << 20
 
+# Smaller arrays take less time than another thread needs to take Python's lock and return it.
+_MIN_UNLOCKED = 1 << 15
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PreparedKernel:
@@ -29,6 +33,8 @@ class PreparedKernel:
     Attributes
     ----------
     kernel : Kernel
+    run_alone : callable
+        Computes an array in the calling thread.
     template : array of int64
         A task without addresses, rate and key.
     template_address : int
@@ -42,6 +48,7 @@ class PreparedKernel:
     """
 
     kernel: Kernel
+    run_alone: Callable[..., int]
     template: NDArray[np.int64]
     template_address: int
     work_items: int
@@ -78,7 +85,7 @@ class PreparedKernel:
         """
         numbers = (rate.threshold, get_bits(rate.scale), key, base)
         if not self.is_shared:
-            self.kernel.run_alone(self.template_address, x, y, *numbers)
+            self.run_alone(self.template_address, x, y, *numbers)
             return
         task = self.template.copy()
         fields = [kernels.X, kernels.Y, kernels.THRESHOLD, kernels.SCALE, kernels.KEY, kernels.BASE]
@@ -113,8 +120,9 @@ def prepare_kernel(
         tiles = -(-rows.length // height) * -(-columns.length // width)
         work_items = tiles * math.prod(axis.length for axis in outer)
     template[kernels.WORK_ITEMS] = work_items
+    run_alone = kernel.run_alone if length < _MIN_UNLOCKED else kernel.run_unlocked
     address, is_shared = _get_address(template), length >= _MIN_SHARED
-    return PreparedKernel(kernel, template, address, work_items, shape, size, is_shared)
+    return PreparedKernel(kernel, run_alone, template, address, work_items, shape, size, is_shared)
 
 
 def _get_address(array: NDArray[np.int64]) -> int:
