@@ -58,7 +58,7 @@ class PathChoice:
 def explain_path(x: Any) -> PathChoice:
     """Return the path that `dropout` would choose now for an array, and the reason.
 
-    A trace chooses later: its library may then call kernels, as JAX does in a program for one CPU.
+    A library may call kernels in a compiled program too. It chooses when it compiles the program.
 
     Parameters
     ----------

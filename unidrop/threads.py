@@ -39,8 +39,7 @@ def set_num_threads(number: int) -> None:
     """Set the number of threads that process one large array, including the calling thread.
 
     The default is the environment variable ``UNIDROP_NUM_THREADS``, else ``OMP_NUM_THREADS``, else
-    the number of CPUs that the process may use. No result depends on it. Dropout in a program of
-    JAX uses one thread.
+    the number of CPUs that the process may use. No result depends on it.
 
     The limit is 1024. A higher ``UNIDROP_NUM_THREADS`` raises ValueError at its first use. A higher
     number from ``OMP_NUM_THREADS``, which other libraries share, or of CPUs counts as 1024.

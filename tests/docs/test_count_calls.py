@@ -15,5 +15,5 @@ def test_counts_crossings_where_the_file_of_the_caller_changes():
     calls = record(lambda: dropout([1.0, 2.0], 0.5, key=Key(42)))
     marked = [(code.co_qualname, crosses) for (_, code), crosses in crossings(calls)]
     assert ("dropout", True) in marked
-    assert ("Rate.from_p", True) in marked
+    assert ("checked_integer", True) in marked
     assert ("_get_rate", False) in marked

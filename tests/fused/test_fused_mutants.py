@@ -20,6 +20,11 @@ SOURCES = {file.stem: file.read_text(encoding="utf-8") for file in FOLDER.glob("
 SOURCES["philox"] = (FOLDER.parent / "philox.py").read_text(encoding="utf-8")
 
 
+def forget_kernels():
+    for cached in (FUSED._compile, FUSED.prepare, adapter._prepare_plain):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def mutate(tmp_path, monkeypatch):
     """Return a function that compiles the kernels after a change in one of their files."""
@@ -37,15 +42,13 @@ def mutate(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         mutant = importlib.import_module("mutant.kernels")
         monkeypatch.setattr(kernels, "make_kernel", mutant.make_kernel)
-        FUSED._compile.cache_clear()
-        FUSED.prepare.cache_clear()
+        forget_kernels()
 
     yield replace
     monkeypatch.undo()
     for name in [name for name in sys.modules if name.partition(".")[0] == "mutant"]:
         del sys.modules[name]
-    FUSED._compile.cache_clear()
-    FUSED.prepare.cache_clear()
+    forget_kernels()
 
 
 def fails(contract, dtype=None):
