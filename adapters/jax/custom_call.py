@@ -7,7 +7,7 @@ The lowering of the first program imports this module, because handlers need llv
 """
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -26,6 +26,9 @@ from unidrop.words import split64
 __all__ = ["Call", "call_kernel", "make_call", "pack_rate"]
 
 _VERSION: Final = 1  # change it with the operands, the attribute, or the fields of a task
+
+
+_targets: dict[tuple[str, str], str | None] = {}  # by traversal and dtype
 
 
 class Call(NamedTuple):
@@ -91,9 +94,17 @@ def call_kernel(call: Call, x: Any, rate: Any, *words: Any) -> Any:
     return jax.ffi.ffi_call(call.target, result)(x, rate, *words, numbers=numbers)
 
 
-@cache
 def _register(traversal: str, kind: str, kernel: int) -> str | None:
-    """Register a handler for a kernel and return its name, or None if XLA's structures differ."""
+    """Register a handler for a kernel and return its name, or None if XLA's structures differ.
+
+    XLA accepts one handler of a name. Compiled code is never freed, so the first one stays right.
+    """
+    if (traversal, kind) not in _targets:
+        _targets[traversal, kind] = _register_once(traversal, kind, kernel)
+    return _targets[traversal, kind]
+
+
+def _register_once(traversal: str, kind: str, kernel: int) -> str | None:
     name = f"unidrop_{traversal}_{kind}_{__version__}_{_VERSION}"
     jax.local_devices(backend="cpu")  # JAX would keep an earlier registration, and fail later
     try:
