@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from unidrop import Key
-from unidrop.adapters.torch import Dropout
+from unidrop.adapters.torch import Dropout, assign_seeds
 
 SITE = Key(42).fold_in("encoder/0")
 CALLS = 3
@@ -286,3 +286,12 @@ def test_does_what_page_says(name, tmp_path):
 
 def test_names_every_loader_on_page():
     assert list(rows_of_page()) == list(LOADERS)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_loads_by_default_before_seeds_are_assigned(tmp_path):
+    saved, model = Net(nn.Dropout), Net(Dropout)
+    dcp.save(saved.state_dict(), checkpoint_id=tmp_path)
+    dcp.load(model.state_dict(), checkpoint_id=tmp_path)
+    assert torch.equal(model.linear.weight, saved.linear.weight)
+    assert int(assign_seeds(model, 42).dropout.calls) == 0
