@@ -1,6 +1,5 @@
 """Kernels in JAX's programs: when a program calls them, and that no bit depends on it."""
 
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
