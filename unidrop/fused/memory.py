@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["advise_huge_pages"]
+__all__ = ["MADV_HUGEPAGE", "MIN_SIZE", "advise_huge_pages"]
 
 # Smaller arrays come from memory that the allocator keeps, whose pages have faulted before.
-_MIN_SIZE = 32 << 20
-_MADV_HUGEPAGE = 14
+MIN_SIZE = 32 << 20
+MADV_HUGEPAGE = 14
 
 
 def advise_huge_pages(address: int, size: int) -> None:
@@ -24,10 +24,10 @@ def advise_huge_pages(address: int, size: int) -> None:
     address, size : int
         The first byte, and the number of bytes.
     """
-    advise = _get_advise() if size >= _MIN_SIZE else None
+    advise = _get_advise() if size >= MIN_SIZE else None
     if advise is not None:
         start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        advise(start, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE - start, _MADV_HUGEPAGE)
+        advise(start, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE - start, MADV_HUGEPAGE)
 
 
 @cache

@@ -19,6 +19,7 @@ from llvmlite import binding, ir
 
 from unidrop.fused.kernels import AXES
 from unidrop.fused.llvm import I32, I64, Function, Value
+from unidrop.fused.memory import MADV_HUGEPAGE, MIN_SIZE
 
 __all__ = ["make_handler"]
 
@@ -38,8 +39,7 @@ _CREATE_ERROR, _INTERNAL_ERROR = 48, 13
 _FIRST_START = 4  # of the operands
 _RUNS, _RUN_SIZE, _BASE, _STRIDES = range(4)  # of the attribute
 
-_LARGE, _HUGE_PAGE = 1 << 25, 1 << 21  # bytes
-_MADV_HUGEPAGE = 14
+_HUGE_PAGE = 1 << 21  # bytes
 
 _MESSAGE: Final = ctypes.create_string_buffer(
     b"unidrop's handler got a call that it does not know: clear JAX's compilation cache"
@@ -154,10 +154,10 @@ def _advise(f: Function, y: Value, size: Value) -> None:
     if sys.platform != "linux":
         return
     madvise = ctypes.cast(ctypes.CDLL(None).madvise, ctypes.c_void_p).value
-    with f.when(size >= _LARGE):
+    with f.when(size >= MIN_SIZE):
         start = (y + _HUGE_PAGE - 1) & -_HUGE_PAGE
         end = (y + size) & -_HUGE_PAGE
-        _call_at(f, madvise, start, end - start, f.number(_MADV_HUGEPAGE))
+        _call_at(f, madvise, start, end - start, f.number(MADV_HUGEPAGE))
 
 
 def _create_error(f: Function, frame: Value) -> Value:
