@@ -197,6 +197,7 @@ _NAMESPACE = SimpleNamespace(
     float64=tf.float64,
     arange=_with_device(lambda stop, *, dtype: tf.range(tf.cast(stop, dtype), dtype=dtype)),
     asarray=_with_device(lambda value, *, dtype: tf.constant(value, dtype)),
+    full=_with_device(lambda shape, value, *, dtype: tf.fill(shape, tf.constant(value, dtype))),
     ones=_with_device(lambda shape, *, dtype=tf.float32: tf.ones(shape, dtype)),
     zeros=_with_device(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
     empty=_with_device(lambda shape, *, dtype=tf.float32: tf.zeros(shape, dtype)),
@@ -243,6 +244,10 @@ class TensorFlowArrays(Arrays):
     def is_traced(self, x: Any) -> bool:
         """Return whether TensorFlow is building a graph."""
         return not tf.executing_eagerly()
+
+    def is_on_cpu(self, x: Any) -> bool:
+        """Return whether the device of an eager tensor is a CPU."""
+        return bool(tf.DeviceSpec.from_string(x.device).device_type == "CPU")
 
     def is_mutable(self, x: Any) -> bool:
         """Return False: tensors are immutable."""

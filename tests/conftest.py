@@ -4,8 +4,13 @@ import os
 import sys
 import textwrap
 from collections import Counter
+from contextlib import suppress
 
 import pytest
+
+# PyTorch's compiler imports Triton, which crashes a process that has imported TensorFlow before.
+with suppress(ImportError):
+    import triton  # noqa: F401
 
 pytest.register_assert_rewrite("fused_arrays")
 

@@ -33,13 +33,24 @@ from unidrop.words import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["STREAM_VERSION", "constant_mask", "keep_mask", "make_mask", "portable_mask"]
+__all__ = [
+    "STREAM_VERSION",
+    "constant_mask",
+    "keep_mask",
+    "make_mask",
+    "piece_size",
+    "portable_mask",
+]
 
 STREAM_VERSION: Final = 1
 
-# Elements decided at a time by eager libraries: few enough for their words to stay in cache, and
-# enough to hide the overhead of a call and of a thread pool.
-PIECE: Final = 1 << 18
+# Elements decided at a time by eager libraries on the CPU: few enough for their words to stay in
+# cache, and enough to hide the overhead of a call and of a thread pool.
+_CACHE_PIECE: Final = 1 << 18
+
+# On other devices: most of the 150 operations read and write 1 to 4 bytes for each element. At the
+# bandwidth of a GPU, they then take longer than their launches.
+_DEVICE_PIECE: Final = 1 << 24
 
 
 @overload
@@ -139,8 +150,8 @@ def make_mask(
 ) -> Any:
     """Return the mask of a window on a device, by the path that the array ``like`` would have.
 
-    Beyond the mask, eager libraries need about 10 MiB if items can be assigned (40 bytes for each
-    of `PIECE` elements), and once or twice the mask if not.
+    Beyond the mask, eager libraries need at most 40 bytes for each element of a piece if items can
+    be assigned (10 MiB on the CPU, 640 MiB on other devices), and once or twice the mask if not.
     """
     if rate.threshold in (0, KEEP_NOTHING) or _is_zero(window.size):
         xp = library.arrays.namespace(like)
@@ -173,7 +184,8 @@ def portable_mask(
     arrays = (*key_words, *(start for start, _ in offsets))
     if is_traced(like) or any(is_traced(a) for a in arrays if not isinstance(a, int)):
         return xp.reshape(decide(window.whole), window.shape)
-    pieces = list(window.pieces(_piece_size(window)))
+    most = piece_size(library, like, window.size)
+    pieces = list(window.pieces(_row_piece_size(window, most)))
     if len(pieces) == 1:
         return xp.reshape(decide(pieces[0]), window.shape)
     if not library.arrays.is_mutable(xp.empty((0,))):
@@ -187,13 +199,20 @@ def portable_mask(
     return xp.reshape(flat, window.shape)
 
 
-def _piece_size(window: Window) -> int:
-    """Return how many elements to decide at a time, such that about `PIECE` flags are computed.
+def piece_size(library: ArrayLibrary, like: Any, size: int) -> int:
+    """Return how many of ``size`` elements an eager library processes at a time, for ``like``."""
+    if size <= _CACHE_PIECE or library.arrays.is_on_cpu(like):
+        return _CACHE_PIECE
+    return _DEVICE_PIECE
+
+
+def _row_piece_size(window: Window, most: int) -> int:
+    """Return how many elements to decide at a time, such that about ``most`` flags are computed.
 
     A row that begins or ends inside a block needs the flags of the whole block.
     """
     *rows, (length, _) = window.whole.axes
-    return max(1, PIECE * length // (length + 14)) if rows else PIECE
+    return max(1, most * length // (length + 14)) if rows else most
 
 
 def constant_mask(xp: Any, window: Window, value: bool, device: Any) -> Any:
@@ -257,7 +276,8 @@ def _row_indices(
     A single row has shape (), because a native generator accepts one run of consecutive blocks.
     """
     # Even a base of 0 becomes an array: the mask belongs on this device, not on a start's.
-    hi, lo = (xp.asarray(word, dtype=words.dtype, device=device) for word in split64(base))
+    # And it is filled there, because a copy from the host may wait for the device.
+    hi, lo = (xp.full((), word, dtype=words.dtype, device=device) for word in split64(base))
     index: SplitInteger = (hi, lo)
     for start, stride in offsets:
         index = add_split(

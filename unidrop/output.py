@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from unidrop.dtypes import COMPUTE_DTYPES, dtype_name
-from unidrop.mask import PIECE
+from unidrop.mask import piece_size
 from unidrop.protocols import ArrayLibrary
 from unidrop.rate import Rate
 
@@ -25,24 +25,29 @@ def select(library: ArrayLibrary, x: Any, mask: Any, rate: Rate) -> Any:
         return xp.zeros_like(x)
     if library.arrays.is_traced(x):
         return _scale_kept(library, xp, x, mask, rate)
-    if math.prod(x.shape) <= PIECE:
+    size = math.prod(x.shape)
+    most = piece_size(library, x, size)
+    if size <= most:
         return library.arrays.match_strides(_select_part(library, xp, x, mask, rate), x)
     if not library.arrays.is_mutable(xp.empty((0,))):
-        return _select_and_join(library, xp, x, mask, rate)
+        return _select_and_join(library, xp, x, mask, rate, most)
     y = xp.empty_like(x)
-    for cut in _cuts(x.shape):
+    for cut in _cuts(x.shape, most):
         y[cut] = _select_part(library, xp, x[cut], mask[_cut_mask(cut, mask)], rate)
     return y
 
 
-def _select_and_join(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -> Any:
+def _select_and_join(
+    library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate, most: int
+) -> Any:
     """Run `select` for a library without item assignment, with the memory of two outputs."""
     if mask.shape == x.shape and x.ndim > 1:
         x_flat, mask_flat = xp.reshape(x, (-1,)), xp.reshape(mask, (-1,))
-        return xp.reshape(_select_and_join(library, xp, x_flat, mask_flat, rate), x.shape)
+        y = _select_and_join(library, xp, x_flat, mask_flat, rate, most)
+        return xp.reshape(y, x.shape)
     axis = max(range(x.ndim), key=lambda i: x.shape[i])
     length = x.shape[axis]
-    step = max(1, PIECE * length // math.prod(x.shape))
+    step = max(1, most * length // math.prod(x.shape))
     cuts = [
         (*(slice(None),) * axis, slice(first, min(first + step, length)), ...)
         for first in range(0, length, step)
@@ -52,15 +57,15 @@ def _select_and_join(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Ra
     return xp.concat(parts, axis=axis)
 
 
-def _cuts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Yield the parts of an array, of at most `PIECE` elements each, cut along its longest axes."""
+def _cuts(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
+    """Yield the parts of an array, of at most ``most`` elements, cut along its longest axes."""
     size = math.prod(shape)
     slices = [[slice(None)] for _ in shape]
     for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
-        if size <= PIECE:
+        if size <= most:
             break
         length, inner = shape[axis], size // shape[axis]
-        step = max(1, PIECE // inner)
+        step = max(1, most // inner)
         slices[axis] = [slice(i, min(i + step, length)) for i in range(0, length, step)]
         size = inner * step
     return itertools.product(*slices)

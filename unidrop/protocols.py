@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["ArrayLibrary", "Arrays", "Buffer", "Buffers", "Operator", "Words"]
 
 
+_DLPACK_CPU = 1
+
+
 class Arrays:
     """Gaps of the array API standard, filled for one library."""
 
@@ -62,9 +65,18 @@ class Arrays:
     def is_traced(self, x: Any) -> bool:
         """Return whether operations on x are recorded rather than run.
 
-        If True, the core writes one expression; if False, it computes in cache-sized pieces.
+        If True, the core writes one expression; if False, it computes in pieces.
         """
         return bool(array_api_compat.is_lazy_array(x))
+
+    def is_on_cpu(self, x: Any) -> bool:
+        """Return whether eager operations on x run on the CPU, by the standard's DLPack device.
+
+        If True, the core computes in cache-sized pieces; if False, in pieces of so many elements
+        that an operation takes longer than its launch.
+        """
+        device, _ = x.__dlpack_device__()
+        return int(device) == _DLPACK_CPU
 
     def is_mutable(self, x: Any) -> bool:
         """Return whether items of x can be assigned."""

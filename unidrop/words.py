@@ -81,7 +81,7 @@ class Int64Words:
 
     def split(self, value: Any, bits: int) -> SplitInteger:
         """Return the ``(hi, lo)`` words of an integer array of ``bits`` bits, zero-extended."""
-        value = self.xp.astype(value, self.dtype)
+        value = self.xp.astype(value, self.dtype, copy=False)
         lo = value & ((1 << min(bits, 32)) - 1)
         return (self.shift_right(value, 32) & MASK32 if bits == 64 else lo * 0), lo
 

@@ -127,8 +127,8 @@ def dropout(
     Returns
     -------
     y : jax.Array
-        Of x's shape and dtype. The gradient recomputes the mask from the key; under ``jit`` XLA may
-        keep the mask instead, as one bit for each element.
+        Of x's shape and dtype. The gradient recomputes the mask from the key; under ``jit`` XLA for
+        the CPU may keep the mask instead, as one bit for each element.
     mask : jax.Array of bool
         Only with ``return_mask``: True for kept elements, with length 1 along ``broadcast_dims``.
 

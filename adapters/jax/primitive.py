@@ -4,9 +4,10 @@ The primitive is linear in x. Its derivative is itself, applied to a tangent; it
 itself, applied to a cotangent. So a backward pass keeps the key and recomputes the mask. Over a
 batch it is itself with one more leading axis, along which each operand varies or not.
 
-In a program for one CPU it lowers to a call of the fused kernels. In all others it lowers to the
-core's portable operations, which every platform supports and a partitioner can cut. An exported
-program is portable too: it may run in a process without unidrop.
+In a program for one CPU it lowers to a call of the fused kernels. In all others it lowers to
+operations that every platform supports and a partitioner can cut: the core's portable ones on the
+CPU, and pointwise ones on other platforms. An exported program has these operations too: it may run
+in a process without unidrop.
 
 JAX documentation: JAX internals, primitives; `jax.extend.core.Primitive`.
 """
@@ -24,6 +25,7 @@ from jax import numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from unidrop.adapters.jax.generator import pointwise_mask
 from unidrop.dispatch import get_kernels
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
@@ -35,9 +37,9 @@ from unidrop.threads import fork_guard
 from unidrop.window import Window
 from unidrop.words import SplitInteger
 
-__all__ = ["count_programs", "drop", "keep_mask"]
+__all__ = ["count_programs", "drop", "is_on_cpu", "keep_mask"]
 
-_STATIC = ("plan", "batch")
+_STATIC = ("plan", "batch", "is_for_cpu")
 
 # From this number of elements, several threads process one array outside of a program.
 _LARGE = 1 << 20
@@ -72,8 +74,15 @@ def drop(
     axes = frozenset[Any]().union(*map(_get_varying_axes, traced))
     if axes and (axes := axes - _get_varying_axes(x)):
         x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
-    settings = {"plan": _without_array_starts(plan), "batch": (), "is_portable": is_portable}
-    return _drop_p.bind(x, *key, *words, **settings)
+    return _drop_p.bind(
+        x,
+        *key,
+        *words,
+        plan=_without_array_starts(plan),
+        batch=(),
+        is_portable=is_portable,
+        is_transposed=False,
+    )
 
 
 def keep_mask(key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPlan) -> Any:
@@ -118,27 +127,59 @@ def _get_varying_axes(operand: Any) -> frozenset[Any]:
 _drop_p = Primitive("unidrop_dropout")
 
 
-def _rule(*operands: Any, plan: DropoutPlan, batch: tuple[Any, ...]) -> Any:
-    """Return the core's dropout of the operands; the outermost axis of the batch is first."""
-    rule = partial(_rule_of_one, plan=plan)
-    for varies in reversed(batch):
-        rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in varies))
+def _rule(
+    x: Any,
+    *words: Any,
+    plan: DropoutPlan,
+    batch: tuple[Any, ...],
+    is_for_cpu: bool,
+    is_transposed: bool = False,
+) -> Any:
+    """Return dropout of an array; the outermost axis of the batch is first."""
     # The result must not depend on the user's setting, and 64-bit integers make the generator
     # faster. No transformation sees them, because they stay inside the rule.
     with jax.enable_x64(True):
-        return rule(*operands)
+        if not is_for_cpu:
+            # XLA must not see that a backward pass computes the same mask: it would keep the mask.
+            if is_transposed:
+                words = jax.lax.optimization_barrier(words)
+            return _pointwise_rule(x, *words, plan=plan, batch=batch)
+        rule = partial(_rule_of_one, plan=plan)
+        for varies in reversed(batch):
+            rule = jax.vmap(rule, in_axes=tuple(0 if axis else None for axis in varies))
+        return rule(x, *words)
 
 
 # JAX traces and lowers this once for all layers of one shape in a model, and their gradients.
-_shared_rule = jax.jit(_rule, static_argnames=_STATIC)
+_shared_rule = jax.jit(_rule, static_argnames=(*_STATIC, "is_transposed"))
 
 
 def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
+    """Return the core's dropout of one example."""
     starts = zip(words[::2], words[1::2], strict=True)
     window = _with_starts(plan.window, starts)
     key = Key._from_raw_words((lo, hi))
     mask = portable_mask(plan.library, x, key, window, plan.rate, None)
     return select(plan.library, x, mask, plan.rate)
+
+
+def _pointwise_rule(x: Any, *words: Any, plan: DropoutPlan, batch: tuple[Any, ...]) -> Any:
+    """Return dropout of all examples, each element by operations on it alone."""
+    axes = tuple(range(len(batch), x.ndim))
+    lo, hi, *rest = (jnp.expand_dims(word, axes) for word in _align(words, batch))
+    window = _with_starts(plan.window, zip(rest[::2], rest[1::2], strict=True))
+    varying = np.broadcast_shapes(*(word.shape for word in (lo, hi, *rest)))[: len(batch)]
+    mask = pointwise_mask(window, (lo, hi), plan.rate.threshold, varying)
+    return select(plan.library, x, mask, plan.rate)
+
+
+def _align(words: Sequence[Any], batch: tuple[Any, ...]) -> list[Any]:
+    """Return words with all axes of a batch, of length 1 if a word does not vary along an axis."""
+    aligned = []
+    for operand, word in enumerate(words, 1):
+        shared = [axis for axis, varies in enumerate(batch) if not varies[operand]]
+        aligned.append(jnp.expand_dims(word, shared))
+    return aligned
 
 
 class _TracedRate(Rate):
@@ -153,10 +194,12 @@ class _TracedRate(Rate):
 
 
 @partial(jax.jit, static_argnames=_STATIC)
-def _run(threshold: Any, scale: Any, *operands: Any, plan: DropoutPlan, batch: Any) -> Any:
+def _run(
+    threshold: Any, scale: Any, *operands: Any, plan: DropoutPlan, batch: Any, is_for_cpu: bool
+) -> Any:
     """Run the rule in one program for all rates."""
     rate = _TracedRate(math.nan, threshold, scale)
-    return _rule(*operands, plan=replace(plan, rate=rate), batch=batch)
+    return _rule(*operands, plan=replace(plan, rate=rate), batch=batch, is_for_cpu=is_for_cpu)
 
 
 def count_programs() -> int:
@@ -170,7 +213,12 @@ _ANY_RATE = Rate.from_p(0.5)
 
 
 def _run_eagerly(
-    x: Any, *words: Any, plan: DropoutPlan, batch: tuple[Any, ...], is_portable: bool
+    x: Any,
+    *words: Any,
+    plan: DropoutPlan,
+    batch: tuple[Any, ...],
+    is_portable: bool,
+    is_transposed: bool,
 ) -> Any:
     """Compute dropout of an array that is not traced, such as a tangent."""
     # A user's transfer guard is for arrays. A call transfers the numbers of a key and a rate.
@@ -181,7 +229,15 @@ def _run_eagerly(
                 return y
         dtype, rate = compute_dtype(x.dtype), plan.rate
         numbers = np.uint32(rate.threshold), np.dtype(dtype).type(rate.scale_in(dtype))
-        return _run(*numbers, x, *words, plan=replace(plan, rate=_ANY_RATE), batch=batch)
+        settings = {"plan": replace(plan, rate=_ANY_RATE), "batch": batch}
+        return _run(*numbers, x, *words, **settings, is_for_cpu=is_on_cpu(x))
+
+
+def is_on_cpu(x: Any) -> bool:
+    """Return whether JAX runs a program of an array on the CPU."""
+    if not isinstance(x, jax.Array):
+        return bool(jax.default_backend() == "cpu")
+    return bool(next(iter(x.devices())).platform == "cpu")
 
 
 _drop_p.def_impl(_run_eagerly)
@@ -212,14 +268,21 @@ def _get_program(
 
 
 def _lower(
-    context: Any, *operands: Any, plan: DropoutPlan, batch: tuple[Any, ...], is_portable: bool
+    context: Any,
+    *operands: Any,
+    plan: DropoutPlan,
+    batch: tuple[Any, ...],
+    is_portable: bool,
+    is_transposed: bool,
+    is_for_cpu: bool,
 ) -> Any:
-    """Lower to a call of kernels in a program for one CPU, otherwise to portable operations."""
+    """Lower to a call of kernels in a program for one CPU, otherwise to operations of JAX."""
     call = None
-    if not is_portable and _is_for_one_cpu(context):
+    if is_for_cpu and not is_portable and _is_for_one_cpu(context):
         call = _make_call(context.avals_in[0], plan.window, batch)
     if call is None:
-        rule = partial(_shared_rule, plan=plan, batch=batch)
+        settings = {"is_for_cpu": is_for_cpu, "is_transposed": is_transposed and not is_for_cpu}
+        rule = partial(_shared_rule, plan=plan, batch=batch, **settings)
     else:
         rate = _get_custom_call().pack_rate(plan.rate)
         rule = partial(_call_rule, rate=rate, call=call, batch=batch)
@@ -258,10 +321,8 @@ def _call_rule(x: Any, *words: Any, rate: Any, call: Any, batch: tuple[Any, ...]
     """Return the output of a custom call. Over a batch of keys, each example has its own words."""
     if not _has_varying(batch):
         return _get_custom_call().call_kernel(call, x, rate, *words)
-    sizes, spread = x.shape[: len(batch)], []
-    for operand, word in enumerate(words, 1):
-        shared = [axis for axis, varies in enumerate(batch) if not varies[operand]]
-        spread.append(jnp.broadcast_to(jnp.expand_dims(word, shared), sizes))
+    sizes = x.shape[: len(batch)]
+    spread = [jnp.broadcast_to(word, sizes) for word in _align(words, batch)]
     return _get_custom_call().call_kernel(call, x, rate, *spread)
 
 
@@ -280,7 +341,8 @@ def _get_custom_call() -> Any:
         return None
 
 
-mlir.register_lowering(_drop_p, _lower)
+mlir.register_lowering(_drop_p, partial(_lower, is_for_cpu=False))
+mlir.register_lowering(_drop_p, partial(_lower, is_for_cpu=True), platform="cpu")
 
 
 def _abstract_eval(x: Any, *others: Any, **settings: Any) -> Any:
@@ -302,6 +364,7 @@ def _transpose(cotangent: Any, x: Any, *numbers: Any, **settings: Any) -> list[A
     no_cotangents = [None] * len(numbers)
     if isinstance(cotangent, ad.Zero):
         return [cotangent, *no_cotangents]
+    settings["is_transposed"] = not settings["is_transposed"]
     return [_drop_p.bind(cotangent, *numbers, **settings), *no_cotangents]
 
 

@@ -90,6 +90,10 @@ class TorchArrays(Arrays):
         """Return whether PyTorch traces or transforms operations on tensors."""
         return is_tracing()
 
+    def is_on_cpu(self, x: torch.Tensor) -> bool:
+        """Return whether the tensor is on the CPU; DLPack knows fewer devices than PyTorch."""
+        return x.device.type == "cpu"
+
     def match_strides(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return y with the strides of `torch.empty_like(x)`."""
         like = torch.empty_like(x)

@@ -37,6 +37,7 @@ _NAMESPACE = _Namespace(
     bool=mx.bool_,
     arange=_ignore_device(lambda stop, *, dtype: mx.arange(stop, dtype=dtype)),
     asarray=_ignore_device(mx.array),
+    full=_ignore_device(mx.full),
     zeros=_ignore_device(mx.zeros),
     ones=_ignore_device(mx.ones),
     empty=_ignore_device(mx.zeros),

@@ -15,6 +15,7 @@ from standard_arrays import KEY, SITE, assert_mask, assert_output, expected_mask
 
 import unidrop
 from unidrop import Key, dropout, keep_mask
+from unidrop.library import get_library
 
 
 def in_use(request):
@@ -32,6 +33,19 @@ def key_number(key):
     """Return the number of a key of arrays."""
     lo, hi = (int(word) for word in key.words)
     return hi << 32 | lo
+
+
+# --- Devices -------------------------------------------------------------------------------------
+
+
+def test_knows_arrays_of_the_cpu(library):
+    x = library.array(np.ones(3, np.float32))
+    assert get_library(x).arrays.is_on_cpu(x)
+
+
+def test_knows_tensors_of_other_devices():
+    x = torch.ones(3, device="meta")
+    assert not get_library(x).arrays.is_on_cpu(x)
 
 
 # --- Keys ----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ LIBRARIES = {
     "tensorflow": "tensorflow",
     "torch": "torch",
 }
-REQUIRES_GPU = {"cupy"}
+REQUIRES_GPU = {"cupy", "jax-cuda"}
 
 
 def test_knows_the_library_of_every_registered_backend():

@@ -15,6 +15,7 @@ import reference
 import unidrop
 from unidrop import Key
 from unidrop.conformance import Cell, cells, load_backends, run_cell
+from unidrop.library import get_library
 
 KEY = Key(42).fold_in("encoder/0").fold_in(7)
 
@@ -69,6 +70,11 @@ def test_equals_numpy_in_large_mask(cupy):
     x = np.ones(shape, dtype=np.complex64)
     y = unidrop.dropout(cupy.asarray(x), 0.3, KEY)
     assert np.array_equal(cupy.asnumpy(y), unidrop.dropout(x, 0.3, KEY))
+
+
+def test_knows_that_arrays_are_not_on_the_cpu(cupy):
+    x = cupy.asarray(np.ones(3))
+    assert not get_library(x).arrays.is_on_cpu(x)
 
 
 def test_folds_in_a_step_on_its_device(cupy):

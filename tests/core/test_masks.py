@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from standard_arrays import KEY, SITE, assert_mask, assert_output, expected_mask, patterns
 
 from unidrop import Key, dropout, force_path, keep_mask
+from unidrop.plan import DropoutPlan
+from unidrop.protocols import ArrayLibrary, Arrays, Words
+from unidrop.rate import Rate
+from unidrop.window import Window
 
 # --- Values --------------------------------------------------------------------------------------
 
@@ -199,6 +203,26 @@ def test_makes_large_mask_and_output_of_its_windows(space, shape, axes, window):
         start = [i + s for i, s in zip(inside, first, strict=True)]
         expected = expected_mask(block, 0.5, start=start, **options)
         np.testing.assert_array_equal(part, np.broadcast_to(expected, block), err_msg=str(start))
+
+
+@pytest.mark.parametrize(("is_on_cpu", "pieces"), [(True, 4), (False, 2)])
+def test_makes_mask_in_larger_pieces_off_the_cpu(monkeypatch, is_on_cpu, pieces):
+    class OnDevice(Arrays):
+        def is_on_cpu(self, x):
+            return is_on_cpu
+
+    class Counted(Words):
+        calls = 0
+
+        def keep_flags(self, *args):
+            Counted.calls += 1
+            return super().keep_flags(*args)
+
+    monkeypatch.setattr("unidrop.mask._DEVICE_PIECE", 1 << 19)
+    library, x = ArrayLibrary(OnDevice(), Counted()), np.ones(1 << 20, np.float32)
+    plan = DropoutPlan(library, Window.from_args(x.shape), Rate.from_p(0.5), drops=True)
+    np.testing.assert_array_equal(plan.run(x, KEY), dropout(x, 0.5, KEY))
+    assert Counted.calls == pieces
 
 
 def test_makes_large_mask_from_array_start(space):

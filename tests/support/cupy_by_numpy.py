@@ -53,6 +53,9 @@ class ndarray:  # noqa: N801 # CuPy's name
     def __array__(self, *args, **options):
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
 
+    def __dlpack_device__(self):
+        return 2, self.device.id  # of CUDA
+
     def __getattr__(self, name):
         if name.startswith("__"):  # NumPy would reach the values through these
             raise AttributeError(name)

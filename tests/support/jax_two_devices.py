@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax_off_the_cpu import lower_as_off_the_cpu
 
 import unidrop
 from unidrop import Key
@@ -120,12 +121,22 @@ def kernels_on_second_device():
     assert (np.asarray(y) == unidrop.dropout(np.asarray(x), 0.3, KEY)).all()
 
 
+def off_the_cpu(case):
+    """Run a case with the programs of other platforms."""
+    with lower_as_off_the_cpu():
+        case()
+
+
 CASES = {
     "partitioned_auto": lambda: partitioned(jax.sharding.AxisType.Auto, [ROWS, COLUMNS, FEW]),
     "partitioned_explicit": lambda: partitioned(jax.sharding.AxisType.Explicit, [COLUMNS]),
     "mask_beside_gradient": mask_beside_gradient,
     "gradients_of_shared_array_with_keys_of_devices": gradients_with_keys,
     "gradients_of_shared_array_with_windows_of_devices": gradients_with_windows,
+    "partitioned_off_the_cpu": lambda: off_the_cpu(
+        lambda: partitioned(jax.sharding.AxisType.Auto, [ROWS, COLUMNS])
+    ),
+    "windows_of_devices_off_the_cpu": lambda: off_the_cpu(gradients_with_windows),
     "mask_on_requested_device": mask_on_requested_device,
     "kernels_on_second_device": kernels_on_second_device,
 }

@@ -9,7 +9,7 @@ from jax_by_the_core import KEY, RATE, assert_bits, step_function, values, wante
 
 import unidrop
 from unidrop.adapters.jax import dropout
-from unidrop.adapters.jax.arrays import _generate_by_loop, _generate_unrolled
+from unidrop.adapters.jax.generator import _generate_by_loop, _generate_unrolled
 
 
 # Around the sizes at which the program changes: a block, a word of blocks, few blocks and many.

@@ -33,6 +33,8 @@ NAMES = [
     "mask_beside_gradient",
     "gradients_of_shared_array_with_keys_of_devices",
     "gradients_of_shared_array_with_windows_of_devices",
+    "partitioned_off_the_cpu",
+    "windows_of_devices_off_the_cpu",
     "mask_on_requested_device",
     "kernels_on_second_device",
 ]

@@ -1,4 +1,7 @@
-"""Run the JAX function in eager mode, compiled, and under transformations, on one device."""
+"""Run the JAX function in eager mode, compiled, and under transformations, on one device.
+
+The device is the CPU, or a GPU in the backend "jax-cuda", which a machine without one skips.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,18 +16,19 @@ from numpy.typing import NDArray
 import unidrop
 from unidrop import Key
 from unidrop.adapters.jax import dropout
-from unidrop.adapters.jax.arrays import generate_block
+from unidrop.adapters.jax.generator import generate_block
 from unidrop.adapters.jax.primitive import count_programs
 from unidrop.conformance import (
     FUSED,
     GENERAL,
+    BackendUnavailableError,
     CoreBackend,
     eager_modes,
     missing_eager_modes,
     use_mode_path,
 )
 
-__all__ = ["Jax", "call", "fold_in", "make_step"]
+__all__ = ["Jax", "JaxOnCuda", "call", "fold_in", "make_step"]
 
 Function = Callable[..., Any]
 
@@ -93,11 +97,12 @@ class Jax(CoreBackend):
     }
 
     def __init__(self) -> None:
-        eager = eager_modes(jnp.ones(1))
+        ones = self.from_numpy(np.ones(1), self.devices[0], "eager")
+        eager = eager_modes(ones)
         x64 = [f"{mode}-x64" for mode in eager if mode != "eager"]
         general = (GENERAL,) if FUSED in eager else ()
-        self.modes = (*eager, *general, *x64, *_TRANSFORMED)
-        self.missing_modes = missing_eager_modes(jnp.ones(1))
+        self.modes = (*eager, *general, *x64, *self.compiled_modes[1:])
+        self.missing_modes = missing_eager_modes(ones)
         self._traces = 0
         self._compiled: dict[Any, Function] = {}
 
@@ -186,6 +191,31 @@ class Jax(CoreBackend):
         if mode not in _TRANSFORMED:
             return function
         return self._compiled.setdefault(function, jax.jit(function))
+
+
+class JaxOnCuda(Jax):
+    """JAX on the first GPU of CUDA."""
+
+    name = "jax-cuda"
+    devices = ("cuda",)
+    # There, no program calls kernels, and so all are portable.
+    compiled_modes = tuple(mode for mode in Jax.compiled_modes if not mode.endswith("portable"))
+    derived_modes: Mapping[str, str] = {
+        mode: base for mode, base in Jax.derived_modes.items() if not mode.endswith("portable")
+    }
+
+    def __init__(self) -> None:
+        try:
+            jax.devices("cuda")
+        except RuntimeError as error:  # of a platform that JAX does not know, or cannot start
+            reason = str(error).splitlines()[0]
+            raise BackendUnavailableError(f"JAX finds no CUDA device ({reason})") from None
+        super().__init__()
+
+    def get_device(self, y: Any) -> str:
+        """Return "cuda" for the platform that JAX calls "gpu"."""
+        platform = super().get_device(y)
+        return "cuda" if platform == "gpu" else platform
 
 
 def fold_in(key: Key, step: Any) -> tuple[Any, Any]:

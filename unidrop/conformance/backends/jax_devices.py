@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from unidrop import Key
-from unidrop.adapters.jax.arrays import generate_block
+from unidrop.adapters.jax.generator import generate_block
 from unidrop.conformance import CoreBackend
 from unidrop.conformance.backends.jax import call, fold_in, make_step
 

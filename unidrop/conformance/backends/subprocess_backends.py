@@ -56,6 +56,8 @@ jax_2_devices = SubprocessBackend(
     defaults=JAX_DEFAULTS,
 )
 
+jax_cuda = SubprocessBackend("jax-cuda", f"{_PACKAGE}.jax:JaxOnCuda", defaults=JAX_DEFAULTS)
+
 flax = SubprocessBackend("flax", f"{_PACKAGE}.flax:Flax", defaults=JAX_DEFAULTS)
 
 keras = SubprocessBackend(
