@@ -138,6 +138,7 @@ def commands(file: str) -> tuple[list[list[str]], list[list[str]]]:
     """Return the commands that mirror a file, in order, and the commands of all other tests."""
     mirrors, backend = next(MIRRORS[start] for start in MIRRORS if file.startswith(start))
     tests = {path.parent.relative_to(ROOT / "tests") for path in ROOT.glob("tests/**/test_*.py")}
+    tests -= {Path("mutation")}  # they notice any change of the text
     # The folders without a framework first: their tests are the quickest.
     others = sorted(map(Path.as_posix, tests), key=lambda name: (name not in QUICK, name))
     pytest = ["pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *EVERYDAY]

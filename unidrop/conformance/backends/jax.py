@@ -49,6 +49,16 @@ def _vmap(f: Function) -> Function:
     return mapped
 
 
+def _vmap_shared(f: Function) -> Function:
+    """Return f over a batch of two examples with one key, and select the second."""
+
+    def mapped(x: Any, key: Any, step: Any) -> Any:
+        y = jax.vmap(lambda v: f(v, key, step))(jnp.stack([jnp.zeros_like(x), x]))
+        return jax.tree.map(lambda v: v[1], y)
+
+    return mapped
+
+
 def _scan(f: Function) -> Function:
     """Return f in a loop of two iterations, and select the second."""
 
@@ -71,10 +81,15 @@ _TRANSFORMED: Mapping[str, Callable[[Function], Function]] = {
     "vjp": _vjp,
     "vmap": _vmap,
     "vmap-portable": _vmap,
+    "vmap-shared": _vmap_shared,
     "scan": _scan,
     "remat": jax.checkpoint,
     "donated": lambda f: f,
 }
+
+
+#: In these modes, starts of windows are arrays of this dtype. Larger starts stay integers.
+_TRACED_STARTS: Mapping[str, Any] = {"jit-x64": np.uint64, "vmap": np.uint32}
 
 
 class Jax(CoreBackend):
@@ -92,7 +107,7 @@ class Jax(CoreBackend):
         "layouts": "JAX arrays have no strides",
     }
     derived_modes: Mapping[str, str] = {
-        **dict.fromkeys(("vjp", "scan", "remat", "donated"), "jit"),
+        **dict.fromkeys(("vjp", "vmap-shared", "scan", "remat", "donated"), "jit"),
         "vmap-portable": "jit-portable",
     }
 
@@ -140,7 +155,8 @@ class Jax(CoreBackend):
 
     def _transform(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
         def drop(x: Any, key: Key, step: Any) -> Any:
-            return call(x, p, key if step is None else key.fold_in(step), options)
+            key = key if step is None else key.fold_in(step)
+            return call(x, p, key, _trace_start(options, key, mode))
 
         transformed = _TRANSFORMED[mode](drop)
 
@@ -221,6 +237,18 @@ class JaxOnCuda(Jax):
 def fold_in(key: Key, step: Any) -> tuple[Any, Any]:
     """Return the words of a key with a step folded in."""
     return key.fold_in(step).words
+
+
+def _trace_start(options: Mapping[str, Any], key: Key, mode: str) -> Mapping[str, Any]:
+    """Return options with arrays as the start of a window; the last one varies with the key."""
+    if not options.get("start") or mode not in _TRACED_STARTS:
+        return options
+    dtype = _TRACED_STARTS[mode]
+    largest = np.iinfo(dtype).max
+    start = [n if n > largest else jnp.asarray(n, dtype) for n in options["start"]]
+    if not isinstance(start[-1], int):
+        start[-1] += (key.words[0] ^ key.words[0]).astype(dtype)
+    return {**options, "start": tuple(start)}
 
 
 def call(x: Any, p: Any, key: Key, options: Mapping[str, Any]) -> Any:

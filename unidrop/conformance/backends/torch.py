@@ -31,6 +31,9 @@ from unidrop.conformance.backends.torch_modes import (
 __all__ = ["Torch"]
 
 
+_CONJUGATED = "functional_call"
+
+
 class Torch(CoreBackend):
     """PyTorch on the CPU, and on a GPU if the machine has one."""
 
@@ -69,14 +72,19 @@ class Torch(CoreBackend):
         return ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
     def from_numpy(self, x: NDArray[Any], device: str, mode: str) -> torch.Tensor:
-        """Convert to a tensor; bfloat16 through its bits, since NumPy lacks it."""
+        """Convert to a tensor; bfloat16 through its bits, since NumPy lacks it.
+
+        In one mode, complex tensors are conjugated, and PyTorch does so only when it must.
+        """
         if x.dtype == ml_dtypes.bfloat16:
             return torch.tensor(x.view(np.int16), device=device).view(torch.bfloat16)
+        if mode == _CONJUGATED and np.iscomplexobj(x):
+            return torch.tensor(x.conj(), device=device).conj()
         return torch.tensor(x, device=device)
 
     def to_numpy(self, y: torch.Tensor) -> NDArray[Any]:
         """Convert to a NumPy array; bfloat16 through its bits, since NumPy lacks it."""
-        y = y.detach().cpu().contiguous()
+        y = y.detach().cpu().contiguous().resolve_conj()
         if y.dtype == torch.bfloat16:
             return y.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return y.numpy()

@@ -32,12 +32,25 @@ _COMPILED_MASKS = (
     "shape-2x3x5x7",
     "threshold-between-even-52-and-odd-19",
     "even-u-0-rate-2^-32-drops",
+    "even-u-2^32-1-rate-1-2^-32-keeps",  # of a window with a start above 2^32
     "broadcast-channel-dropout",
     "window-across-index-2^35-2d",
 )
 
 # Golden masks with enough elements to show how a block decides them.
 _LONG_MASKS = ("shape-2x3x5x7", "size-257", "size-1000")
+
+# The low word of the counter wraps inside these windows. One has long rows that begin inside a
+# block. The other has so many short rows that kernels process them in several parts.
+_WRAPPING_WINDOWS: tuple[tuple[tuple[int, int], dict[str, Any]], ...] = (
+    ((2, 800), {"global_shape": (2, 2**36), "start": (0, 2**35 - 405)}),
+    ((700, 100), {"global_shape": (2**29, 128), "start": (2**28 - 350, 0)}),
+)
+
+# Shapes of the contract on layouts; compiled modes use the first one only. If the second axis is
+# the last in memory, kernels transpose words. Their columns are apart or adjacent in the mask, and
+# they are short, long, or longer than a tile.
+_LAYOUT_SHAPES = ((4, 6, 5, 3), (1, 20, 2, 9), (1, 100, 1, 3), (1, 600, 1, 63))
 
 # Rates and training flags of the contracts on returned masks.
 _RATES_AND_TRAINING = ((0.4, True), (0, True), (0.4, False), (1, True))
@@ -141,10 +154,9 @@ def _broadcast_axes(cell: Cell) -> None:
 )
 def _windows(cell: Cell) -> None:
     _check_golden_masks(cell, lambda g: g.global_shape is not None and not _is_threshold_case(g))
-    if not cell.is_compiled:  # the low word of the counter wraps in the middle of a long row
-        options: dict[str, Any] = {"global_shape": (2, 2**36), "start": (0, 2**35 - 408)}
-        expected = reference_result(unidrop.keep_mask, (2, 800), 0.3, cell.key(5), **options)
-        actual = cell.keeps((2, 800), 0.3, 5, **options)
+    for shape, options in () if cell.is_compiled else _WRAPPING_WINDOWS:
+        expected = reference_result(unidrop.keep_mask, shape, 0.3, cell.key(5), **options)
+        actual = cell.keeps(shape, 0.3, 5, **options)
         check_mask(actual, expected, f"mask of a window at {options} and p = 0.3, step 5")
 
 
@@ -211,14 +223,16 @@ def _mask_dtype(cell: Cell) -> None:
     in_derived_modes=False,
 )
 def _layout(cell: Cell) -> None:
-    x = cell.values((4, 6, 5, 3))
-    model = StreamModel(cell.seed, (4,), 0.4, x.shape)
-    expected = reference_result(unidrop.dropout, x, 0.4, model.key)
-    layouts = cell.capable.layouts(cell.array(x))
-    require_nonempty(layouts)
-    for name, array in layouts.items():
-        y = cell.backend.to_numpy(cell.backend.dropout(array, 0.4, cell.seed, 4, mode=cell.mode))
-        check_model_output(model, y, expected, x, f"output of layout {name!r}")
+    for shape in _LAYOUT_SHAPES[:1] if cell.is_compiled else _LAYOUT_SHAPES:
+        x = cell.values(shape)
+        model = StreamModel(cell.seed, (4,), 0.4, shape)
+        expected = reference_result(unidrop.dropout, x, 0.4, model.key)
+        layouts = cell.capable.layouts(cell.array(x))
+        require_nonempty(layouts)
+        for name, array in layouts.items():
+            y = cell.backend.dropout(array, 0.4, cell.seed, 4, mode=cell.mode)
+            actual = cell.backend.to_numpy(y)
+            check_model_output(model, actual, expected, x, f"output of layout {name!r}, {shape}")
 
 
 @contract("threads", "Concurrent calls from several threads return the masks of their keys.")
