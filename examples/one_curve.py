@@ -15,6 +15,8 @@ from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
+import torch._dynamo  # isort: skip - it loads Triton, which crashes if TensorFlow is there first
+
 import keras
 import numpy as np
 import torch

@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections import Counter
 from contextlib import suppress
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,12 +13,17 @@ import pytest
 with suppress(ImportError):
     import triton  # noqa: F401
 
+HAS_TRITON = find_spec("triton") is not None
+
 pytest.register_assert_rewrite("fused_arrays")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Begin with the files that have the most slow tests: a worker takes one file after another."""
+    """Skip tests that need Triton, and begin with the files that have the most slow tests."""
+    for item in items:
+        if item.get_closest_marker("triton") and not HAS_TRITON:
+            item.add_marker(pytest.mark.skip(reason="the extra triton is not installed"))
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -13,7 +13,7 @@ import unidrop
 
 ROOT = Path(unidrop.__file__).parent
 CORE = sorted(path for path in ROOT.glob("*.py") if path.name != "testing.py")
-FUSED = sorted((ROOT / "fused").glob("*.py"))
+FUSED = sorted((ROOT / "fused").rglob("*.py"))
 FRAMEWORKS = r"torch|tensorflow|keras|jax|flax|dask|cupy|mlx|dynamo|inductor|xla|symint"
 
 # The package's modules in order: each imports only modules listed before it.
