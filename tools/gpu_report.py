@@ -2,9 +2,11 @@
 
     python tools/gpu_report.py
     python tools/gpu_report.py --architecture 90
+    python tools/gpu_report.py --only "flat float32"
 
 Triton compiles for any NVIDIA architecture on any machine, and its wheel contains NVIDIA's
-disassembler. The tests compare the same figures with their budgets.
+disassembler. The tests compare the same figures with their budgets. It exits with 1 if Triton is
+missing, and with 2 on bad arguments.
 """
 
 import argparse
@@ -19,9 +21,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    sys.exit('Triton is not installed: pip install ".[triton]"')
 
 from unidrop.fused.triton import launch
 
@@ -57,11 +64,14 @@ class Chip:
     bandwidth: float
 
 
-# Assumed clocks, and the peak bandwidths of NVIDIA's data sheets.
+# The bandwidths are the peaks in NVIDIA's data sheets. The rates of float32 there give the clocks:
+# 19.5 TFLOPS of A100, and 51 of H100 PCIe, which has 114 multiprocessors. H100 SXM and H200 SXM are
+# the same chip. Their 67 TFLOPS give 1.98 GHz, which a GPU may not hold under load, so the estimate
+# assumes the lower clock for both.
 CHIPS = (
     Chip("A100 80 GB SXM", 80, 108, 1.41e9, 2.039e12),
     Chip("H100 SXM", 90, 132, 1.755e9, 3.35e12),
-    Chip("H200 SXM", 90, 132, 1.98e9, 4.8e12),
+    Chip("H200 SXM", 90, 132, 1.755e9, 4.8e12),
 )
 _REACHED = 0.9  # the share of the peak bandwidth that a copy reaches
 
@@ -245,13 +255,14 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, action="append")
-    parser.add_argument("--only", default="", help="part of a name")
+    parser.add_argument("--only", default="", help="part of a kernel's name")
     arguments = parser.parse_args()
+    cases = [case for case in make_cases() if arguments.only in case.name]
+    if not cases:
+        parser.error(f"--only must be part of the name of a kernel, got {arguments.only!r}")
     names = " ".join(f"{chip.name:>15}" for chip in CHIPS)
     print(f"{'kernel':34} sm  instructions  registers  spilled  shared  wide {names}")
-    for case in make_cases():
-        if arguments.only not in case.name:
-            continue
+    for case in cases:
         for architecture in arguments.architecture or ARCHITECTURES:
             code = case.compile(architecture)
             wide = f"{code.count(WIDE_LOAD)}+{code.count(WIDE_STORE)}"

@@ -1,7 +1,10 @@
 """Compile JAX's programs of dropout for an H100, on a machine without a GPU, and count.
 
-    pip install --no-deps jax-cuda13-pjrt==VERSION jax-cuda13-plugin==VERSION    # as jaxlib's
-    python tools/xla_gpu_report.py [folder of the plugin, if it is not installed]
+    pip install --no-deps --target FOLDER jax-cuda13-pjrt==VERSION
+    python tools/xla_gpu_report.py FOLDER
+
+VERSION must be the version of jaxlib, which `pip show jaxlib` prints. The plugin must not be
+installed beside JAX: JAX would register it a second time.
 
 For each program it prints how many kernels XLA launches, how many loops and arrays of bool the
 program has, and the instructions of its largest kernel for each element. Instructions need ptxas of
@@ -109,17 +112,14 @@ def get_programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     }
 
 
-def get_device(folder: str | None) -> Any:
+def get_device(folder: str) -> Any:
     """Return an H100 to compile for."""
-    if folder is None:
-        try:
-            spec = find_spec("jax_plugins.xla_cuda13")
-        except ModuleNotFoundError:
-            spec = None
-        if spec is None or spec.origin is None:
-            raise SystemExit(f"JAX's plugin for CUDA 13 is missing.\n\n{__doc__}")
-        folder = str(Path(spec.origin).parent)
-    xla_client.load_pjrt_plugin_dynamically("cuda", str(Path(folder, "xla_cuda_plugin.so")))
+    plugin = Path(folder, "jax_plugins", "xla_cuda13", "xla_cuda_plugin.so")
+    if not plugin.exists():
+        raise SystemExit(f"FOLDER must contain JAX's plugin for CUDA 13, got {folder}\n\n{__doc__}")
+    if _is_installed():
+        raise SystemExit("JAX's plugin must be in FOLDER alone: pip uninstall jax-cuda13-pjrt")
+    xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin))
     try:
         xla_client.initialize_pjrt_plugin("cuda")
     except Exception as error:  # without a driver the topology still works
@@ -127,6 +127,13 @@ def get_device(folder: str | None) -> Any:
     options = {"topology": "1x1x1", "target_config": H100}
     topology = xla_client._xla.get_default_c_api_topology("cuda", "1x1x1", options)
     return TopologyDescription(topology._make_compile_only_devices()).devices[0]
+
+
+def _is_installed() -> bool:
+    try:
+        return find_spec("jax_plugins.xla_cuda13") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def count_instructions() -> float | None:
@@ -153,7 +160,9 @@ def count_instructions() -> float | None:
 
 def main() -> None:
     """Print one row for each program."""
-    device = get_device(sys.argv[1] if len(sys.argv) > 1 else None)
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    device = get_device(sys.argv[1])
     sharding = SingleDeviceSharding(device)
     print(f"{'program':36} {'kernels':>8} {'loops':>6} {'masks':>6} {'instructions':>13}")
     for name, (function, arguments) in get_programs().items():

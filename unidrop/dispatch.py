@@ -1,9 +1,9 @@
 """The choice between fused kernels and portable operations, and the calls of the kernels.
 
 The path changes the time, but never a bit. Fused kernels serve arrays whose elements are in this
-process's memory, if llvmlite is installed to compile them. All other arrays, traced ones included,
-use the operations of their own library. A library may record dropout as one operator; that operator
-chooses a path when it runs.
+process's memory, if llvmlite is installed to compile them, and arrays on a GPU that their library
+locates, if Triton is. All other arrays, traced ones included, use the operations of their own
+library. A library may record dropout as one operator; that operator chooses a path when it runs.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,11 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Literal
 
+from unidrop.device import make_mask_on_device, read_base, run_on_device
 from unidrop.dtypes import compute_dtype, dtype_name
 from unidrop.key import Key
 from unidrop.library import get_library
-from unidrop.protocols import ArrayLibrary, Buffer
+from unidrop.protocols import ArrayLibrary, Buffer, Buffers, DeviceBuffer
 from unidrop.rate import Rate
 from unidrop.threads import fork_guard, get_num_threads
 from unidrop.window import Window
@@ -32,6 +33,7 @@ __all__ = [
     "force_path",
     "fused_dropout",
     "fused_mask",
+    "get_device_kernels",
     "get_kernels",
     "is_forced",
 ]
@@ -39,6 +41,9 @@ __all__ = [
 PathName = Literal["fused", "portable"]
 
 _PATHS = ("fused", "portable")
+
+# The kernels for this process's memory, and those for a GPU.
+_PACKAGE, _DEVICE_PACKAGE = "unidrop.fused", "unidrop.fused.triton"
 
 # A path that `force_path` forces, or "general" under `forbid_plain_calls`.
 _forced: ContextVar[str | None] = ContextVar("unidrop_force_path", default=None)
@@ -92,6 +97,9 @@ def explain_path(x: Any) -> PathChoice:
     kernels = _find_kernels(library, x)
     if isinstance(kernels, str):
         return PathChoice("portable", kernels)
+    if isinstance(kernels[1], DeviceBuffer):
+        place = f"{dtype_name(x.dtype)} on {library.arrays.device(x)}"
+        return PathChoice("fused", f"{place}, by one kernel of Triton")
     threads = get_num_threads()
     some = f"{threads} threads" if threads > 1 else "1 thread"
     return PathChoice("fused", f"{dtype_name(x.dtype)} in this process's memory, up to {some}")
@@ -156,6 +164,14 @@ def get_kernels() -> Any | None:
     return None if isinstance(package, str) or package.unavailable() else package
 
 
+def get_device_kernels(buffers: Buffers, x: Any) -> Any | None:
+    """Return the package of kernels for an array on a GPU, or None if they cannot run."""
+    if is_forced("portable") or buffers.locate_on_device(x) is None:
+        return None
+    package = _get_package(_DEVICE_PACKAGE)
+    return None if isinstance(package, str) or package.unavailable() else package
+
+
 def fused_dropout(
     library: ArrayLibrary, x: Any, key: Key, window: Window, rate: Rate, out: Any = None
 ) -> Any | None:
@@ -182,6 +198,8 @@ def fused_dropout(
     if kernels is None:
         return None
     package, source = kernels
+    if isinstance(source, DeviceBuffer):
+        return run_on_device(package, library, x, source, key, window, rate, out)
     buffers = library.buffers
     y, target = buffers.allocate_like(x) if out is None else (out, buffers.locate(out))
     kernel = None
@@ -211,7 +229,9 @@ def fused_mask(
     kernels = _choose_kernels(library, like, key, window)
     if kernels is None:
         return None
-    package, _ = kernels
+    package, source = kernels
+    if isinstance(source, DeviceBuffer):
+        return make_mask_on_device(package, library, like, key, window, rate, device)
     numbers = _get_numbers(key, window)
     mask = package.make_mask(window.shape, window.strides, rate, *numbers)
     return library.buffers.from_numpy(mask, device)
@@ -224,7 +244,7 @@ def check_fused(library: ArrayLibrary, like: Any, key: Key, window: Window) -> N
 
 def _choose_kernels(
     library: ArrayLibrary, x: Any, key: Key, window: Window
-) -> tuple[Any, Buffer] | None:
+) -> tuple[Any, Buffer | DeviceBuffer] | None:
     """Return the package of kernels and the buffer of x, or None for the portable path."""
     forced = _forced.get()
     if forced == "portable":
@@ -239,22 +259,27 @@ def _choose_kernels(
 
 def _find_kernels(
     library: ArrayLibrary, x: Any, key: Key | None = None, window: Window | None = None
-) -> tuple[Any, Buffer] | str:
+) -> tuple[Any, Buffer | DeviceBuffer] | str:
     """Return the package of kernels and the buffer of x, or the reason why kernels cannot run."""
     if library.arrays.is_traced(x) or (key is not None and _has_traced(key, window)):
         return "it is traced, and its library chooses when it runs the trace"
-    buffer = library.buffers.locate(x)
+    buffer: Buffer | DeviceBuffer | str | None = library.buffers.locate_on_device(x)
+    name = _PACKAGE if buffer is None else _DEVICE_PACKAGE
+    if buffer is None:
+        buffer = library.buffers.locate(x)
     if isinstance(buffer, str):
         return buffer
-    package = _get_package()
+    package = _get_package(name)
     if isinstance(package, str):
         return package
-    return package.unavailable() or (package, buffer)
+    reason: str | None = package.unavailable()
+    return (package, buffer) if reason is None else reason
 
 
 def _has_traced(key: Key, window: Window | None) -> bool:
     """Return whether a word of a key or a start of a window is traced."""
-    numbers = key._words
+    words = key._words
+    numbers = words if isinstance(words, tuple) else (words,)
     if window is not None and window.start is not None:
         numbers = (*numbers, *window.start)
     for number in numbers:
@@ -267,24 +292,15 @@ def _get_numbers(key: Key, window: Window) -> tuple[int, int]:
     """Return the key and the number of the window's first element as integers below 2^64."""
     lo, hi = key._words  # without the call of a property: every call comes here
     number = (int(hi) & MASK32) << 32 | (int(lo) & MASK32)
-    if window.start is None:
-        return number, 0
-    base = window.whole.base + sum(_read(start) * stride for start, stride in window.offsets)
-    return number, base % (1 << 64)
-
-
-def _read(start: Any) -> int:
-    """Return the value of a start that is an array."""
-    hi, lo = get_library(start).split(start, "start")
-    return int(hi) << 32 | int(lo)
+    return number, 0 if window.start is None else read_base(window)
 
 
 @cache
-def _get_package() -> Any:
+def _get_package(name: str = _PACKAGE) -> Any:
     try:
         with fork_guard:
-            return import_module("unidrop.fused")
+            return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != "unidrop.fused":
+        if error.name not in (_PACKAGE, _DEVICE_PACKAGE):
             raise
-        return "the package unidrop.fused is missing"
+        return f"the package {error.name} is missing"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy
 
-__all__ = ["COMPUTE_DTYPES", "DTYPES", "compute_dtype", "dtype_name", "integer_bits"]
+__all__ = ["COMPUTE_DTYPES", "DTYPES", "ITEM_SIZES", "compute_dtype", "dtype_name", "integer_bits"]
 
 #: The real dtype for the product of an array's components with the scale, by the array's dtype.
 COMPUTE_DTYPES = {
@@ -15,6 +15,17 @@ COMPUTE_DTYPES = {
     "float64": "float64",
     "complex64": "float32",
     "complex128": "float64",
+}
+
+#: The bytes of an element of an array or a mask, by its dtype.
+ITEM_SIZES = {
+    "bool": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
 }
 
 #: The dtypes that dropout supports.

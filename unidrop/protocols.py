@@ -6,9 +6,10 @@ overrides methods of a protocol and registers an `ArrayLibrary`; see `unidrop.li
 * `Arrays` fills gaps of the standard: the namespace, whether an array is traced, complex numbers.
 * `Words` holds the generator's 32-bit words in the library's integers.
 * `Operator` makes dropout one differentiable operation of the library.
-* `Buffers` locates elements in this process's memory, for the fused kernels.
+* `Buffers` locates elements in this process's memory, or on a GPU, for the fused kernels.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from unidrop.rate import Rate
     from unidrop.window import Window
 
-__all__ = ["ArrayLibrary", "Arrays", "Buffer", "Buffers", "Operator", "Words"]
+__all__ = ["ArrayLibrary", "Arrays", "Buffer", "Buffers", "DeviceBuffer", "Operator", "Words"]
 
 
 _DLPACK_CPU = 1
@@ -75,6 +76,8 @@ class Arrays:
         If True, the core computes in cache-sized pieces; if False, in pieces of so many elements
         that an operation takes longer than its launch.
         """
+        if not hasattr(x, "__dlpack_device__"):
+            return True
         device, _ = x.__dlpack_device__()
         return int(device) == _DLPACK_CPU
 
@@ -248,15 +251,58 @@ class Buffer(NamedTuple):
     strides: tuple[int, ...] | None
 
 
-class Buffers:
-    """Elements in this process's memory, where fused kernels read and write them.
+class DeviceBuffer(NamedTuple):
+    """The place of an array's elements in the memory of a GPU.
 
-    The core calls the other methods only after `locate` has returned a `Buffer`.
+    Attributes
+    ----------
+    pointer : object
+        Has a method ``data_ptr()`` and a ``dtype``, as Triton expects. The dtype of a complex array
+        is the one of its components.
+    strides : tuple of int
+        The distance between neighbors along each axis, in elements.
+    """
+
+    pointer: Any
+    strides: tuple[int, ...]
+
+
+class Buffers:
+    """Elements in memory, where fused kernels read and write them.
+
+    The core calls the other methods only after `locate` has returned a `Buffer`, or
+    `locate_on_device` a `DeviceBuffer`.
     """
 
     def locate(self, x: Any) -> Buffer | str:
         """Return where the elements of x are, or the reason why kernels cannot reach them."""
         return "its library does not locate the elements of an array"
+
+    def locate_on_device(self, x: Any) -> DeviceBuffer | None:
+        """Return where the elements of x are on a GPU, or None if kernels cannot reach them."""
+        return None
+
+    def gather(self, numbers: Any, x: Any) -> Any | None:
+        """Return integers as an ``int64`` array on the GPU of x, or None if they can be read.
+
+        Reading a number that the GPU computes would wait for it.
+
+        Parameters
+        ----------
+        numbers : sequence of int and 0-d integer arrays, or one array
+            Narrow arrays are zero-extended.
+        x : array
+
+        Raises
+        ------
+        RuntimeError
+            If the library records what the GPU runs, and would repeat a number that it reads now.
+        """
+        return None
+
+    def use_device(self, x: Any) -> AbstractContextManager[Any]:
+        """Return a context that lets kernels run on the GPU of x."""
+        return nullcontext()
 
     def allocate_like(self, x: Any) -> tuple[Any, Buffer]:
         """Return a handle of an uninitialized output like x, without gaps, and its buffer."""

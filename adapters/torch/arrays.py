@@ -5,15 +5,17 @@ from typing import Any
 import array_api_compat.torch
 import torch
 
+from unidrop.adapters.torch.buffers import BUFFERS, is_tracing, must_stay
 from unidrop.adapters.torch.onnx import is_exporting, run_exported
 from unidrop.adapters.torch.operators import (
     as_constant,
+    fold_on_device,
     int_tensor,
     key_tensor,
     pack_words,
     trace_dropout,
 )
-from unidrop.adapters.torch.plain import BUFFERS, is_tracing, run_plain
+from unidrop.adapters.torch.plain import run_plain
 from unidrop.arguments import register_symbolic_integer
 from unidrop.key import Key, fold_number, string_data
 from unidrop.plan import DropoutPlan
@@ -124,7 +126,8 @@ class TorchOperator(Operator):
         if is_tracing():
             if is_exporting():
                 return run_exported(plan, x, key, mask)
-            return trace_dropout(x, key_tensor(key), plan.rate.p, *_window_arguments(plan.window))
+            window = _window_arguments(plan.window, x.device)
+            return trace_dropout(x, key_tensor(key, x.device), plan.rate.p, *window)
         return apply_eager(x, key, plan, mask)
 
     def traced_mask(
@@ -139,12 +142,13 @@ class TorchOperator(Operator):
             whole = Window.from_args(
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
-            return trace_dropout(ones, key_tensor(key), rate.p, *_window_arguments(whole)) != 0
+            words, arguments = key_tensor(key, like.device), _window_arguments(whole, like.device)
+            return trace_dropout(ones, words, rate.p, *arguments) != 0
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
-            key_tensor(key),
+            key_tensor(key, like.device),
             as_constant(rate.p),
             window.shape,
-            *_window_arguments(window),
+            *_window_arguments(window, like.device),
             device=like.device,
         )
         return mask
@@ -160,15 +164,20 @@ class TorchOperator(Operator):
         return packed
 
     def fold_in(self, words: Any, data: torch.Tensor, tag: int) -> torch.Tensor | None:
-        """Return the words of a key after folding in a step, by one operator of a trace on the CPU.
+        """Return the words of a key after folding in a step: by one operator, or on a GPU.
 
-        On Python integers the operator takes microseconds; compiling the arithmetic takes seconds.
-        On another device the operator would wait for the step, so PyTorch compiles the arithmetic.
+        Compiling the arithmetic would take seconds.
         """
-        if data.device.type != "cpu" or not is_tracing() or is_exporting():
+        if is_exporting():
             return None
+        if not is_tracing():
+            if not must_stay(data):
+                return None
+            LIBRARY.words.width(data, "data")
+            return fold_on_device(words, data, tag)
         LIBRARY.words.width(data, "data")
-        folded: torch.Tensor = torch.ops.unidrop.fold_in(pack_words(words), data)
+        words = pack_words(words, data.device)
+        folded: torch.Tensor = torch.ops.unidrop.fold_in(words, data)
         return folded
 
 
@@ -188,8 +197,8 @@ def not_dense(x: torch.Tensor, name: str) -> TypeError:
     )
 
 
-def _window_arguments(window: Window) -> tuple[Any, ...]:
-    """Return the arguments of an operator for a window."""
+def _window_arguments(window: Window, device: torch.device) -> tuple[Any, ...]:
+    """Return the arguments of an operator for a window of a tensor on a device."""
     if window.global_shape is None or window.start is None:
         return (window.broadcast_axes,)
     if any(length > _MAX_INT64 for length in window.global_shape):
@@ -197,7 +206,7 @@ def _window_arguments(window: Window) -> tuple[Any, ...]:
             "global_shape must be below 2**63 under torch.compile, torch.export and torch.func, "
             f"got {window.global_shape}"
         )
-    return window.broadcast_axes, window.global_shape, int_tensor(window.start)
+    return window.broadcast_axes, window.global_shape, int_tensor(window.start, device)
 
 
 class _Dropout(torch.autograd.Function):

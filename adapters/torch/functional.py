@@ -15,6 +15,7 @@ from unidrop.adapters.torch.arrays import (
     not_dense,
     write_result,
 )
+from unidrop.adapters.torch.buffers import PLAIN, is_tracing, refuse_capture
 from unidrop.adapters.torch.fx import call_override
 from unidrop.adapters.torch.onnx import is_exporting
 from unidrop.adapters.torch.operators import (
@@ -24,7 +25,7 @@ from unidrop.adapters.torch.operators import (
     trace_draw_words,
     trace_dropout,
 )
-from unidrop.adapters.torch.plain import PLAIN, SUPPORTED_DTYPES, is_tracing
+from unidrop.adapters.torch.plain import SUPPORTED_DTYPES
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_key
 from unidrop.library import get_library
@@ -433,7 +434,7 @@ def _dropout(
     if plan is None:
         return input
     if key is None:
-        return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
+        return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), input, inplace)
     return apply_plan(input, plan, key, inplace)
 
 
@@ -451,7 +452,7 @@ def _trace_whole(
         check_key(key)
     if not traced_call_drops(input, p, training):
         return trace_identity(input)
-    words = trace_draw_words(input) if key is None else key_tensor(key)
+    words = trace_draw_words(input) if key is None else key_tensor(key, input.device)
     return apply_traced(input, p, axes, words, inplace)
 
 
@@ -492,7 +493,7 @@ def _dropout_of_window(
         output = _write(input, plan, key, mask) if inplace else plan.apply(input, key, mask)
         return output if mask is None else (output, mask)
 
-    return run_with_drawn_key(call, inplace) if key is None else call(key)
+    return run_with_drawn_key(call, input, inplace) if key is None else call(key)
 
 
 @lru_cache(maxsize=1024)
@@ -561,11 +562,13 @@ def apply_plan(input: Tensor, plan: DropoutPlan, key: Key, inplace: bool) -> Ten
     return output
 
 
-def run_with_drawn_key(call: Callable[[Key], T], inplace: bool) -> T:
+def run_with_drawn_key(call: Callable[[Key], T], input: Tensor, inplace: bool) -> T:
     """Return ``call(key)`` for a key from the default generator.
 
     In place, PyTorch may refuse to write to the input. The generator then keeps its state.
     """
+    if not input.is_cpu:
+        refuse_capture(input.device)
     if not inplace:
         return call(draw_key())
     state = torch.get_rng_state()

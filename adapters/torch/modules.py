@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unidrop.adapters.calls import run_exclusively
+from unidrop.adapters.torch.buffers import BUFFERS, is_tracing, refuse_capture
 from unidrop.adapters.torch.checkpoint import current_log
 from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.functional import (
@@ -30,11 +31,11 @@ from unidrop.adapters.torch.operators import (
     as_key,
     key_tensor,
     next_call_number,
+    next_call_words,
     rollback_call,
     trace_call_key,
     trace_draw_words,
 )
-from unidrop.adapters.torch.plain import is_tracing
 from unidrop.adapters.torch.seeds import warn_of_twins
 from unidrop.adapters.torch.state import get_number, make_calls, read_saved, set_number
 from unidrop.arguments import checked_integer
@@ -127,7 +128,9 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         buffers, inplace = self._buffers, self.inplace
         seed = self._seed if buffers.get(_KEY) is self._own_key else self._get_key()
         if seed is None:
-            return run_with_drawn_key(lambda key: apply_plan(input, plan, key, inplace), inplace)
+            return run_with_drawn_key(
+                lambda key: apply_plan(input, plan, key, inplace), input, inplace
+            )
 
         if self._checked != id(self) and not self.__dict__.get("_is_replica"):
             warn_of_twins(self)
@@ -136,9 +139,16 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         if calls.is_meta or calls.is_inference():
             calls = self._get_calls()
         log = current_log()
-        number = run_exclusively(calls, next_call_number, calls, log)
+        if not calls.is_cpu or BUFFERS.is_interpreted:
+            taken = run_exclusively(calls, next_call_words, calls, buffers[_KEY], log)
+            key, number = as_key(taken[:2]), taken[2]
+        else:
+            if not input.is_cpu:
+                refuse_capture(input.device)
+            number = run_exclusively(calls, next_call_number, calls, log)
+            key = seed.fold_in(number)
         try:
-            return apply_plan(input, plan, seed.fold_in(number), inplace)
+            return apply_plan(input, plan, key, inplace)
         except BaseException:
             run_exclusively(calls, rollback_call, number, calls, log)
             raise
@@ -157,7 +167,8 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         else:
             calls, key = self._buffers[_CALLS], self._buffers[_KEY]
             randomness(input, calls)  # raises before anything is counted
-            words = trace_call_key(calls, self._words if key is self._own_key else key)
+            is_own = key is self._own_key and calls.device.type == "cpu"
+            words = trace_call_key(calls, self._words if is_own else key)
         return apply_traced(input, p, axes, words, self.inplace)
 
     def _get_axes(self, input: Tensor) -> Sequence[int]:

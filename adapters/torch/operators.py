@@ -8,8 +8,9 @@ Requirements this design meets:
   it writes to a tensor. So compilers neither remove nor merge nor reorder such operators.
 * Compilers never recompute such an operator under activation checkpointing: they save its output.
 
-A key is an int64 tensor ``[lo, hi]``. It is on the CPU, unless a step on another device was folded
-into it.
+A key is an int64 tensor ``[lo, hi]``. In a trace it is on the device of the tensor that it drops
+elements of, so that a CUDA graph may contain the operator: it reads nothing from the CPU. Operators
+that do read the CPU have a tag that keeps them out of CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +26,20 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from unidrop.adapters.calls import run_exclusively
+from unidrop.adapters.torch import inductor
+from unidrop.adapters.torch.buffers import (
+    BUFFERS,
+    as_int64,
+    is_tracing,
+    must_stay,
+    refuse_capture,
+    to_device,
+)
 from unidrop.adapters.torch.checkpoint import CheckpointLog, current_log
 from unidrop.adapters.torch.func import is_functionalizing, randomness
-from unidrop.adapters.torch.plain import SUPPORTED_DTYPES, is_tracing, run_plain
-from unidrop.adapters.torch.state import ADVANCE, advance, get_number
+from unidrop.adapters.torch.plain import SUPPORTED_DTYPES, run_plain
+from unidrop.adapters.torch.state import add_calls, advance, get_number
+from unidrop.dispatch import get_device_kernels
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.mask import keep_mask
@@ -41,8 +52,12 @@ __all__ = [
     "as_key",
     "cached_rate",
     "draw_key",
+    "fold_on_device",
+    "int_tensor",
     "key_tensor",
     "next_call_number",
+    "next_call_words",
+    "pack_words",
     "rollback_call",
     "trace_call_key",
     "trace_draw_words",
@@ -58,9 +73,14 @@ _DRAWN: list[tuple[Tensor, memoryview]] = []
 # The rate of a float. Dynamo warns about caches, so only calls that it does not trace use this one.
 cached_rate = lru_cache(maxsize=256)(Rate.from_p)
 
+_CPU = torch.device("cpu")
+
 _get_dispatch_mode = torch._C._get_dispatch_mode
 _DispatchMode = torch._C._TorchDispatchModeKey
 _DispatchKey = torch._C.DispatchKey
+
+# An operator that reads the CPU would read it once, at the capture. PyTorch 2.6 lacks the tag.
+_READS_CPU = [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is not None else []
 
 _library = torch.library.Library("unidrop", "DEF")
 _library.define(
@@ -71,45 +91,59 @@ _library.define(
     "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
     "SymInt[]? global_shape=None, Tensor? start=None, *, Device device) -> Tensor"
 )
-_library.define("integers(SymInt[] values) -> Tensor")
+_library.define("integers(SymInt[] values, *, Device device) -> Tensor", tags=_READS_CPU)
 _library.define("stack_integers(Tensor[] values) -> Tensor")
 _library.define("pack_key(Tensor lo, Tensor hi) -> Tensor")
 _library.define("fold_in(Tensor key, Tensor data) -> Tensor")
 _library.define("next_call(Tensor(a!) calls) -> Tensor")
 _library.define("call_key(Tensor(a!) calls, Tensor key) -> Tensor")
-_library.define("draw_key(Tensor(a!) order) -> Tensor")
+_library.define("draw_key(Tensor(a!) order, *, Device device) -> Tensor", tags=_READS_CPU)
 
 
-def key_tensor(key: Key) -> Tensor:
-    """Return the words of a key as a tensor."""
-    return pack_words(key._words)
+def key_tensor(key: Key, device: torch.device = _CPU) -> Tensor:
+    """Return the words of a key as a tensor on a device."""
+    return pack_words(key._words, device)
 
 
-def pack_words(words: Any) -> Tensor:
-    """Return ``(lo, hi)`` as a tensor; a tensor of both is returned as it is."""
-    return words if isinstance(words, Tensor) else int_tensor(words)
+def pack_words(words: Any, device: torch.device) -> Tensor:
+    """Return ``(lo, hi)`` as a tensor on a device; words may be a tensor of both."""
+    return move(words, device) if isinstance(words, Tensor) else int_tensor(words, device)
 
 
-def int_tensor(numbers: Sequence[Any]) -> Tensor:
-    """Return integers, or 0-d tensors of them, as one tensor."""
+def move(numbers: Tensor, device: torch.device) -> Tensor:
+    """Move numbers to a device, unless the trace of an export would then name the device."""
+    if numbers.device == device or torch.compiler.is_exporting():
+        return numbers
+    return numbers.to(device)
+
+
+def int_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Return integers, or 0-d tensors of them, as one tensor on a device."""
     if torch.compiler.is_dynamo_compiling():
-        return _trace_int_tensor(numbers)
-    device = next((n.device for n in numbers if isinstance(n, Tensor)), None)
-    if device is None:
-        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-    return torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in numbers])
+        return _trace_int_tensor(numbers, device)
+    if any(isinstance(n, Tensor) for n in numbers):
+        return torch.stack([_as_scalar(n, device) for n in numbers])
+    return to_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
 
 
-def _trace_int_tensor(numbers: Sequence[Any]) -> Tensor:
+def _as_scalar(number: Any, device: torch.device) -> Tensor:
+    """Return an integer as a 0-d tensor; unlike a copy from the CPU, a fill waits for nothing."""
+    if isinstance(number, Tensor):
+        return number.to(device, torch.int64)
+    return torch.full((), number, dtype=torch.int64, device=device)
+
+
+def _trace_int_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Run `int_tensor` by operators, because compilers generate no kernels for them."""
     ops = torch.ops.unidrop
-    tensors = [n for n in numbers if isinstance(n, Tensor)]
-    if not tensors:
-        integers: Tensor = ops.integers(numbers)
+    if not any(isinstance(n, Tensor) for n in numbers):
+        integers: Tensor = ops.integers(numbers, device=device)
         return integers
-    device = tensors[0].device
     stack: Tensor = ops.stack_integers(
-        [n if isinstance(n, Tensor) else ops.integers([n]).to(device).reshape(()) for n in numbers]
+        [
+            n.to(device) if isinstance(n, Tensor) else ops.integers([n], device=device).reshape(())
+            for n in numbers
+        ]
     )
     return stack
 
@@ -125,7 +159,7 @@ def trace_dropout(
     """Return dropout under the key in a tensor of words, as one operator of a trace."""
     output: Tensor = torch.ops.unidrop.dropout(
         x,
-        words,
+        move(words, x.device),
         as_constant(p),
         broadcast_axes,
         global_shape,
@@ -146,8 +180,8 @@ def as_constant(p: float) -> float:
 
 def as_key(words: Tensor) -> Key:
     """Return the key of a tensor of words, with a value if reading it waits for no device."""
-    if not words.is_cpu:
-        return Key.from_words(*words.unbind())
+    if must_stay(words):
+        return Key._from_raw_words(words)
     lo, hi = words.tolist()
     return Key._from_raw_words((lo & MASK32, hi & MASK32))
 
@@ -158,14 +192,16 @@ def next_call_number(calls: Tensor, log: CheckpointLog | None, *, read: bool = T
     The number is a tensor if it is not to be read, or if reading it would wait for a device. The
     caller uses `run_exclusively`.
     """
-    if log is not None and log.replays:
-        return log.replay()
     number: Any
+    if log is not None and log.replays:
+        number = log.replay()
+        # The layer was on another device then, and `next_call_words` took the number.
+        return number[2] if isinstance(number, Tensor) and number.shape == (3,) else number
     if read and calls.is_cpu and calls.dim() == 1:
         number = advance(calls)
     else:
         number = get_number(calls).clone()
-        calls.add_(ADVANCE.to(calls.device))
+        add_calls(calls, 1)
     if log is not None:
         log.append(number)
     return number
@@ -175,9 +211,54 @@ def rollback_call(number: Any, calls: Tensor, log: CheckpointLog | None) -> None
     """Undo `next_call_number` for a call that raised, unless a later number was taken."""
     if log is None or not log.replays:
         is_last = get_number(calls) == number + 1
-        calls.copy_(torch.where(is_last.unsqueeze(-1), calls - ADVANCE.to(calls.device), calls))
+        add_calls(calls, -is_last.to(torch.int64))
     if log is not None:
         log.rollback()
+
+
+def next_call_words(calls: Tensor, key: Tensor, log: CheckpointLog | None) -> Tensor:
+    """Run `next_call_number` on a device, and return ``[lo, hi, number]``: the call's key too.
+
+    Nothing waits for the device, and a CUDA graph that contains this advances the number at each
+    replay.
+    """
+    if log is not None and log.replays:
+        replayed = log.replay()
+        if isinstance(replayed, Tensor) and replayed.shape == (3,):
+            return replayed
+        # The layer was on the CPU then.
+        return _fold_number(calls, key, as_int64(replayed, calls.device))
+    package = get_device_kernels(BUFFERS, calls)
+    if package is not None and calls.shape == (2,) and calls.is_contiguous():
+        taken = torch.empty((3,), dtype=torch.int64, device=calls.device)
+        with BUFFERS.use_device(calls):
+            package.next_key(calls, key.to(calls.device).contiguous(), taken)
+    else:
+        taken = _fold_number(calls, key, next_call_number(calls, None, read=False))
+    if log is not None:
+        log.append(taken)
+    return taken
+
+
+def _fold_number(calls: Tensor, key: Tensor, number: Tensor) -> Tensor:
+    """Return ``[lo, hi, number]`` by PyTorch's operations, or by the kernel that folds."""
+    lo, hi = Key._from_raw_words(key.to(calls.device)).fold_in(number).words
+    return torch.stack([lo, hi, number])
+
+
+def fold_on_device(words: Any, data: Tensor, tag: int) -> Tensor | None:
+    """Return the words of a key after folding in a step on a GPU, or None if no kernel can."""
+    package = get_device_kernels(BUFFERS, data)
+    if package is None:
+        return None
+    folded = torch.empty((2,), dtype=torch.int64, device=data.device)
+    gathered: Any = BUFFERS.gather(words, data)
+    if gathered is None:
+        lo, hi = words.tolist() if isinstance(words, Tensor) else map(int, words)
+        gathered = lo & MASK32, hi & MASK32
+    with BUFFERS.use_device(data):
+        package.fold_in(gathered, as_int64(data, data.device), tag, folded)
+    return folded
 
 
 def draw_words() -> Tensor:
@@ -232,7 +313,7 @@ def trace_draw_words(x: Tensor) -> Tensor:
         and _get_dispatch_mode(_DispatchMode.FAKE) is not None
     ):
         return _generate_words()
-    words: Tensor = torch.ops.unidrop.draw_key(_DRAW_ORDER)
+    words: Tensor = torch.ops.unidrop.draw_key(_DRAW_ORDER, device=x.device)
     return words
 
 
@@ -243,11 +324,11 @@ def _generate_words() -> Tensor:
 def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
     """Advance a call number in a trace, and return the words of the key of the call.
 
-    On the CPU one operator does both. On another device it would wait for the number, so there the
-    trace contains the arithmetic, on 0-d tensors. `torch.func.functionalize` accepts no operator
-    that advances a number, so there PyTorch's own does.
+    One operator does both, on the device of the call number. `torch.func.functionalize` accepts no
+    operator that advances a number, so there PyTorch's own does.
     """
     folded: Tensor
+    words = move(words, calls.device)
     if is_functionalizing():
         is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(calls)
         # torch.func refuses to advance a tensor that the function does not receive.
@@ -256,12 +337,8 @@ def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
             take = partial(next_call_number, read=not is_observed)
             taken = run_exclusively(calls, take, calls, current_log())
         folded = torch.ops.unidrop.fold_in(words, torch.as_tensor(taken))
-    elif calls.device.type == "cpu":
-        folded = torch.ops.unidrop.call_key(calls, words)
     else:
-        number = torch.ops.unidrop.next_call(calls)
-        lo, hi = words.to(calls.device).unbind()
-        folded = key_tensor(Key.from_words(lo, hi).fold_in(number))
+        folded = torch.ops.unidrop.call_key(calls, words)
     return folded
 
 
@@ -282,6 +359,8 @@ def _dropout(
         global_shape=global_shape,
         start=_read_start(start),
     )
+    if not (must_stay(key) and (start is None or must_stay(start))):
+        refuse_capture(x.device)
     output: Tensor = plan.apply(x, as_key(key))
     return output
 
@@ -314,13 +393,13 @@ def _read_start(start: Tensor | None) -> Sequence[Any] | None:
     """Return the start of a window: as integers if reading them waits for no device."""
     if start is None:
         return None
-    starts: Sequence[Any] = start.tolist() if start.device.type == "cpu" else start.unbind()
+    starts: Sequence[Any] = start.unbind() if must_stay(start) else start.tolist()
     return starts
 
 
 @_disable_dynamo
-def _integers(values: Sequence[int]) -> Tensor:
-    return _to_tensor(values)
+def _integers(values: Sequence[int], *, device: torch.device) -> Tensor:
+    return to_device(_to_tensor(values), device)
 
 
 @_disable_dynamo
@@ -345,6 +424,12 @@ def _low_bits(word: Tensor) -> Tensor:
 def _fold_in(key: Tensor, data: Tensor) -> Tensor:
     bits = integer_bits(data.dtype)
     assert bits is not None  # `Words.width` rejects other dtypes
+    if must_stay(data):
+        folded = fold_on_device(key.to(data.device), data, 1)
+        if folded is None:
+            folded = key_tensor(as_key(key.to(data.device)).fold_in(data), data.device)
+        return folded
+    refuse_capture(key.device)
     # Zero-extend from the width, so that negative steps and steps of uint64 are valid too.
     return _to_words(as_key(key).fold_in(int(data.item()) & ((1 << bits) - 1)))
 
@@ -357,13 +442,19 @@ def _next_call(calls: Tensor) -> Tensor:
 
 @_disable_dynamo
 def _call_key(calls: Tensor, key: Tensor) -> Tensor:
+    if must_stay(calls):
+        log = current_log()
+        taken = run_exclusively(calls, next_call_words, calls, key, log)
+        # A compiler may reuse the memory of the output, but a recomputation needs the log.
+        return taken[:2] if log is None else taken[:2].clone()
     number = run_exclusively(calls, next_call_number, calls, current_log())
     return _to_words(as_key(key).fold_in(int(number)))
 
 
 @_disable_dynamo
-def _draw_key(order: Tensor) -> Tensor:
-    return _to_words(draw_key())
+def _draw_key(order: Tensor, *, device: torch.device) -> Tensor:
+    refuse_capture(device)
+    return to_device(_to_words(draw_key()), device)
 
 
 def _to_words(key: Key) -> Tensor:
@@ -422,9 +513,10 @@ def _with_defaults(
     return p, axes, global_shape, start, random
 
 
-def _below_autograd(operator: Any, keyset: Any, *arguments: Any) -> Tensor:
+def _below_autograd(operator: Any, keyset: Any, *arguments: Any, **options: Any) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        output: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        keys = keyset & torch._C._after_autograd_keyset
+        output: Tensor = operator.redispatch(keys, *arguments, **options)
     return output
 
 
@@ -502,14 +594,14 @@ def _make_saved_kernel(name: str) -> Any:
     """Return an autograd kernel of an operator whose output compilers save, not recompute."""
 
     @_disable_dynamo
-    def kernel(keyset: Any, state: Tensor, *key: Tensor) -> Tensor:
+    def kernel(keyset: Any, state: Tensor, *key: Tensor, **options: Any) -> Tensor:
         if not is_tracing() and all(type(t) is Tensor and not t.is_meta for t in (state, *key)):
             # Two more visits of the dispatcher would lead to the same function.
-            return _EAGER[name](state, *key)
+            return _EAGER[name](state, *key, **options)
         operator = getattr(torch.ops.unidrop, name).default
         traced: Any = _get_dispatch_mode(_DispatchMode.PROXY)
         before = 0 if traced is None else len(traced.tracer.graph.nodes)
-        output = _below_autograd(operator, keyset, state, *key)
+        output = _below_autograd(operator, keyset, state, *key, **options)
         if traced is not None:
             # Activation checkpointing has marked these nodes for recomputation.
             for node in list(traced.tracer.graph.nodes)[before:]:
@@ -519,7 +611,7 @@ def _make_saved_kernel(name: str) -> Any:
     return kernel
 
 
-def _refuse_branch(*arguments: Any) -> Tensor:
+def _refuse_branch(*arguments: Any, **options: Any) -> Tensor:
     """Raise, because a branch of a compiled graph advances neither a call number nor a generator.
 
     PyTorch raises its own error for the bodies of compiled loops.
@@ -566,6 +658,12 @@ def _batch_fold_in(
     return torch.stack(folded), 0
 
 
+def _fake_dropout(x: Tensor, *_: Any, **random: Any) -> Tensor:
+    """Return an output without values; compilers call this for each node before they lower it."""
+    inductor.register(x.device)
+    return torch.empty_like(x)
+
+
 _EAGER: dict[str, Callable[..., Tensor]] = {
     "dropout": _dropout,
     "keep_mask": _keep_mask,
@@ -578,17 +676,19 @@ _EAGER: dict[str, Callable[..., Tensor]] = {
     "draw_key": _draw_key,
 }
 _FAKE: dict[str, Callable[..., Tensor]] = {
-    "dropout": lambda x, *_, **random: torch.empty_like(x),
+    "dropout": _fake_dropout,
     "keep_mask": lambda key, p, shape, *_, device: torch.empty(
         shape, dtype=torch.bool, device=device
     ),
-    "integers": lambda values: torch.empty((len(values),), dtype=torch.int64, device="cpu"),
+    "integers": lambda values, *, device: torch.empty(
+        (len(values),), dtype=torch.int64, device=device
+    ),
     "stack_integers": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
     "pack_key": lambda lo, hi: lo.new_empty((*lo.shape, 2), dtype=torch.int64),
     "fold_in": lambda key, data: torch.empty_like(key),
     "next_call": lambda calls: torch.empty_like(calls[..., 0]),
     "call_key": lambda calls, key: torch.empty_like(key),
-    "draw_key": lambda order: torch.empty((2,), dtype=torch.int64, device="cpu"),
+    "draw_key": lambda order, *, device: torch.empty((2,), dtype=torch.int64, device=device),
 }
 for _name, _function in _EAGER.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from unidrop.adapters.seeds import warn_of_equal_seeds
+from unidrop.adapters.torch.buffers import must_stay
 from unidrop.key import Key
 
 __all__ = ["assign_seeds", "warn_of_twins"]
@@ -78,7 +79,7 @@ def warn_of_twins(layer: torch.nn.Module) -> None:
         other._checked = id(other)
     # Reading a number on another device would wait for it.
     active = [
-        (name, other.seed, int(other.calls) if other.calls.device.type == "cpu" else 0)
+        (name, other.seed, 0 if must_stay(other.calls) else int(other.calls))
         for name, other in layers
         if other.seed is not None and other.training and other.p > 0
     ]

@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ADVANCE", "advance", "get_number", "make_calls", "read_saved", "set_number"]
-
-# Added to (number, ~number).
-ADVANCE = torch.tensor([1, -1])
+__all__ = ["add_calls", "advance", "get_number", "make_calls", "read_saved", "set_number"]
 
 # The memory of a call number and its check.
 _NUMBERS, _WORDS = Struct("=2q"), Struct("=2Q")
@@ -70,10 +67,16 @@ def advance(calls: Tensor) -> int:
             f"not {~number}. A loader left it uninitialized, or wrote to it. Set module.calls"
         )
     if memory is None:
-        calls.add_(ADVANCE)
+        add_calls(calls, 1)
     else:  # in one step, so that a signal handler interrupts before or after it
         _WORDS.pack_into(memory, 0, number + 1, ~(number + 1) & _MASK64)
     return int(number)
+
+
+def add_calls(calls: Tensor, count: Any) -> None:
+    """Add an integer, or a tensor of one for each number, to call numbers on any device."""
+    get_number(calls).add_(count)
+    calls[..., 1].sub_(count)
 
 
 @lru_cache(maxsize=1024)

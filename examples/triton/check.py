@@ -3,12 +3,14 @@
     unidrop vectors --out vectors
     python examples/triton/check.py vectors/vectors.json
 
-Without a GPU, set TRITON_INTERPRET=1: Triton then interprets the kernel on the CPU.
+It needs PyTorch. Without a GPU, set TRITON_INTERPRET=1: Triton then interprets the kernel on the
+CPU.
 """
 
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -44,6 +46,10 @@ def check_output(vector):
 
 def main(path):
     """Check all vectors that need no window and no other dtype."""
+    if DEVICE == "cpu":  # the interpreter multiplies by NumPy, which warns of an infinite product
+        warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)
+    elif not torch.cuda.is_available():
+        sys.exit("PyTorch finds no GPU; set TRITON_INTERPRET=1 to interpret the kernel on the CPU")
     vectors = json.loads(Path(path).read_text(encoding="utf-8"))
     assert vectors["stream"] == 1, "stream must be 1"
     masks = [v for v in vectors["masks"] if v["keep"] and v["global_shape"] is None]

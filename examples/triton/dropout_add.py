@@ -52,7 +52,18 @@ def kernel(
 
 
 def dropout_add(x, residual, y, p, key):
-    """Write residual + dropout(x) to y; key is the pair of words ``unidrop.Key.words``."""
+    """Write residual + dropout(x) to y; key is the pair of words ``unidrop.Key.words``.
+
+    p must be in [0, 1]. All arrays must have one shape, and be contiguous: the kernel numbers
+    elements by their place in memory.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    for name, array in (("x", x), ("residual", residual), ("y", y)):
+        if array.shape != x.shape:
+            raise ValueError(f"{name} must have shape {tuple(x.shape)}, got {tuple(array.shape)}")
+        if not array.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {array.stride()}")
     threshold = round(p * 2**32)
     if threshold == 2**32:  # nothing is kept
         y.copy_(residual + 0.0)

@@ -5,10 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 
 import unidrop.conformance
 
@@ -18,11 +19,9 @@ KERNEL = EXAMPLES / "triton" / "dropout_add.py"
 VECTORS = Path(unidrop.conformance.__file__).parent / "vectors" / "vectors.json"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc")
-HAS_TRITON = find_spec("triton") is not None and find_spec("torch") is not None
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton has no wheel for this system")
 
 
 def run(*command, **environment):
@@ -95,12 +94,13 @@ def test_compiles_kernel_by_nvcc(tmp_path):
 
 
 @pytest.mark.slow
-@needs_triton
+@pytest.mark.triton
 def test_accepts_the_vectors_in_triton():
     check = KERNEL.with_name("check.py")
     checked = run(sys.executable, check, VECTORS, TRITON_INTERPRET="1")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert re.fullmatch(r"\d\d vectors checked on cpu, 0 failed\n", checked.stdout)
+    assert checked.stderr == ""
 
 
 def test_imports_triton_alone_in_kernel():
@@ -110,14 +110,46 @@ def test_imports_triton_alone_in_kernel():
     assert imports == ["triton", "triton"]
 
 
-@pytest.mark.slow
-@needs_triton
-def test_compiles_example_for_gpu():
-    from gpu_report import THREADS, WIDE_LOAD, WIDE_STORE, Compiled, compile_kernel
-
+def import_kernel():
     spec = spec_from_file_location("dropout_add", KERNEL)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"p": 1.5}, r"^p must be in \[0, 1\], got 1.5$"),
+        ({"p": float("nan")}, r"^p must be in \[0, 1\], got nan$"),
+        ({"x": torch.ones(6, 4).T}, r"^x must be contiguous, got strides \(1, 4\)$"),
+        ({"residual": torch.ones(6, 4).T}, r"^residual must be contiguous"),
+        ({"y": torch.ones(4, 5)}, r"^y must have shape \(4, 6\), got \(4, 5\)$"),
+    ],
+    ids=["rate", "nan", "x", "residual", "y"],
+)
+def test_rejects_bad_arguments_of_example(change, message):
+    arguments = {name: torch.ones(4, 6) for name in ("x", "residual", "y")}
+    with pytest.raises(ValueError, match=message):
+        import_kernel().dropout_add(**{**arguments, "p": 0.5, "key": (1, 2), **change})
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_check_of_example_needs_a_gpu():
+    checked = run(sys.executable, KERNEL.with_name("check.py"), VECTORS, TRITON_INTERPRET="0")
+    assert checked.returncode == 1
+    assert checked.stderr.startswith("PyTorch finds no GPU; set TRITON_INTERPRET=1")
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_compiles_example_for_gpu():
+    from gpu_report import THREADS, WIDE_LOAD, WIDE_STORE, Compiled, compile_kernel
+
+    module = import_kernel()
     types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr"), "*bf16") | {"size": "i32"}
     code = compile_kernel(module.kernel, types, {"BLOCKS": 256}, 90, aligned=tuple(types))
     compiled = Compiled(*code, 8 * 256 / THREADS)

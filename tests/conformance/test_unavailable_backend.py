@@ -46,6 +46,16 @@ def test_skips_it_in_matrix_and_runs_the_others(chip, tmp_path):
     assert unavailable["error"] == REASON
 
 
+def test_says_that_every_chosen_backend_was_skipped(chip):
+    result = CliRunner().invoke(main, ["conformance", "--backend", chip])
+    assert result.exit_code == 1
+    assert result.output.splitlines()[1:] == [
+        f"chip: skipped ({REASON})",
+        "nothing was run: every chosen backend was skipped",
+        "0 passed, 0 failed",
+    ]
+
+
 def test_raises_import_error_in_check(chip):
     with pytest.raises(ImportError, match=REASON):
         check("generator", chip)

@@ -28,6 +28,7 @@ LAYERS = [
     "library",
     "window",
     "key",
+    "device",
     "dispatch",
     "mask",
     "output",

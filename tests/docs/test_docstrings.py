@@ -22,7 +22,7 @@ def test_has_docstrings_with_correct_examples(name):
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != "cupy":  # which needs a GPU, so the extra "test" lacks it
+        if error.name not in ("cupy", "triton"):  # which the extra "test" lacks
             raise
         pytest.skip(str(error))
     assert module.__doc__

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 if find_spec("triton") is None:
-    pytest.skip("Triton has no wheel for this system", allow_module_level=True)
+    pytest.skip("the extra triton is not installed", allow_module_level=True)
 
 import gpu_report
 from gpu_report import ARCHITECTURES, CHIPS, WIDE_LOAD, WIDE_STORE, compile_next_key, make_cases
@@ -16,8 +16,9 @@ from triton.compiler import make_backend
 from triton.runtime import jit
 
 from unidrop.fused.triton import launch
+from unidrop.protocols import DeviceBuffer
 
-pytestmark = pytest.mark.slow  # Triton and ptxas compile each kernel
+pytestmark = [pytest.mark.triton, pytest.mark.slow]  # Triton and ptxas compile each kernel
 
 CASES = {case.name: case for case in make_cases()}
 
@@ -134,7 +135,7 @@ def launches(monkeypatch):
 
 def run(shape, mask_strides, strides, *, key=(1, 2), base=0, p=0.1, kind="float32"):
     component = "float64" if kind == "complex128" else kind
-    elements = launch.Elements(Pointer(component), strides)
+    elements = DeviceBuffer(Pointer(component), strides)
     rate = launch.Rate.from_p(p)
     launch.dropout(elements, elements, kind, shape, mask_strides, rate, key, base)
 

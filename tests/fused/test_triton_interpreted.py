@@ -4,16 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import triton_cases
 
 pytestmark = [
+    pytest.mark.triton,
     pytest.mark.slow,  # the interpreter takes milliseconds for each program of a kernel
-    pytest.mark.skipif(find_spec("triton") is None, reason="Triton has no wheel for this system"),
-    pytest.mark.skipif(find_spec("torch") is None, reason="tensors of PyTorch are the pointers"),
 ]
 
 

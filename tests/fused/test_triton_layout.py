@@ -5,7 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,7 +136,25 @@ def test_respects_limits_of_a_grid():
         assert layout.grid[0] < 1 << 31
 
 
+def test_counts_parts_of_complex_numbers_in_distances():
+    """Four rows are 2^31 parts apart from this stride on."""
+    stride = (1 << 28) - 16
+    assert not choose((4, 16), (16, 1), (stride, 1), size=8).is_wide
+    assert choose((4, 16), (16, 1), (stride + 16, 1), size=8).is_wide
+
+
 # --- Triton itself --------------------------------------------------------------------------------
+
+
+LAUNCHES = SimpleNamespace(utils=None)
+
+
+class NoCompiler:
+    """A driver of a machine without a C compiler."""
+
+    @property
+    def utils(self):
+        raise RuntimeError("Failed to find C compiler")
 
 
 @pytest.fixture
@@ -158,10 +176,12 @@ def test_imports_no_triton_after_tensorflow(monkeypatch):
     assert package.unavailable() is None
 
 
-def pretend(monkeypatch, version):
+def pretend(monkeypatch, version, driver=LAUNCHES):
     module = ModuleType("triton")
     module.__version__ = version
+    module.runtime = SimpleNamespace(driver=SimpleNamespace(active=driver))
     monkeypatch.setitem(sys.modules, "triton", module)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.mark.parametrize("version", ["3.4.0", "3.10.1", "4.0", "3.5.1+git0"])
@@ -176,6 +196,12 @@ def test_accepts_versions_from_3_4_on(version, monkeypatch):
 def test_names_a_version_that_is_too_old(version, monkeypatch):
     pretend(monkeypatch, version)
     assert package.unavailable() == f"Triton {version} is older than 3.4"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_says_why_triton_cannot_launch(monkeypatch):
+    pretend(monkeypatch, "3.7.1", NoCompiler())
+    assert package.unavailable() == "Triton can't launch kernels: Failed to find C compiler"
 
 
 @pytest.mark.usefixtures("fresh")

@@ -439,6 +439,8 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
                 "rate.threshold == KEEP_NOTHING or not x.is_contiguous()",
                 "not x.is_contiguous()",
             ),
+        ],
+        "adapters/torch/buffers.py": [
             (
                 "a lazy conjugation is lost",
                 "output",
@@ -526,8 +528,8 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
             (
                 "a call has the number of the next",
                 "layer-calls",
-                "    return int(number)\n\n\n@lru_cache",
-                "    return int(number + 1)\n\n\n@lru_cache",
+                "    return int(number)\n\n\ndef add_calls",
+                "    return int(number + 1)\n\n\ndef add_calls",
             ),
         ],
     },

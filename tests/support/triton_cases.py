@@ -20,6 +20,7 @@ import unidrop
 from unidrop import Key
 from unidrop.fused import triton as kernels
 from unidrop.fused.triton import layout
+from unidrop.protocols import DeviceBuffer
 from unidrop.rate import Rate
 from unidrop.window import Window
 
@@ -90,7 +91,7 @@ class Memory:
         byte_strides = [s * self.dtype.itemsize for s in strides]
         self.array = np.lib.stride_tricks.as_strided(elements, shape, byte_strides)
         parts = elements if kind == "bool" else elements.view(get_dtype(get_component(kind)))
-        self.elements = kernels.Elements(as_tensor(parts), tuple(strides))
+        self.elements = DeviceBuffer(as_tensor(parts), tuple(strides))
 
     def copy_untouched(self):
         """Return a copy of the memory that has the known pattern in the array too."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.dtypes import dtype_name
+from unidrop.dtypes import ITEM_SIZES, dtype_name
 from unidrop.fused.layout import make_layout
 from unidrop.fused.memory import advise_huge_pages
 from unidrop.key import set_compiled_fold
@@ -23,16 +23,6 @@ if TYPE_CHECKING:
     from unidrop.fused.task import PreparedKernel
 
 __all__ = ["advise_huge_pages", "make_mask", "prepare", "unavailable"]
-
-_ITEM_SIZES = {
-    "bool": 1,
-    "float16": 2,
-    "bfloat16": 2,
-    "float32": 4,
-    "float64": 8,
-    "complex64": 8,
-    "complex128": 16,
-}
 
 
 @cache
@@ -74,7 +64,7 @@ def prepare(
         return None
     kind = dtype_name(dtype)
     prepare_kernel = _compile(layout.traversal, kind)
-    prepared: PreparedKernel = prepare_kernel(layout, shape, math.prod(shape) * _ITEM_SIZES[kind])
+    prepared: PreparedKernel = prepare_kernel(layout, shape, math.prod(shape) * ITEM_SIZES[kind])
     return prepared
 
 

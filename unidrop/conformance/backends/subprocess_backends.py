@@ -40,6 +40,17 @@ _TORCH_DEFAULTS = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
 
 torch = SubprocessBackend("torch", f"{_PACKAGE}.torch:Torch", defaults=_TORCH_DEFAULTS)
 
+torch_cuda = SubprocessBackend(
+    "torch-cuda", f"{_PACKAGE}.torch_gpu:TorchOnCuda", defaults=_TORCH_DEFAULTS
+)
+
+torch_triton = SubprocessBackend(
+    "torch-triton",
+    f"{_PACKAGE}.torch_gpu:TorchOnTriton",
+    environment={"TRITON_INTERPRET": "1"},
+    defaults=_TORCH_DEFAULTS,
+)
+
 tensorflow = SubprocessBackend(
     "tensorflow", f"{_PACKAGE}.tensorflow:TensorFlow", defaults=_TENSORFLOW_DEFAULTS
 )

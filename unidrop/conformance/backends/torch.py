@@ -35,7 +35,7 @@ _CONJUGATED = "functional_call"
 
 
 class Torch(CoreBackend):
-    """PyTorch on the CPU, and on a GPU if the machine has one."""
+    """PyTorch on the CPU."""
 
     name = "torch"
     xp = torch
@@ -43,8 +43,9 @@ class Torch(CoreBackend):
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient", "traces")),
     }
-    compiled_modes = (*COMPILED, "export")
-    derived_modes = DERIVED
+    transforms: tuple[str, ...] = MODES
+    compiled_modes: tuple[str, ...] = (*COMPILED, "export")
+    derived_modes: Mapping[str, str] = DERIVED
     missing_modes: Mapping[str, str] = {
         "torch.jit": "deprecated; tracing would freeze the mask, so dropout raises",
     }
@@ -60,11 +61,11 @@ class Torch(CoreBackend):
     }
 
     def __init__(self) -> None:
-        self.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        eager = eager_modes(torch.ones(1))
-        general = (GENERAL,) if FUSED in eager else ()
-        self.modes = (*eager, *general, *MODES)
-        self.missing_modes = {**self.missing_modes, **missing_eager_modes(torch.ones(1))}
+        example = torch.ones(1, device=self.devices[0])
+        eager = eager_modes(example)
+        general = (GENERAL,) if FUSED in eager and example.is_cpu else ()
+        self.modes = (*eager, *general, *self.transforms)
+        self.missing_modes = {**self.missing_modes, **missing_eager_modes(example)}
         self._modules: dict[Any, _Function] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
@@ -95,15 +96,16 @@ class Torch(CoreBackend):
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the function."""
-        if mode in MODES:
-            return call(self._module(p, mode, options), x, mode, *_key_and_step(seed, step))
+        if mode in self.transforms:
+            key_and_step = _key_and_step(seed, step, x.device)
+            return call(self._module(p, mode, options), x, mode, *key_and_step)
         with use_mode_path(mode):
             return dropout(x, p, key=Key(seed).fold_in(step), **options)
 
     def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
         """Differentiate with autograd, or with the mode's own transformation."""
-        if mode in MODES:
-            key_and_step = _key_and_step(seed, step)
+        if mode in self.transforms:
+            key_and_step = _key_and_step(seed, step, x.device)
             return vjp(self._module(p, mode, {}), x, mode, *key_and_step)[1](upstream)
         x = x.requires_grad_()
         with use_mode_path(mode):
@@ -129,12 +131,13 @@ class Torch(CoreBackend):
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Layer":
         """Return a module and the mode that runs it."""
-        return _Layer(Dropout(p, seed=seed).to(device), mode)
+        return _Layer(Dropout(p, seed=seed).to(device), mode, mode in self.transforms)
 
 
-def _key_and_step(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the words of a key, and a step, as tensors."""
-    return torch.tensor(Key(seed).words), torch.tensor(step, dtype=torch.uint64)
+def _key_and_step(seed: int, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the words of a key, and a step, as tensors on a device."""
+    words = torch.tensor(Key(seed).words, device=device)
+    return words, torch.tensor(step, dtype=torch.uint64, device=device)
 
 
 class _Function(torch.nn.Module):
@@ -152,9 +155,10 @@ class _Function(torch.nn.Module):
 
 
 class _Layer:
-    def __init__(self, module: Dropout, mode: str) -> None:
+    def __init__(self, module: Dropout, mode: str, is_transformed: bool) -> None:
         self._module = module
         self._mode = mode
+        self._is_transformed = is_transformed
 
     @property
     def calls(self) -> int:
@@ -166,13 +170,13 @@ class _Layer:
 
     def __call__(self, x: torch.Tensor, *, training: bool) -> Any:
         self._module.train(training)
-        if self._mode in MODES:
+        if self._is_transformed:
             return call(self._module, x, self._mode)
         with use_mode_path(self._mode):
             return self._module(x)
 
     def vjp(self, x: torch.Tensor) -> tuple[Any, Callable[[Any], Any]]:
-        if self._mode in MODES:
+        if self._is_transformed:
             return vjp(self._module.train(), x, self._mode)
         x = x.requires_grad_()
         y = self(x, training=True)

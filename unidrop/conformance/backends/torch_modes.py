@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["COMPILED", "DERIVED", "MODES", "OutputAndPullback", "call", "count_graphs", "vjp"]
+__all__ = [
+    "COMPILED",
+    "COMPILED_FOR_CUDA",
+    "DERIVED",
+    "MODES",
+    "OutputAndPullback",
+    "call",
+    "count_graphs",
+    "vjp",
+]
 
 # The exported programs of each module, by the form of the input. An attribute of the module would
 # not do, since torch.export restores the attributes.
@@ -37,6 +46,13 @@ COMPILED: dict[str, dict[str, Any]] = {
     "compile-dynamic": {"backend": "inductor", "dynamic": True},
     "compile-checkpoint": {"backend": "inductor"},
 }
+
+#: The same for modes that need a GPU.
+COMPILED_FOR_CUDA: dict[str, dict[str, Any]] = {
+    "compile-cuda-graph": {"backend": "inductor", "mode": "reduce-overhead"},
+}
+
+_COMPILED = COMPILED | COMPILED_FOR_CUDA
 
 #: The compiled mode that wraps another mode in activation checkpointing.
 DERIVED = {"compile-checkpoint": "compile"}
@@ -64,7 +80,10 @@ def count_graphs(mode: str) -> int:
 
 def call(module: nn.Module, x: Tensor, mode: str, *others: Tensor) -> Tensor:
     """Call a module in a mode."""
-    with _context(mode):
+    if mode == "cuda-graph":
+        output: Tensor = _capture(module, x, *others).run(x, *others)
+        return output
+    with _context(mode, x):
         return _transform(module, mode)(x, *others)
 
 
@@ -76,13 +95,16 @@ def vjp(module: nn.Module, x: Tensor, mode: str, *others: Tensor) -> OutputAndPu
         return _vjp_by_vmap(module, x, *others)
     if mode == "forward-mode":
         return _vjp_by_tangents(module, x, *others)
+    if mode == "cuda-graph":
+        graph = _capture(module, x, *others)
+        return graph.run(x, *others), graph.run_backward
     leaf = x.detach().requires_grad_()
-    with _context(mode):
+    with _context(mode, x):
         y = _transform(module, mode)(leaf, *others)
 
     def pullback(upstream: Tensor) -> Tensor:
         leaf.grad = None
-        with _context(mode):
+        with _context(mode, x):
             y.backward(upstream)
         gradient = leaf.grad
         if gradient is None:
@@ -128,7 +150,7 @@ def _vjp_by_tangents(module: nn.Module, x: Tensor, *others: Tensor) -> OutputAnd
 
 def _transform(module: nn.Module, mode: str) -> Callable[..., Tensor]:
     """Return the function that runs a module in a mode."""
-    if mode in COMPILED:
+    if mode in _COMPILED:
         return _compile(module, mode)
     if mode == "export":
         return lambda *inputs: _export(module, *inputs)(*inputs)
@@ -151,7 +173,7 @@ def _compile(module: nn.Module, mode: str) -> Callable[..., Tensor]:
         return region(*inputs)
 
     function = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-    compiled = _serialize_first_calls(torch.compile(function, fullgraph=True, **COMPILED[mode]))
+    compiled = _serialize_first_calls(torch.compile(function, fullgraph=True, **_COMPILED[mode]))
     module.__dict__["_compiled"] = compiled
     return compiled
 
@@ -239,6 +261,67 @@ class _SelectGradient(torch.autograd.Function):
         return gradient
 
 
+class _CudaGraphs:
+    """A module's forward pass and backward pass as CUDA graphs, for inputs of one form."""
+
+    def __init__(self, module: nn.Module, *inputs: Tensor) -> None:
+        self._inputs = [tensor.clone() for tensor in inputs]
+        self._is_differentiable = inputs[0].is_floating_point() or inputs[0].is_complex()
+        self._inputs[0].requires_grad_(self._is_differentiable)
+        state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled before the capture
+            self._differentiate(module(*self._inputs))
+        torch.cuda.current_stream().wait_stream(stream)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward):
+            self._output = module(*self._inputs)
+        self._upstream = torch.zeros_like(self._first_output())
+        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
+            self._gradient = self._differentiate(self._output)
+        # The warm-up and the capture must not count.
+        for name, buffer in module.named_buffers():
+            buffer.copy_(state[name])
+
+    def run(self, *inputs: Tensor) -> Any:
+        """Replay the forward pass for other inputs."""
+        with torch.no_grad():
+            for own, tensor in zip(self._inputs, inputs, strict=True):
+                own.copy_(tensor)
+        self._forward.replay()
+        return tree_map(lambda tensor: tensor.detach().clone(), self._output)
+
+    def run_backward(self, upstream: Tensor) -> Tensor:
+        """Replay the backward pass."""
+        self._upstream.copy_(upstream)
+        self._backward.replay()
+        assert self._gradient is not None
+        return self._gradient.clone()
+
+    def _first_output(self) -> Tensor:
+        output: Tensor = self._output[0] if isinstance(self._output, tuple) else self._output
+        return output
+
+    def _differentiate(self, output: Any) -> Tensor | None:
+        first = output[0] if isinstance(output, tuple) else output
+        if not first.requires_grad:
+            return None
+        upstream = getattr(self, "_upstream", None)
+        upstream = torch.zeros_like(first) if upstream is None else upstream
+        return torch.autograd.grad(first, self._inputs[0], upstream)[0]
+
+
+def _capture(module: nn.Module, *inputs: Tensor) -> _CudaGraphs:
+    """Return the CUDA graphs of a module for the form of its inputs."""
+    graphs = module.__dict__.setdefault("_cuda_graphs", {})
+    form = module.training, *((x.shape, x.dtype, x.stride()) for x in inputs)
+    if form not in graphs:
+        graphs[form] = _CudaGraphs(module, *inputs)
+    captured: _CudaGraphs = graphs[form]
+    return captured
+
+
 def _vmap(module: nn.Module, *others: Tensor) -> Callable[[Tensor], Any]:
     """Return a module over a batch of examples that share a mask."""
     return torch.vmap(lambda x: module(x, *others), randomness="same")
@@ -293,7 +376,7 @@ _TRANSFORMS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
 }
 
 
-def _context(mode: str) -> AbstractContextManager[Any]:
+def _context(mode: str, x: Tensor) -> AbstractContextManager[Any]:
     """Return the context that runs a mode, and ignore warnings that PyTorch causes itself."""
     # PyTorch warns of: checkpoints of an input without gradient; torch.jit in forward mode;
     # autograd.Function in Dynamo; complex numbers in Inductor. The filters stay, since restoring
@@ -302,7 +385,9 @@ def _context(mode: str) -> AbstractContextManager[Any]:
     warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     warnings.filterwarnings("ignore", "Torchinductor does not support .* complex")
-    return torch.autocast("cpu", dtype=torch.bfloat16) if mode == "autocast" else nullcontext()
+    if mode != "autocast":
+        return nullcontext()
+    return torch.autocast(x.device.type, dtype=torch.bfloat16)
 
 
 @cache

@@ -65,6 +65,11 @@ def print_report(
             line(indent(result.details.rstrip(), "    "))
     if report.failures:
         line("")
+    skipped = [backend for backend in report.unavailable if backend.is_missing]
+    if skipped and len(skipped) == len(report.outcomes):
+        line("nothing was run: every chosen backend was skipped")
+        line(report.summary, "bold red")
+        return
     if not report.results:
         line("nothing was run: no chosen contract applies to a chosen backend that is installed")
     style = "bold green" if report.is_good else "bold red"

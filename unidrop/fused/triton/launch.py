@@ -6,39 +6,15 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+from unidrop.dtypes import ITEM_SIZES
 from unidrop.fused.triton.layout import MAX_BASE, Flat, Rows, choose_layout
+from unidrop.protocols import DeviceBuffer
 from unidrop.rate import Rate
 from unidrop.threads import fork_guard
 
-__all__ = ["Elements", "dropout", "fold_in", "next_key"]
-
-_ITEM_SIZES = {
-    "bool": 1,
-    "float16": 2,
-    "bfloat16": 2,
-    "float32": 4,
-    "float64": 8,
-    "complex64": 8,
-    "complex128": 16,
-}
+__all__ = ["dropout", "fold_in", "next_key"]
 
 Key = Any  # two words, or what a launch accepts as a pointer
-
-
-class Elements(NamedTuple):
-    """The elements of an array on a device.
-
-    Attributes
-    ----------
-    pointer : tensor or other pointer
-        What a launch of Triton accepts as a pointer to the first element. Its dtype is the one of
-        the components if elements are complex.
-    strides : tuple of int
-        The distance between neighbors along each axis, in elements.
-    """
-
-    pointer: Any
-    strides: tuple[int, ...]
 
 
 class _Launch(NamedTuple):
@@ -55,8 +31,8 @@ class _Launch(NamedTuple):
 
 
 def dropout(
-    source: Elements,
-    target: Elements,
+    source: DeviceBuffer,
+    target: DeviceBuffer,
     kind: str,
     shape: tuple[int, ...],
     mask_strides: tuple[int, ...],
@@ -68,7 +44,7 @@ def dropout(
 
     Parameters
     ----------
-    source, target : Elements
+    source, target : DeviceBuffer
         Memory that is the same, with the same strides, or that does not overlap.
     kind : str
         The name of the dtype; "bool" writes the mask itself and ignores the source.
@@ -168,7 +144,7 @@ def _prepare(
     is_far: bool,
 ) -> _Launch:
     layout = choose_layout(
-        shape, mask_strides, x_strides, y_strides, _ITEM_SIZES[kind], begins_block, is_far
+        shape, mask_strides, x_strides, y_strides, ITEM_SIZES[kind], begins_block, is_far
     )
     components = 2 if kind.startswith("complex") else 1
     kernels = _get_kernels()

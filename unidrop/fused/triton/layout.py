@@ -198,11 +198,14 @@ def _round_up(number: int) -> int:
 
 
 def _is_wide(columns: Axis, rows: Axis, height: int, width: int) -> bool:
-    """Return whether positions, or distances within a tile, exceed 32 bits."""
+    """Return whether positions, or distances within a tile, exceed 32 bits.
+
+    The parts of complex numbers are twice as many.
+    """
     distances = [
         height * abs(rows[i]) + (width + 1) * _BLOCK * abs(columns[i]) for i in (2, 3)
     ]  # a tile may begin inside a block
-    return max(*distances, 2 * columns.length, 2 * rows.length) >= 1 << 31
+    return 2 * max(*distances, columns.length, rows.length) >= 1 << 31
 
 
 def _get_unit(
