@@ -15,7 +15,7 @@ import unidrop.conformance
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 HEADER, CHECK = EXAMPLES / "cuda" / "unidrop.cuh", EXAMPLES / "cuda" / "check.cu"
-KERNEL = EXAMPLES / "triton" / "dropout_add.py"
+KERNEL = EXAMPLES / "triton_kernel" / "dropout_add.py"
 VECTORS = Path(unidrop.conformance.__file__).parent / "vectors" / "vectors.json"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc")

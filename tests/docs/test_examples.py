@@ -162,3 +162,9 @@ def test_fails_if_every_mode_drops_other_elements(tmp_path: Path) -> None:
     finished = run(tmp_path, "-c", ANOTHER_KEY)
     assert finished.returncode == 1, finished.stderr
     assert "the losses differ by" in finished.stderr
+
+
+def test_hides_no_package_behind_a_folder():
+    """A script finds the folders beside it before a package that is not installed."""
+    folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
+    assert not folders & {"triton", "torch", "tensorflow", "keras", "jax", "flax", "numpy", "mlx"}

@@ -1,7 +1,7 @@
 """Compare the kernel of dropout_add.py with the golden vectors of masks and of float32 outputs.
 
     unidrop vectors --out vectors
-    python examples/triton/check.py vectors/vectors.json
+    python examples/triton_kernel/check.py vectors/vectors.json
 
 It needs PyTorch. Without a GPU, set TRITON_INTERPRET=1: Triton then interprets the kernel on the
 CPU.
