@@ -26,6 +26,8 @@ class Config:
         Number of rows and columns of the square matrices for layouts.
     images : tuple of int
         Shape of the channels-last images, in PyTorch's order (N, C, H, W).
+    attention : tuple of int
+        Shape of queries, keys and values: batch, heads, length, features.
     rounds : int
         Number of timings of each candidate of a row.
     block : float
@@ -38,6 +40,7 @@ class Config:
     elements: int
     side: int
     images: Shape
+    attention: Shape
     rounds: int
     block: float
     processes: int
@@ -48,6 +51,7 @@ DEFAULT = Config(
     elements=1 << 22,
     side=4096,
     images=(32, 64, 56, 56),
+    attention=(1, 4, 3072, 64),
     rounds=21,
     block=2e-3,
     processes=7,
@@ -58,6 +62,7 @@ QUICK = Config(
     elements=1 << 18,
     side=256,
     images=(2, 16, 14, 14),
+    attention=(1, 2, 64, 16),
     rounds=3,
     block=1e-4,
     processes=1,

@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory torch F.dropout 16777216
     python -m benchmarks.memory compiled F.dropout 16777216
+    python -m benchmarks.memory attention unidrop 1 4 3072 64
 
-prints JSON, in bytes per element:
+prints JSON, in bytes per element, or in bytes per attention weight:
 
 * ``peak``: the maximum growth of the process during both calls. It includes the output and the
   gradient, but not the input and the upstream gradient. This is VmHWM of Linux, reset before.
@@ -26,10 +27,21 @@ import numpy as np
 
 from benchmarks.fixtures import KEEP, SCALE, P, key, uniform
 
-__all__ = ["NUMPY", "TORCH", "measure_compiled", "measure_numpy", "measure_torch"]
+__all__ = [
+    "ATTENTION",
+    "NUMPY",
+    "OWN_ATTENTION",
+    "TORCH",
+    "measure_attention",
+    "measure_compiled",
+    "measure_numpy",
+    "measure_torch",
+]
 
 NUMPY = ("unidrop", "multiply", "naive")
 TORCH = ("unidrop", "unidrop module", "multiply", "F.dropout")
+OWN_ATTENTION = "F.scaled_dot_product_attention"
+ATTENTION = ("unidrop", OWN_ATTENTION)
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -103,6 +115,33 @@ def measure_torch(
     return {"peak": peak / elements, "retained": retained / elements, "saved": saved}
 
 
+def measure_attention(candidate: str, *shape: int) -> dict[str, float]:
+    """Return the peak of both calls of attention, for each weight of queries and keys."""
+    import torch
+    from torch.nn import functional
+
+    from unidrop.adapters.torch import scaled_dot_product_attention
+
+    def call(*arrays: torch.Tensor) -> torch.Tensor:
+        if candidate == "unidrop":
+            return scaled_dot_product_attention(*arrays, dropout_p=P, dropout_key=key(0))
+        return functional.scaled_dot_product_attention(*arrays, dropout_p=P)
+
+    def arrays(*shape: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        return [torch.randn(shape).requires_grad_() for _ in range(3)], torch.ones(shape)
+
+    inputs, gradient = arrays(1, 2, 64, 16)
+    torch.autograd.grad(call(*inputs), inputs, gradient)
+
+    inputs, gradient = arrays(*shape)
+    before = _reset()
+    gradients = torch.autograd.grad(call(*inputs), inputs, gradient)
+    peak = _bytes("VmHWM") - before
+    batch, heads, length, _ = shape
+    del gradients
+    return {"peak": peak / (batch * heads * length**2)}
+
+
 def _reset() -> int:
     """Reset the recorded peak to the present size, and return this size."""
     gc.collect()
@@ -116,8 +155,11 @@ def _bytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    library, which, size = sys.argv[1:]
-    measure = {"numpy": measure_numpy, "torch": measure_torch, "compiled": measure_compiled}[
-        library
-    ]
-    print(json.dumps(measure(which, int(size))))
+    library, which, *sizes = sys.argv[1:]
+    measures: dict[str, Callable[..., dict[str, float]]] = {
+        "attention": measure_attention,
+        "numpy": measure_numpy,
+        "torch": measure_torch,
+        "compiled": measure_compiled,
+    }
+    print(json.dumps(measures[library](which, *map(int, sizes))))

@@ -29,6 +29,7 @@ __all__ = [
     "MAY_HAVE_NAMES",
     "apply_eager",
     "not_dense",
+    "window_arguments",
     "write_result",
 ]
 
@@ -126,7 +127,7 @@ class TorchOperator(Operator):
         if is_tracing():
             if is_exporting():
                 return run_exported(plan, x, key, mask)
-            window = _window_arguments(plan.window, x.device)
+            window = window_arguments(plan.window, x.device)
             return trace_dropout(x, key_tensor(key, x.device), plan.rate.p, *window)
         return apply_eager(x, key, plan, mask)
 
@@ -142,13 +143,13 @@ class TorchOperator(Operator):
             whole = Window.from_args(
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
-            words, arguments = key_tensor(key, like.device), _window_arguments(whole, like.device)
+            words, arguments = key_tensor(key, like.device), window_arguments(whole, like.device)
             return trace_dropout(ones, words, rate.p, *arguments) != 0
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
             key_tensor(key, like.device),
             as_constant(rate.p),
             window.shape,
-            *_window_arguments(window, like.device),
+            *window_arguments(window, like.device),
             device=like.device,
         )
         return mask
@@ -197,7 +198,7 @@ def not_dense(x: torch.Tensor, name: str) -> TypeError:
     )
 
 
-def _window_arguments(window: Window, device: torch.device) -> tuple[Any, ...]:
+def window_arguments(window: Window, device: torch.device) -> tuple[Any, ...]:
     """Return the arguments of an operator for a window of a tensor on a device."""
     if window.global_shape is None or window.start is None:
         return (window.broadcast_axes,)

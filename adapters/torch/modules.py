@@ -3,7 +3,7 @@
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,10 +41,12 @@ from unidrop.adapters.torch.state import get_number, make_calls, read_saved, set
 from unidrop.arguments import checked_integer
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
+from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate, checked_probability
 
 __all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 
+T = TypeVar("T")
 
 _HINTS = {
     "calls": (
@@ -125,12 +127,26 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         plan = make_plan(input, self.p, self.training, self._get_axes(input))
         if plan is None:
             return input
-        buffers, inplace = self._buffers, self.inplace
+        return self._run_eager(apply_plan, input, plan, self.inplace)
+
+    def run_with_key(self, input: Tensor, call: Callable[[Key], T]) -> T:
+        """Return ``call(key)`` for the key of a training call, which counts unless it raises."""
+        if is_tracing():
+            return call(self._trace_key(input))
+        return self._run_eager(lambda input, plan, key, inplace: call(key), input, None, False)
+
+    def _run_eager(
+        self,
+        call: Callable[[Tensor, Any, Key, bool], T],
+        input: Tensor,
+        plan: DropoutPlan | None,
+        inplace: bool,
+    ) -> T:
+        """Return ``call(input, plan, key, inplace)`` in no trace; small calls need no closure."""
+        buffers = self._buffers
         seed = self._seed if buffers.get(_KEY) is self._own_key else self._get_key()
         if seed is None:
-            return run_with_drawn_key(
-                lambda key: apply_plan(input, plan, key, inplace), input, inplace
-            )
+            return run_with_drawn_key(lambda key: call(input, plan, key, inplace), input, inplace)
 
         if self._checked != id(self) and not self.__dict__.get("_is_replica"):
             warn_of_twins(self)
@@ -148,7 +164,7 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
             number = run_exclusively(calls, next_call_number, calls, log)
             key = seed.fold_in(number)
         try:
-            return apply_plan(input, plan, key, inplace)
+            return call(input, plan, key, inplace)
         except BaseException:
             run_exclusively(calls, rollback_call, number, calls, log)
             raise
@@ -159,17 +175,21 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
         axes = self._get_axes(input)
         if not traced_call_drops(input, p, self.training):
             return trace_identity(input)
+        key = self._trace_key(input)
         if is_exporting():
-            key = self._seed and self._seed.fold_in(take_number(self, self._buffers[_CALLS]))
             return dropout(input, p, True, self.inplace, key=key, broadcast_axes=axes)
+        return apply_traced(input, p, axes, key_tensor(key, input.device), self.inplace)
+
+    def _trace_key(self, input: Tensor) -> Key:
+        """Return the key of a training call in a trace, and count the call."""
         if self._words is None:
-            words = trace_draw_words(input)
-        else:
-            calls, key = self._buffers[_CALLS], self._buffers[_KEY]
-            randomness(input, calls)  # raises before anything is counted
-            is_own = key is self._own_key and calls.device.type == "cpu"
-            words = trace_call_key(calls, self._words if is_own else key)
-        return apply_traced(input, p, axes, words, self.inplace)
+            return Key._from_raw_words(trace_draw_words(input))
+        calls, key = self._buffers[_CALLS], self._buffers[_KEY]
+        if is_exporting() and self._seed is not None:
+            return self._seed.fold_in(take_number(self, calls))
+        randomness(input, calls)  # raises before anything is counted
+        is_own = key is self._own_key and calls.device.type == "cpu"
+        return Key._from_raw_words(trace_call_key(calls, self._words if is_own else key))
 
     def _get_axes(self, input: Tensor) -> Sequence[int]:
         """Return the axes along which elements share one decision."""

@@ -58,6 +58,7 @@ __all__ = [
     "next_call_number",
     "next_call_words",
     "pack_words",
+    "read_start",
     "rollback_call",
     "trace_call_key",
     "trace_draw_words",
@@ -357,7 +358,7 @@ def _dropout(
         cached_rate(p),
         broadcast_axes=tuple(broadcast_axes),
         global_shape=global_shape,
-        start=_read_start(start),
+        start=read_start(start),
     )
     if not (must_stay(key) and (start is None or must_stay(start))):
         refuse_capture(x.device)
@@ -384,12 +385,12 @@ def _keep_mask(
         device=device,
         broadcast_axes=broadcast_axes,
         global_shape=global_shape,
-        start=_read_start(start),
+        start=read_start(start),
     )
     return mask
 
 
-def _read_start(start: Tensor | None) -> Sequence[Any] | None:
+def read_start(start: Tensor | None) -> Sequence[Any] | None:
     """Return the start of a window: as integers if reading them waits for no device."""
     if start is None:
         return None

@@ -15,8 +15,14 @@ __all__ = ["assign_seeds", "warn_of_twins"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
-# Wrappers hold a model as a child of this name, which is not part of a qualified name.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Children of these names have the qualified name of their parent: the model in a wrapper, and the
+# dropout layer of an attention layer.
+_WRAPPED = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_attention_dropout",
+)
 _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 _CALL = torch.nn.Module._call_impl.__code__

@@ -7,9 +7,9 @@ from functools import cache
 
 from benchmarks.child import get_last_line
 from benchmarks.config import Config
-from benchmarks.memory import NUMPY, TORCH
+from benchmarks.memory import ATTENTION, NUMPY, OWN_ATTENTION, TORCH
 from benchmarks.rows import Row, UnavailableError
-from benchmarks.thresholds import Target, below
+from benchmarks.thresholds import Target, at_most, below
 
 __all__ = ["rows"]
 
@@ -32,6 +32,17 @@ def rows(config: Config) -> Iterator[Row]:
         what = "peak, forward + backward" if figure == "peak" else f"{figure} for backward"
         yield _row(f"torch compiled {what}", config, "compiled", TORCH, figure, targets)
     yield _row("numpy peak, forward", config, "numpy", NUMPY, "peak")
+    yield Row(
+        "memory",
+        "torch attention peak, forward + backward",
+        config.attention,
+        lambda config: {
+            name: _measure("attention", name, *config.attention)["peak"] for name in ATTENTION
+        },
+        base=OWN_ATTENTION,
+        unit="B/weight",
+        targets=(at_most(1 / 3, "unidrop", OWN_ATTENTION),),
+    )
 
 
 def _row(
@@ -51,8 +62,8 @@ def _row(
 
 
 @cache
-def _measure(library: str, candidate: str, elements: int) -> Mapping[str, float]:
+def _measure(library: str, candidate: str, *sizes: int) -> Mapping[str, float]:
     """Measure all figures of a candidate once, because memory hardly varies between calls."""
-    printed = get_last_line("-m", "benchmarks.memory", library, candidate, str(elements))
+    printed = get_last_line("-m", "benchmarks.memory", library, candidate, *map(str, sizes))
     values: Mapping[str, float] = json.loads(printed)
     return values

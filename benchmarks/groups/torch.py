@@ -9,11 +9,12 @@ from torch.nn import functional
 
 from benchmarks.config import LARGE, MIDDLE, SMALL, Config, Shape
 from benchmarks.fixtures import SCALE, P, key, one_thread, uniform
+from benchmarks.memory import OWN_ATTENTION
 from benchmarks.rows import Row, timed
 from benchmarks.thresholds import Target, at_most, not_slower
 from benchmarks.timing import Candidate
 from unidrop import Key
-from unidrop.adapters.torch import Dropout, dropout
+from unidrop.adapters.torch import Dropout, dropout, scaled_dot_product_attention
 
 __all__ = ["rows"]
 
@@ -69,6 +70,16 @@ def rows(config: Config) -> Iterator[Row]:
     shape = LARGE if LARGE in config.shapes else shape
     goal = (at_most(1.3, "unidrop", "multiply"), *not_slower(_OWN, "unidrop"))
     yield Row("torch", "in place", shape, timed(_in_place, shape), own=_OWN, targets=goal)
+    shape = config.attention
+    for name, goes_back in (("attention forward", False), ("attention forward + backward", True)):
+        yield Row(
+            "torch",
+            name,
+            shape,
+            timed(_attention, shape, goes_back),
+            base=OWN_ATTENTION,
+            targets=(at_most(1.3, "unidrop", OWN_ATTENTION),),
+        )
 
 
 @contextmanager
@@ -167,4 +178,26 @@ def _in_place(shape: Shape) -> Sequence[Candidate]:
         # By 1, because a larger number would soon reach infinity.
         Candidate("multiply", lambda step: multiplied.mul_(1.0)),
         Candidate(_OWN, lambda step: functional.dropout(dropped, P, inplace=True)),
+    )
+
+
+def _attention(shape: Shape, goes_back: bool) -> Sequence[Candidate]:
+    inputs = [torch.randn(shape).requires_grad_(goes_back) for _ in range(3)]
+    gradient = torch.ones(shape)
+
+    def candidate(name: str, call: Callable[[int], Tensor]) -> Candidate:
+        def run(step: int) -> None:
+            y = call(step)
+            if goes_back:
+                torch.autograd.grad(y, inputs, gradient)
+
+        return Candidate(name, run)
+
+    own = functional.scaled_dot_product_attention
+    return (
+        candidate(
+            "unidrop",
+            lambda step: scaled_dot_product_attention(*inputs, dropout_p=P, dropout_key=key(step)),
+        ),
+        candidate(OWN_ATTENTION, lambda step: own(*inputs, dropout_p=P)),
     )

@@ -11,7 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.torch import Dropout, Dropout2d, buffers, dropout
+from unidrop.adapters.torch import (
+    Dropout,
+    Dropout2d,
+    MultiheadAttention,
+    buffers,
+    dropout,
+    scaled_dot_product_attention,
+)
 from unidrop.dispatch import forbid_plain_calls
 
 # Operations of PyTorch that launch nothing on a GPU.
@@ -230,6 +237,22 @@ def test_folds_on_the_device_of_the_step_without_kernels():
 def test_captures_a_layer_on_the_device(recorder, capturing):
     Dropout(0.3, seed=1)(torch.ones(3))
     assert recorder.launched == ["next_key", "dropout"]
+
+
+def test_attention_reads_no_number_of_the_device(recorder, monkeypatch):
+    layer, x = MultiheadAttention(8, 2, 0.3, seed=1), torch.ones(5, 3, 8)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    layer(x, x, x, need_weights=False)[0].sum().backward()
+    assert recorder.launched == ["next_key", "dropout", "dropout"]
+
+
+def test_attention_in_a_cuda_graph_warns_of_a_constant_key(capturing):
+    x = torch.ones(2, 3, 4)
+    with pytest.warns(UserWarning, match="because the key is a number of Python: fold in the"):
+        scaled_dot_product_attention(x, x, x, dropout_p=0.3, dropout_key=Key(7))
+    with pytest.raises(RuntimeError, match="in a CUDA graph must take its key from the GPU"):
+        scaled_dot_product_attention(x, x, x, dropout_p=0.3)
 
 
 @pytest.mark.parametrize("name", ["draw_key", "integers"])

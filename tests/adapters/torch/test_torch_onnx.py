@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from without_unidrop import run_without_unidrop
 
 from unidrop import Key
-from unidrop.adapters.torch import Dropout, dropout, onnx
+from unidrop.adapters.torch import Dropout, MultiheadAttention, dropout, onnx
 
 for _package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(_package)
@@ -149,3 +149,19 @@ def test_draws_keys_of_unseeded_layer_in_the_runtime():
     (first,), (second,) = run(x), run(x)
     assert set(first) == set(second) == {0, 2}
     assert not np.array_equal(first, second)
+
+
+class AttentionModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = MultiheadAttention(8, 2, 0.4, seed=1)
+
+    def forward(self, x, step):
+        self.attention.calls = step
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_attention_has_the_mask_of_eager_calls():
+    model, inputs = AttentionModel(), (torch.randn(5, 3, 8), torch.tensor(4))
+    (found,) = load(export(model, *inputs))(*inputs)
+    np.testing.assert_allclose(found, model(*inputs).detach().numpy(), rtol=0, atol=1e-6)
