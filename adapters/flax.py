@@ -1,12 +1,13 @@
-"""Dropout for Flax: `flax.nnx.Dropout` under keys, with runs that resume.
+"""Dropout and attention for Flax: modules of `flax.nnx` under keys, with runs that resume.
 
-Flax documentation: flax.nnx.Dropout (0.12).
+Flax documentation: flax.nnx.Dropout, flax.nnx.MultiHeadAttention (0.12).
 """
 
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 from weakref import WeakSet
@@ -17,6 +18,7 @@ from flax.errors import TraceContextError
 from jax import numpy as jnp
 
 from unidrop.adapters.calls import run_counted
+from unidrop.adapters.flax_attention import dot_product_attention
 from unidrop.adapters.frames import list_callers
 from unidrop.adapters.jax.functional import as_array, as_key, dropout
 from unidrop.adapters.numpy import check_plain
@@ -27,7 +29,13 @@ from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["Dropout", "DropoutCalls", "assign_seeds"]
+__all__ = [
+    "Dropout",
+    "DropoutCalls",
+    "MultiHeadAttention",
+    "assign_seeds",
+    "dot_product_attention",
+]
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -35,7 +43,7 @@ M = TypeVar("M", bound=nnx.Module)
 _CHECKED: "WeakSet[Any]" = WeakSet()
 
 _NO_CALLS = (
-    "this Dropout counts no calls, because it was made without a seed, with keys from rngs: "
+    "this module counts no calls, because it was made without a seed, with keys from rngs: "
     "to have calls, make it with seed=, an int or a unidrop.Key"
 )
 
@@ -62,10 +70,65 @@ serialization.register_serialization_state(Key, _to_state_dict, _from_state_dict
 
 
 class DropoutCalls(nnx.Variable[jax.Array]):
-    """The number of training calls of a seeded `Dropout`, modulo 2^32: a ``uint32`` scalar."""
+    """The number of training calls of a module with a seed, modulo 2^32: a ``uint32`` scalar."""
 
 
-class Dropout(nnx.Dropout):
+class _SeededModule(nnx.Module):
+    """A module whose training calls have numbers, if it has a seed."""
+
+    _RATE = "rate"  # the name of the attribute
+
+    seed: Key | None
+
+    if TYPE_CHECKING:  # at run time nnx keeps the variable among the module's attributes
+
+        @property
+        def calls(self) -> DropoutCalls:
+            """The number of training calls so far."""
+
+        @calls.setter
+        def calls(self, value: SupportsIndex | jax.Array | DropoutCalls) -> None: ...
+
+    def _init_seed(self, seed: int | Key | None) -> None:
+        key = seed if seed is None or isinstance(seed, Key) else Key(seed)
+        # A traced key, as in layers that are made under nnx.vmap, belongs to the state.
+        self.seed = nnx.data(key) if key is not None and key.is_traced else key
+
+    def _run_counted(self, call: Callable[[Key], Any]) -> Any:
+        """Return the result of a call with the key of the next call number."""
+        seed = self.seed
+        assert seed is not None
+        if self not in _CHECKED:
+            _warn_of_twins(self)
+        return run_counted(
+            _take_number,
+            _roll_back,
+            lambda number: call(seed.fold_in(number)),
+            self.calls,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise AttributeError, with a hint for ``calls``."""
+        if name == "calls":
+            raise AttributeError(_NO_CALLS)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "seed" and isinstance(value, int | str):
+            value = Key(value)  # type: ignore[arg-type] # raises for a string
+        if name == "seed":
+            _CHECKED.discard(self)
+        if name == "seed" and value is not None and "calls" not in vars(self):
+            self.calls = DropoutCalls(jnp.zeros((), jnp.uint32))
+        if name != "calls" or isinstance(value, nnx.Variable):
+            super().__setattr__(name, value)
+        elif "calls" in vars(self):
+            self.calls.set_value(_as_call_number(value))
+        else:
+            raise AttributeError(_NO_CALLS)
+
+
+class Dropout(_SeededModule, nnx.Dropout):
     """Drop elements with probability rate in training, and scale the rest by 1 / (1 - rate).
 
     Replaces `flax.nnx.Dropout`: `train`, `eval`, ``deterministic`` in the constructor or the call,
@@ -133,17 +196,6 @@ class Dropout(nnx.Dropout):
     1
     """
 
-    seed: Key | None
-
-    if TYPE_CHECKING:  # at run time nnx keeps the variable among the module's attributes
-
-        @property
-        def calls(self) -> DropoutCalls:
-            """The number of training calls so far."""
-
-        @calls.setter
-        def calls(self, value: SupportsIndex | jax.Array | DropoutCalls) -> None: ...
-
     def __init__(
         self,
         rate: float,
@@ -162,9 +214,7 @@ class Dropout(nnx.Dropout):
             rng_collection=rng_collection,
             rngs=rngs if seed is None else None,
         )
-        key = seed if seed is None or isinstance(seed, Key) else Key(seed)
-        # A traced key, as in layers that are made under nnx.vmap, belongs to the state.
-        self.seed = nnx.data(key) if key is not None and key.is_traced else key
+        self._init_seed(seed)
 
     def __call__(
         self,
@@ -211,9 +261,7 @@ class Dropout(nnx.Dropout):
             inputs = inputs.get_value()
         self._check(inputs)
         if rngs is None and self.seed is not None:
-            if self not in _CHECKED:
-                _warn_of_twins(self)
-            return self._drop_counted(inputs, self.seed)
+            return self._run_counted(partial(self._drop, inputs))
         return self._drop(inputs, self._draw_key(self.rngs if rngs is None else rngs))
 
     def _check(self, inputs: Any) -> None:
@@ -225,14 +273,6 @@ class Dropout(nnx.Dropout):
 
     def _drop(self, inputs: Any, key: Key) -> jax.Array:
         return dropout(inputs, self.rate, key, broadcast_dims=self.broadcast_dims)
-
-    def _drop_counted(self, inputs: Any, seed: Key) -> jax.Array:
-        return run_counted(
-            _take_number,
-            _roll_back,
-            lambda number: self._drop(inputs, seed.fold_in(number)),
-            self.calls,
-        )
 
     def _draw_key(self, rngs: Any) -> Key:
         if rngs is None:
@@ -251,27 +291,144 @@ class Dropout(nnx.Dropout):
             )
         return as_key(rngs)
 
-    def __getattr__(self, name: str) -> Any:
-        """Raise AttributeError, with a hint for ``calls``."""
-        if name == "calls":
-            raise AttributeError(_NO_CALLS)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "key":
             raise AttributeError("the key of a module is its attribute `seed`")
-        if name == "seed" and isinstance(value, int | str):
-            value = Key(value)  # type: ignore[arg-type] # raises for a string
-        if name == "seed":
-            _CHECKED.discard(self)
-        if name == "seed" and value is not None and "calls" not in vars(self):
-            self.calls = DropoutCalls(jnp.zeros((), jnp.uint32))
-        if name != "calls" or isinstance(value, nnx.Variable):
-            super().__setattr__(name, value)
-        elif "calls" in vars(self):
-            self.calls.set_value(_as_call_number(value))
-        else:
-            raise AttributeError(_NO_CALLS)
+        super().__setattr__(name, value)
+
+
+class MultiHeadAttention(_SeededModule, nnx.MultiHeadAttention):
+    """Attend from queries to keys with several heads, and drop probabilities in training.
+
+    Replaces `flax.nnx.MultiHeadAttention`, with its parameters and its state. In addition, the mask
+    is ordinary dropout of the probabilities under a key, and no array holds them all. With a seed
+    the module counts its calls, as `Dropout` does.
+
+    Parameters
+    ----------
+    num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features, **options
+        As in `flax.nnx.MultiHeadAttention`. ``broadcast_dropout``, True by default, shares a mask
+        of shape (query length, key length) among the batch and the heads. If it is False, the mask
+        has the shape (batch, heads, query length, key length).
+    dropout_rate : int or float, default 0.0
+        The probability of dropping a probability, in [0, 1].
+    attention_fn : callable, default dot_product_attention
+        A function with the arguments of `dot_product_attention`. With a seed, its ``dropout_rng``
+        is a `Key`.
+    rngs : nnx.Rngs
+        The source of the parameters, and of the keys if there is no seed.
+    keep_rngs : bool, default True
+        If True, a module without a seed keeps a stream of keys for its training calls.
+    seed : int or unidrop.Key, optional
+        Training call n = 0, 1, 2, ... uses the key ``Key(seed).fold_in(n)``. Two modules with one
+        seed have the same masks: fold each module's site into its seed, or call `assign_seeds`.
+
+    Attributes
+    ----------
+    seed : unidrop.Key or None
+        The key that call numbers are folded into; None without a seed.
+    calls : DropoutCalls
+        The number of training calls so far, as in `Dropout`.
+
+    Raises
+    ------
+    TypeError
+        If dropout_rate is not a Python number, or seed neither an integer nor a Key.
+    ValueError
+        If dropout_rate is outside [0, 1], seed outside [0, 2^64), or as in Flax.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from flax import nnx
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.flax import MultiHeadAttention
+    >>> module = MultiHeadAttention(
+    ...     2, 8, dropout_rate=0.5, deterministic=False, decode=False, rngs=nnx.Rngs(0),
+    ...     seed=Key(42).fold_in("encoder/0"),
+    ... )
+    >>> module(jax.numpy.ones((1, 4, 8))).shape
+    (1, 4, 8)
+    >>> int(module.calls)
+    1
+    """
+
+    _RATE = "dropout_rate"
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        in_kv_features: int | None = None,
+        *,
+        dropout_rate: float = 0.0,
+        attention_fn: Callable[..., jax.Array] = dot_product_attention,
+        rngs: nnx.Rngs,
+        keep_rngs: bool = True,
+        seed: int | Key | None = None,
+        **options: Any,
+    ) -> None:
+        Rate.from_p(dropout_rate, "dropout_rate")
+        super().__init__(
+            num_heads,
+            in_features,
+            qkv_features,
+            out_features,
+            num_kv_heads,
+            in_kv_features,
+            dropout_rate=dropout_rate,
+            attention_fn=attention_fn,
+            rngs=rngs,
+            keep_rngs=keep_rngs and seed is None,
+            **options,
+        )
+        self._init_seed(seed)
+
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None = None,
+        inputs_v: jax.Array | None = None,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | Key | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Apply attention, with dropout in training.
+
+        Parameters
+        ----------
+        inputs_q, inputs_k, inputs_v, **options
+            As in `flax.nnx.MultiHeadAttention`.
+        deterministic : bool, optional
+            Takes precedence over the constructor's.
+        rngs : nnx.Rngs, nnx.RngStream, jax.Array or unidrop.Key, optional
+            The key of this call, or the source of the key. Takes precedence over the constructor's
+            and over the seed. A call with its own rngs is not counted.
+
+        Returns
+        -------
+        jax.Array
+            Of shape (batch..., length, out_features).
+
+        Raises
+        ------
+        ValueError
+            If ``deterministic`` is None here and in the constructor, a training call has no key,
+            or as in Flax. A call that raises is not counted.
+        """
+        options["deterministic"] = deterministic
+        call = partial(super().__call__, inputs_q, inputs_k, inputs_v, **options)
+        if deterministic is None:
+            deterministic = self.deterministic
+        drops = self.dropout_rate > 0 and deterministic is not None and not deterministic
+        if rngs is None and self.seed is not None and drops:
+            return self._run_counted(lambda key: call(rngs=lambda: key))
+        # Flax calls a stream, and so it may call a function that returns a key.
+        return call(rngs=(lambda: rngs) if isinstance(rngs, jax.Array | Key) else rngs)
 
 
 def _take_number(variable: DropoutCalls) -> jax.Array:
@@ -300,7 +457,7 @@ def _check_scan(number: jax.Array) -> None:
                 if isinstance(calls, DropoutCalls) and (
                     calls.get_value() is number or calls.get_value()._trace is not number._trace
                 ):
-                    raise TraceContextError(f"nnx.scan broadcasts a Dropout. {_NOT_CARRIED}")
+                    raise TraceContextError(f"nnx.scan broadcasts a call number. {_NOT_CARRIED}")
         frame = frame.f_back
 
 
@@ -318,7 +475,7 @@ def _as_call_number(value: Any) -> jax.Array:
 
 
 def assign_seeds(model: M, seed: int | Key) -> M:
-    """Give each dropout module of a model the seed ``Key(seed).fold_in(name)``.
+    """Give each dropout and attention module of a model the seed ``Key(seed).fold_in(name)``.
 
     The name is the path of attributes and indices from the model to the module, joined by ".", as
     in `nnx.iter_modules`: ``model.encoder.layers[2]`` has the name "encoder.layers.2". A module in
@@ -372,7 +529,7 @@ def assign_seeds(model: M, seed: int | Key) -> M:
     return model
 
 
-def _warn_of_twins(module: Dropout) -> None:
+def _warn_of_twins(module: _SeededModule) -> None:
     """Warn if modules of the model that runs have one seed and one call number.
 
     Modules call this once, before their first training call: a model whose modules are copies, such
@@ -385,7 +542,8 @@ def _warn_of_twins(module: Dropout) -> None:
     _CHECKED.update([model, module, *(other for _, other in modules)])
     active = []
     for name, other in modules:
-        if other.seed is None or other.seed.is_traced or other.deterministic or other.rate == 0:
+        drops = not other.deterministic and getattr(other, other._RATE) > 0
+        if other.seed is None or other.seed.is_traced or not drops:
             continue
         stack = _get_stack(other)
         if stack:
@@ -393,16 +551,16 @@ def _warn_of_twins(module: Dropout) -> None:
                 f"the {math.prod(stack)} modules {name!r} have one seed, so they drop the same "
                 "units: call unidrop.adapters.flax.assign_seeds(model, seed), or give each its own "
                 "where nnx.vmap makes them, as in seed=Key(42).fold_in(i)",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
         number = 0 if _is_traced(other) else int(other.calls.get_value())
         active.append((name, other.seed, number))
     known = not _is_traced(module)
-    warn_of_equal_seeds(active, "unidrop.adapters.flax", known=known, stacklevel=3)
+    warn_of_equal_seeds(active, "unidrop.adapters.flax", known=known, stacklevel=4)
 
 
-def _find_model(module: Dropout) -> Any:
+def _find_model(module: _SeededModule) -> Any:
     """Return the outermost module that is the ``self`` of a call on the stack."""
     model: Any = module
     for _, caller in list_callers(sys._getframe(1)):
@@ -411,14 +569,14 @@ def _find_model(module: Dropout) -> Any:
     return model
 
 
-def _named_modules(model: Any) -> Iterator[tuple[str, Dropout]]:
+def _named_modules(model: Any) -> Iterator[tuple[str, _SeededModule]]:
     """Yield the modules of this adapter, each once, by the path of attributes and indices."""
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Dropout):
+        if isinstance(module, _SeededModule):
             yield ".".join(map(str, path)), module
 
 
-def _get_stack(module: Dropout) -> tuple[int, ...]:
+def _get_stack(module: _SeededModule) -> tuple[int, ...]:
     """Return the axes of modules that are made under `nnx.vmap`; () for a single module."""
     if "calls" in vars(module):
         shape: tuple[int, ...] = module.calls.get_value().shape
@@ -426,5 +584,5 @@ def _get_stack(module: Dropout) -> tuple[int, ...]:
     return () if module.rngs is None else module.rngs.count.get_value().shape
 
 
-def _is_traced(module: Dropout) -> bool:
+def _is_traced(module: _SeededModule) -> bool:
     return isinstance(module.calls.get_value(), jax.core.Tracer)

@@ -169,13 +169,15 @@ def dropout(
     return plan.apply(x, one_key, mask), mask
 
 
-def as_key(key: Any) -> Key:
+def as_key(key: Any, name: str = "key") -> Key:
     """Return a key of `jax.random`, or a `Key`, as a `Key`.
 
     Parameters
     ----------
     key : unidrop.Key or jax.Array
         As in `dropout`.
+    name : str, default "key"
+        The name of the argument in error messages.
 
     Raises
     ------
@@ -196,44 +198,44 @@ def as_key(key: Any) -> Key:
         lo, hi = key._words
         if not type(lo) is type(hi) is int:
             check_array_words(lo, hi)
-            _check_one(key, jnp.shape(lo))
+            _check_one(jnp.shape(lo), name)
         return key
-    data = _get_data(key)
+    data = _get_data(key, name)
     if data is None:
         raise TypeError(
-            "key must be a unidrop.Key, such as Key(42).fold_in(step), or a key of jax.random, "
+            f"{name} must be a unidrop.Key, such as Key(42).fold_in(step), or a key of jax.random, "
             f"got {key!r} of type {type(key).__name__}"
         )
-    _check_one(key, data.shape[:-1])
+    _check_one(data.shape[:-1], name)
     return Key.from_words(data[1], data[0])
 
 
-def _get_data(key: Any) -> Any:
+def _get_data(key: Any, name: str) -> Any:
     """Return the words of a key of `jax.random`, high word first, or None for other objects."""
     if not isinstance(key, jax.Array | np.ndarray):
         return None
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        name = str(jax.random.key_impl(key))
-        _check_threefry(name == "threefry2x32", name)
+        generator = str(jax.random.key_impl(key))
+        _check_threefry(generator == "threefry2x32", generator, name)
         return jax.random.key_data(key)
     if key.dtype != np.uint32 or key.ndim == 0:
         return None
-    _check_threefry(key.shape[-1] == 2, f"rbg or unsafe_rbg, with {key.shape[-1]} words")
+    _check_threefry(key.shape[-1] == 2, f"rbg or unsafe_rbg, with {key.shape[-1]} words", name)
     return jnp.asarray(key)
 
 
-def _check_threefry(is_threefry: bool, name: str) -> None:
+def _check_threefry(is_threefry: bool, generator: str, name: str) -> None:
     if not is_threefry:
         raise ValueError(
-            "key must be a key of threefry2x32, whose 64 bits are a unidrop.Key, got one of "
-            f"{name}: pass a unidrop.Key"
+            f"{name} must be a key of threefry2x32, whose 64 bits are a unidrop.Key, got one of "
+            f"{generator}: pass a unidrop.Key"
         )
 
 
-def _check_one(key: Any, batch: tuple[int, ...]) -> None:
+def _check_one(batch: tuple[int, ...], name: str) -> None:
     if batch:
         raise ValueError(
-            f"key must be one key, got a batch of them, of shape {batch}: apply jax.vmap to "
+            f"{name} must be one key, got a batch of them, of shape {batch}: apply jax.vmap to "
             "the function that calls dropout"
         )
 

@@ -37,7 +37,7 @@ from unidrop.threads import fork_guard
 from unidrop.window import Window
 from unidrop.words import SplitInteger
 
-__all__ = ["count_programs", "drop", "is_on_cpu", "keep_mask"]
+__all__ = ["count_programs", "drop", "get_varying_axes", "is_on_cpu", "keep_mask"]
 
 _STATIC = ("plan", "batch", "is_for_cpu")
 
@@ -71,8 +71,8 @@ def drop(
     # Devices that share x but not the mask do not share the output. The transpose of this cast sums
     # their cotangents of x.
     traced = (word for word in (*key, *words) if isinstance(word, jax.core.Tracer))
-    axes = frozenset[Any]().union(*map(_get_varying_axes, traced))
-    if axes and (axes := axes - _get_varying_axes(x)):
+    axes = frozenset[Any]().union(*map(get_varying_axes, traced))
+    if axes and (axes := axes - get_varying_axes(x)):
         x = jax.lax.pcast(x, tuple(sorted(axes, key=str)), to="varying")
     return _drop_p.bind(
         x,
@@ -116,7 +116,7 @@ def _with_starts(window: Window, starts: Iterator[SplitInteger]) -> Window:
     return replace(window, start=tuple(next(starts) if s is None else s for s in window.start))
 
 
-def _get_varying_axes(operand: Any) -> frozenset[Any]:
+def get_varying_axes(operand: Any) -> frozenset[Any]:
     """Return the axes of `jax.shard_map`'s mesh along which an operand varies."""
     aval: Any = jax.typeof(operand)
     if hasattr(aval, "mat"):

@@ -15,7 +15,7 @@ from unidrop.adapters.torch.arrays import (
     not_dense,
     write_result,
 )
-from unidrop.adapters.torch.buffers import PLAIN, is_tracing, refuse_capture
+from unidrop.adapters.torch.buffers import PLAIN, is_tracing, must_stay, refuse_capture
 from unidrop.adapters.torch.fx import call_override
 from unidrop.adapters.torch.onnx import is_exporting
 from unidrop.adapters.torch.operators import (
@@ -567,7 +567,7 @@ def run_with_drawn_key(call: Callable[[Key], T], input: Tensor, inplace: bool) -
 
     In place, PyTorch may refuse to write to the input. The generator then keeps its state.
     """
-    if not input.is_cpu:
+    if must_stay(input):
         refuse_capture(input.device)
     if not inplace:
         return call(draw_key())

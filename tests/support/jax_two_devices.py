@@ -15,7 +15,7 @@ from jax_off_the_cpu import lower_as_off_the_cpu
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.jax import dropout
+from unidrop.adapters.jax import dot_product_attention, dropout
 
 KEY = Key(42)
 
@@ -121,6 +121,61 @@ def kernels_on_second_device():
     assert (np.asarray(y) == unidrop.dropout(np.asarray(x), 0.3, KEY)).all()
 
 
+ATTENTION = {"is_causal": True, "dropout_rate": 0.3, "dropout_key": KEY}
+
+
+def assert_attention_of_devices(attend, spec):
+    """Attention of devices has the output and the gradients of attention of one device."""
+    mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
+    random = np.random.default_rng(0)
+    arrays = [random.standard_normal((2, 12, 2, 4), dtype="float32") for _ in range(3)]
+    specs = {"mesh": mesh, "in_specs": spec, "out_specs": spec}
+
+    def run(f, *arrays):
+        y, vjp = jax.vjp(f, *arrays)
+        return y, *vjp(y)
+
+    options = {"xla_backend_optimization_level": "0"}  # to take less time
+    run = jax.jit(run, static_argnums=0, compiler_options=options)
+    expected = run(lambda *x: dot_product_attention(*x, **ATTENTION), *arrays)
+    for actual in (
+        run(jax.shard_map(attend, **specs), *arrays),
+        run(
+            lambda *x: dot_product_attention(*x, **ATTENTION),
+            *(jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays),
+        ),
+    ):
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=0, atol=3e-6)
+
+
+def attention_of_batches():
+    """Each device has a part of the batch."""
+    window = {"global_shape": (2, 2, 12, 12)}
+
+    def attend(query, key, value):
+        start = jax.lax.axis_index("d"), 0, 0, 0
+        return dot_product_attention(query, key, value, start=start, **window, **ATTENTION)
+
+    assert_attention_of_devices(attend, PartitionSpec("d"))
+
+
+def attention_of_a_ring():
+    """Each device has a part of the sequence, and sends its keys around."""
+
+    def attend(query, key, value):
+        parts, rank = [], jax.lax.axis_index("d")
+        for step in range(2):
+            start = 0, 0, rank * 6, (rank + step) % 2 * 6
+            options = {"start": start, "global_shape": (2, 2, 12, 12), "return_residual": True}
+            parts.append(dot_product_attention(query, key, value, **options, **ATTENTION))
+            key, value = jax.lax.ppermute((key, value), "d", [(0, 1), (1, 0)])
+        outputs, residuals = map(jnp.stack, zip(*parts, strict=True))
+        return (outputs * jax.nn.softmax(residuals, axis=0)[..., None]).sum(0)
+
+    assert_attention_of_devices(attend, PartitionSpec(None, "d"))
+
+
 def off_the_cpu(case):
     """Run a case with the programs of other platforms."""
     with lower_as_off_the_cpu():
@@ -139,6 +194,8 @@ CASES = {
     "windows_of_devices_off_the_cpu": lambda: off_the_cpu(gradients_with_windows),
     "mask_on_requested_device": mask_on_requested_device,
     "kernels_on_second_device": kernels_on_second_device,
+    "attention_of_batches": attention_of_batches,
+    "attention_of_a_ring": attention_of_a_ring,
 }
 
 

@@ -37,6 +37,8 @@ NAMES = [
     "windows_of_devices_off_the_cpu",
     "mask_on_requested_device",
     "kernels_on_second_device",
+    "attention_of_batches",
+    "attention_of_a_ring",
 ]
 
 

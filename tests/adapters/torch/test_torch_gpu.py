@@ -247,7 +247,7 @@ def test_attention_reads_no_number_of_the_device(recorder, monkeypatch):
     assert recorder.launched == ["next_key", "dropout", "dropout"]
 
 
-def test_attention_in_a_cuda_graph_warns_of_a_constant_key(capturing):
+def test_attention_in_a_cuda_graph_warns_of_a_constant_key(recorder, capturing):
     x = torch.ones(2, 3, 4)
     with pytest.warns(UserWarning, match="because the key is a number of Python: fold in the"):
         scaled_dot_product_attention(x, x, x, dropout_p=0.3, dropout_key=Key(7))
