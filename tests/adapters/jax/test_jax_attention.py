@@ -366,7 +366,7 @@ def test_accepts_number_of_bias_and_traced_scale(small_blocks):
     arrays = inputs()
     slope = jax.grad(lambda scale: (dot_product_attention(*arrays, 2, scale=scale, **DROPS)).sum())
     its = jax.grad(lambda scale: materialized(arrays[0] * scale * math.sqrt(8), *arrays[1:]).sum())
-    assert_close(slope(0.3), its(0.3))
+    assert_close(slope(0.3), its(0.3), 1e-5)  # both sum float32 numbers that cancel
 
 
 BAD = {
