@@ -1,6 +1,7 @@
 """Dropout layers for Keras: `keras.layers` under keys, with runs that resume.
 
-Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D (Keras 3).
+Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D,
+keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.Attention (Keras 3).
 """
 
 import warnings
@@ -33,7 +34,16 @@ from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "assign_seeds"]
+__all__ = [
+    "Attention",
+    "Dropout",
+    "GroupQueryAttention",
+    "MultiHeadAttention",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
+    "assign_seeds",
+]
 
 _STATE = "seed_generator_state"
 
@@ -196,12 +206,14 @@ class _SeededLayerMixin(keras.layers.Layer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
         """Make a layer of its configuration."""
-        state = config.get(_STATE)
         layer = super().from_config({name: config[name] for name in config if name != _STATE})
-        if state is not None:
-            layer._restore_state(state)
-            layer._filed_calls = layer.calls
+        layer._restore_config(config)
         return layer
+
+    def _restore_config(self, config: dict[str, Any]) -> None:
+        if _STATE in config:
+            self._restore_state(config[_STATE])
+            self._filed_calls = self.calls
 
     @property
     def weights(self) -> list[Any]:
@@ -301,10 +313,10 @@ def _narrow_seed(seed: Any) -> int | None:
     return int(Key(seed)) & 0x7FFFFFFF
 
 
-def _checked_rate(rate: Any) -> Any:
+def _checked_rate(rate: Any, name: str = "rate") -> Any:
     """Raise TypeError unless rate is a number; Keras checks the range, with its own message."""
     if isinstance(rate, bool) or not isinstance(rate, int | float):
-        Rate.from_p(rate, "rate")
+        Rate.from_p(rate, name)
     return rate
 
 
@@ -452,3 +464,244 @@ class SpatialDropout3D(_SpatialDropoutMixin, keras.layers.SpatialDropout3D):
     ) -> None:
         super().__init__(_checked_rate(rate), data_format, _narrow_seed(seed), name, dtype)
         self._set_seed(seed)
+
+
+class _SeededAttentionMixin(keras.layers.Layer):
+    """Dropout of attention weights by a `Dropout` layer, for layers that also derive from Keras's.
+
+    The inner layer holds the seed and the call number, and Keras saves it with the outer layer.
+    """
+
+    def _set_dropout(self, seed: int | Key | None) -> None:
+        self._dropout_layer = Dropout(
+            self.dropout,
+            seed=seed,
+            dtype=self.dtype_policy,
+            autocast=self.autocast,
+            name=self.name,  # for messages, whose reader made the outer layer
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # In `build`, Keras would set its own dropout layer.
+        if name != "_dropout_layer" or isinstance(value, Dropout):
+            super().__setattr__(name, value)
+
+    def _get_dropout_layer(self) -> Any:
+        """Return the inner layer; None while Keras's constructor runs."""
+        return getattr(self, "_dropout_layer", None)
+
+    @property
+    def dropout(self) -> Any:
+        """The fraction of the attention weights to drop."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        self._dropout = _checked_rate(value, "dropout")
+        layer = self._get_dropout_layer()
+        if layer is not None:
+            layer.rate = value
+
+    @property
+    def seed(self) -> Key | None:
+        """The key of the layer; None if Keras drew a seed."""
+        return self._dropout_layer.seed
+
+    @seed.setter
+    def seed(self, value: int | Key | None) -> None:
+        layer = self._get_dropout_layer()
+        if layer is not None:
+            layer.seed = value
+
+    @property
+    def calls(self) -> int:
+        """The number of training calls so far; set it to resume a run or follow a global step."""
+        return self._dropout_layer.calls
+
+    @calls.setter
+    def calls(self, value: SupportsIndex) -> None:
+        self._dropout_layer.calls = value
+
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the call unchanged, under `keras.RematScope` too.
+
+        Keras would count the second call, which then had another mask.
+        """
+        return layer_call
+
+    def get_config(self) -> dict[str, Any]:
+        """Return Keras's configuration, with the seed as an integer, as `Dropout` does."""
+        config: dict[str, Any] = super().get_config()
+        inner = self._dropout_layer.get_config()
+        return {**config, **{name: inner[name] for name in ("seed", _STATE) if name in inner}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Make a layer of its configuration."""
+        layer = super().from_config({name: config[name] for name in config if name != _STATE})
+        layer._dropout_layer._restore_config(config)
+        return layer
+
+
+class _SeededProjectionMixin(_SeededAttentionMixin):
+    """The `build` of layers whose projections Keras makes together with a dropout layer."""
+
+    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
+        """Build the projections; at rate 0, Keras's dropout layer needs no seed."""
+        rate, self._dropout = self._dropout, 0.0
+        try:
+            super().build(query_shape, value_shape, key_shape)
+        finally:
+            self._dropout = rate
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class MultiHeadAttention(_SeededProjectionMixin, keras.layers.MultiHeadAttention):
+    """Multi-head attention that drops attention weights under keys.
+
+    Replaces `keras.layers.MultiHeadAttention`. Training call n = 0, 1, 2, ... keeps the weights
+    ``keep_mask((batch, heads, queries, keys), dropout, Key(seed).fold_in(n))``, and so does
+    attention with this key in every framework. Saving, seed and calls are as in `Dropout`.
+
+    Parameters
+    ----------
+    num_heads, key_dim, value_dim : int
+        As in `keras.layers.MultiHeadAttention`.
+    dropout : int or float
+        Between 0 and 1. Fraction of the attention weights to drop.
+    *args, **kwargs
+        Further arguments of `keras.layers.MultiHeadAttention`.
+    seed : int or unidrop.Key, optional
+        As in `Dropout`.
+
+    Attributes
+    ----------
+    seed : unidrop.Key or None
+        The key that call numbers are folded into; None if Keras drew the seed.
+    calls : int
+        The number of training calls so far. To resume a run, set this one number.
+
+    Raises
+    ------
+    TypeError
+        If dropout is not a Python number.
+    ValueError
+        If dropout is outside [0, 1], or above 0 with flash attention, or seed is neither an integer
+        in [0, 2^64) nor a Key.
+
+    Notes
+    -----
+    If ``attention_axes`` leaves out axes of the sequence, the mask has the shape (batch, other
+    axes, heads, query axes, key axes).
+
+    The scores that ``return_attention_scores=True`` returns are from before the dropout, as in
+    Keras.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.keras import MultiHeadAttention
+    >>> layer = MultiHeadAttention(2, 8, dropout=0.1, seed=Key(42).fold_in("encoder/0"))
+    >>> x = np.ones((1, 5, 16), "float32")
+    >>> layer(x, x, training=True).shape
+    TensorShape([1, 5, 16])
+    >>> layer.calls
+    1
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        dropout: float = 0.0,
+        *args: Any,
+        seed: int | Key | None = None,
+        **kwargs: Any,
+    ) -> None:
+        rate = _checked_rate(dropout, "dropout")
+        narrow = _narrow_seed(seed)
+        super().__init__(num_heads, key_dim, value_dim, rate, *args, seed=narrow, **kwargs)
+        self._set_dropout(seed)
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class GroupedQueryAttention(_SeededProjectionMixin, keras.layers.GroupQueryAttention):
+    """Attention whose heads of keys and values serve groups of query heads.
+
+    Replaces `keras.layers.GroupQueryAttention`. The mask has the shape (batch, query heads,
+    queries, keys). Everything else is as in `MultiHeadAttention`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import GroupQueryAttention
+    >>> layer = GroupQueryAttention(8, 4, 2, dropout=0.1, seed=42)
+    >>> x = np.ones((1, 5, 16), "float32")
+    >>> layer(x, x, training=True).shape
+    TensorShape([1, 5, 16])
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_query_heads: int,
+        num_key_value_heads: int,
+        dropout: float = 0.0,
+        *args: Any,
+        seed: int | Key | None = None,
+        **kwargs: Any,
+    ) -> None:
+        rate = _checked_rate(dropout, "dropout")
+        heads = num_query_heads, num_key_value_heads
+        super().__init__(head_dim, *heads, rate, *args, seed=_narrow_seed(seed), **kwargs)
+        self._set_dropout(seed)
+
+
+# Keras too exports its class by another name. Files of weights contain the name of the class.
+GroupQueryAttention = GroupedQueryAttention
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class Attention(_SeededAttentionMixin, keras.layers.Attention):
+    """Dot-product attention without projections that drops attention weights under keys.
+
+    Replaces `keras.layers.Attention`. The mask has the shape (batch, queries, keys), or more axes
+    if the inputs have. Everything else is as in `MultiHeadAttention`, but as in Keras, the scores
+    that ``return_attention_scores=True`` returns are from after the dropout.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import Attention
+    >>> query, value = np.zeros((1, 2, 4), "float32"), np.eye(4, dtype="float32")[None]
+    >>> np.asarray(Attention(dropout=0.5, seed=42)([query, value], training=True))
+    array([[[0.5, 0.5, 0. , 0. ],
+            [0.5, 0. , 0. , 0.5]]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        use_scale: bool = False,
+        score_mode: str = "dot",
+        dropout: float = 0.0,
+        seed: int | Key | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # At rate 0, Keras makes no seed generator, which nothing would use.
+        super().__init__(use_scale, score_mode, 0.0, **kwargs)
+        self.dropout = dropout
+        self._set_dropout(seed)
+
+    def _apply_scores(
+        self, scores: Any, value: Any, scores_mask: Any = None, training: bool = False
+    ) -> tuple[Any, Any]:
+        """Return the output and the attention weights, dropped in training."""
+        if not training or self.dropout == 0:
+            output, weights = super()._apply_scores(scores, value, scores_mask, training)
+            return output, weights
+        # Keras's masked softmax, with values that have no features to add up.
+        _, weights = super()._apply_scores(scores, value[..., :0], scores_mask)
+        weights = self._dropout_layer(weights, training=True)
+        return keras.ops.matmul(weights, value), weights

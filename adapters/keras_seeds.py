@@ -17,6 +17,13 @@ __all__ = ["Callers", "assign_seeds", "find_callers", "note_trace", "renew_trace
 
 M = TypeVar("M", bound=keras.layers.Layer)
 
+# Types of Keras that layers with seeds derive from.
+_REPLACED = (
+    keras.layers.Dropout,
+    keras.layers.MultiHeadAttention,
+    keras.layers.GroupQueryAttention,
+    keras.layers.Attention,
+)
 # Types that may hold layers.
 _HOLDERS = (keras.layers.Layer, dict, list, tuple)
 
@@ -172,13 +179,18 @@ def warn_of_twins(model: Any, traced: bool) -> None:
 def _named_layers(
     value: Any, name: str = "", seen: dict[int, Any] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the layers that have seeds, each once, by the path of attributes and indices."""
+    """Yield the dropout layers that have seeds, each once, by the path of attributes and indices.
+
+    The dropout layer of an attention layer has the attention layer's path.
+    """
     seen = {} if seen is None else seen
     if id(value) in seen:
         return
     seen[id(value)] = value  # so that no other object gets its identity
-    if isinstance(value, keras.layers.Dropout) and hasattr(type(value), "calls"):
-        yield name, value
+    if isinstance(value, _REPLACED) and hasattr(type(value), "calls"):
+        layer = getattr(value, "_dropout_layer", value)
+        seen[id(layer)] = layer
+        yield name, layer
     for child_name, child in _get_children(value):
         if isinstance(child, _HOLDERS):
             yield from _named_layers(child, f"{name}.{child_name}" if name else child_name, seen)

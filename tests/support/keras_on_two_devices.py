@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from keras_models import SITE, dropped
 
-from unidrop import Key
-from unidrop.adapters.keras import Dropout, SpatialDropout1D
+from unidrop import Key, keep_mask
+from unidrop.adapters.keras import Attention, Dropout, SpatialDropout1D
 
 CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -134,3 +134,15 @@ def test_sets_call_number_in_all_replicas():
     layer.calls = 5
     actual = np.concatenate(run(layer, (X[:4], X[4:]), compiled=False))
     assert actual.tobytes() == dropped(X, 5).tobytes()
+
+
+def test_gives_each_replica_its_window_of_attention_weights():
+    with TWO.scope():
+        layer = Attention(dropout=0.5, seed=SITE)
+    x = np.stack([np.eye(6, dtype="float32")] * 5)
+
+    def attend(x, training):
+        return layer([0 * x, x], training=training)
+
+    actual = np.concatenate(run(attend, (x[:3], x[3:]), compiled=True))
+    assert np.array_equal(actual != 0, keep_mask((5, 6, 6), 0.5, SITE.fold_in(0)))

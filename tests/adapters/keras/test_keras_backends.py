@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow  # each process imports Keras and a backend
 HERE = Path(__file__).parent
 LAYERS, TRAINING = str(HERE / "test_keras_layers.py"), str(HERE / "test_keras_training.py")
 CONTROL_FLOW = str(HERE / "test_keras_control_flow.py")
+ATTENTION = str(HERE / "test_keras_attention.py")
 WARNS = """
 import warnings
 
@@ -24,17 +25,19 @@ KERAS_OWN = Path(find_spec("keras").origin).parent / "src" / "layers" / "regular
 # backend lacks one way to fit, and its NumPy backend all training.
 
 
-@pytest.mark.parametrize(("backend", "expected"), [("jax", 45 + 1 + 19), ("torch", 43 + 1 + 14)])
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("jax", 45 + 1 + 19 + 11), ("torch", 43 + 1 + 14 + 11)]
+)
 def test_passes_tests_of_layers_and_training(backend, expected):
-    run_tests(backend, LAYERS, TRAINING, CONTROL_FLOW, expected=expected)
+    run_tests(backend, LAYERS, TRAINING, CONTROL_FLOW, ATTENTION, expected=expected)
 
 
 def test_passes_tests_of_layers_on_numpy():
-    run_tests("numpy", LAYERS, expected=30)
+    run_tests("numpy", LAYERS, ATTENTION, expected=30 + 9)
 
 
 def test_trains_on_two_devices_as_on_one():
-    run_tests("tensorflow", "keras_on_two_devices.py", expected=25)
+    run_tests("tensorflow", "keras_on_two_devices.py", expected=26)
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
