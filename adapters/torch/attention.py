@@ -439,6 +439,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             output = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if is_batched else weights.squeeze(0)
+        elif not self._attention_dropout.training:  # a user has turned this dropout off
+            output = scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal)
         else:
 
             def attend(dropout_key: Key) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operator ``torch.ops.unidrop.attention``: attention over tiles, with dropout of its weights.
+"""The operator ``torch.ops.unidrop.attend``: attention over tiles, with dropout of its weights.
 
 Requirements this design meets:
 
@@ -49,9 +49,9 @@ _ARGUMENTS = (
     "float? scale, SymInt[]? global_shape, Tensor? start"
 )
 _library = torch.library.Library("unidrop", "FRAGMENT")
-_library.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)")
+_library.define(f"attend({_ARGUMENTS}) -> (Tensor, Tensor)")
 _library.define(
-    "attention_backward(Tensor upstream, Tensor upstream_lse, Tensor output, Tensor lse, "
+    "attend_backward(Tensor upstream, Tensor upstream_sizes, Tensor output, Tensor sizes, "
     f"bool needs_mask, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -193,10 +193,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
     with _without_autocast(query.device):
         tiles = _Tiles(query, key, value, *rest)
         output = tiles.query.new_empty(tiles.count, tiles.queries, value.shape[-1])
-        lse = tiles.query.new_empty(tiles.count, tiles.queries, 1)
+        # The highest score, and the logarithm of the total of all differences to it. Their sum
+        # would lose the second where scores are large, for example by a mask that adds -1e9.
+        sizes = tiles.query.new_empty(tiles.count, tiles.queries, 2)
         for rows in tiles.blocks_of_queries():
             sums = torch.zeros_like(output[:, rows])
-            total = torch.zeros_like(lse[:, rows])
+            total = torch.zeros_like(sizes[:, rows, :1])
             # Unlike -inf, the lowest number has a difference to scores of -inf.
             top = torch.full_like(total, torch.finfo(total.dtype).min)
             for columns in tiles.blocks_of_keys(rows):
@@ -209,16 +211,16 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
                 sums.mul_(shrink).baddbmm_(weights, tiles.value[:, columns])
             # The total of a query without keys is 0, and all others are at least 1.
             torch.div(sums, total.clamp_min(0.5), out=output[:, rows])
-            torch.add(top, total.log_(), out=lse[:, rows])
+            sizes[:, rows] = torch.cat([top, total.log_()], -1)
         shape = query.shape[:-1]
-        return output.to(query.dtype).view(*shape, value.shape[-1]), lse.view(shape)
+        return output.to(query.dtype).view(*shape, value.shape[-1]), sizes.view(*shape, 2)
 
 
 def _attention_backward(
     upstream: Tensor,
-    upstream_lse: Tensor,
+    upstream_sizes: Tensor,
     output: Tensor,
-    lse: Tensor,
+    sizes: Tensor,
     needs_mask: bool,
     query: Tensor,
     key: Tensor,
@@ -230,11 +232,12 @@ def _attention_backward(
         tiles = _Tiles(query, key, value, mask, *rest)
         upstream, output = tiles.flatten(upstream), tiles.flatten(output)
         # The gradient of a score is its weight times the gradient of the weight, minus their sum.
-        center = (upstream * output).sum(-1, keepdim=True) - upstream_lse.reshape(
+        center = (upstream * output).sum(-1, keepdim=True) - upstream_sizes[..., 0].reshape(
             tiles.count, tiles.queries, 1
         )
-        lse = lse.reshape(center.shape)
-        lse = lse.masked_fill(lse == -math.inf, math.inf)  # so that all weights are 0
+        top, rest_of_lse = sizes.reshape(tiles.count, tiles.queries, 2).split(1, -1)
+        # So that all weights of a query without keys are 0.
+        rest_of_lse = rest_of_lse.masked_fill(rest_of_lse == -math.inf, math.inf)
         of_query, of_key, of_value = (
             torch.zeros_like(x, memory_format=torch.contiguous_format)
             for x in (tiles.query, tiles.key, tiles.value)
@@ -244,7 +247,8 @@ def _attention_backward(
             of_mask = torch.zeros(mask.shape, dtype=center.dtype, device=mask.device)
         for rows in tiles.blocks_of_queries():
             for columns in tiles.blocks_of_keys(rows):
-                weights = tiles.scores(rows, columns).sub_(lse[:, rows]).exp_()
+                weights = tiles.scores(rows, columns).sub_(top[:, rows])
+                weights.sub_(rest_of_lse[:, rows]).exp_()
                 gradient = tiles.drop(weights, rows, columns, inplace=False)
                 of_value[:, columns].baddbmm_(gradient.transpose(1, 2), upstream[:, rows])
                 transposed = tiles.value[:, columns].transpose(1, 2)
@@ -320,9 +324,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
         ctx.mask = dropout_key, start
 
 
-def _differentiate(ctx: Any, upstream: Tensor, upstream_lse: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, upstream: Tensor, upstream_sizes: Tensor) -> tuple[Any, ...]:
     """Return the gradients of the operator, by tiles unless they are differentiated too."""
-    query, key, value, mask, output, lse, *rest = ctx.saved_tensors
+    query, key, value, mask, output, sizes, *rest = ctx.saved_tensors
     dropout_key, start = rest if ctx.is_operator else ctx.mask
     p, is_causal, scale, global_shape = ctx.constants
     needs_mask = mask is not None and ctx.needs_input_grad[3]
@@ -344,20 +348,20 @@ def _differentiate(ctx: Any, upstream: Tensor, upstream_lse: Tensor) -> tuple[An
             first,
         )
         wanted = [x for x in inputs if x.requires_grad]
-        found = iter(
-            torch.autograd.grad(outputs, wanted, (upstream, upstream_lse), create_graph=True)
-        )
+        count = 2 if outputs[1].requires_grad else 1  # values do not change the totals
+        upstreams = (upstream, upstream_sizes[..., 0])[:count]
+        found = iter(torch.autograd.grad(outputs[:count], wanted, upstreams, create_graph=True))
         gradients = [next(found) if x.requires_grad else None for x in inputs]
         gradients += [] if needs_mask else [None]
     else:
         is_traced = ctx.is_operator and is_tracing()
-        run = torch.ops.unidrop.attention_backward if is_traced else _attention_backward
+        run = torch.ops.unidrop.attend_backward if is_traced else _attention_backward
         gradients = list(
             run(
                 upstream,
-                upstream_lse,
+                upstream_sizes,
                 output,
-                lse,
+                sizes,
                 needs_mask,
                 query,
                 key,
@@ -406,25 +410,25 @@ def attend(
     if is_tracing():
         words = key_tensor(dropout_key, query.device)
         _, whole, start = (*window_arguments(window, query.device), None, None)[:3]
-        run = torch.ops.unidrop.attention
+        run = torch.ops.unidrop.attend
         results = run(*inputs, words, as_constant(p), *constants, whole, start)
     else:
         run = _Attention.apply
         results = run(*inputs, dropout_key, p, *constants, window.global_shape, window.start)
-    pair: tuple[Tensor, Tensor] = results
-    return pair
+    output, sizes = results
+    return output, sizes.sum(-1)
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:-1], dtype=_compute_type(query.dtype))
-    return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
+    sizes = query.new_empty((*query.shape[:-1], 2), dtype=_compute_type(query.dtype))
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), sizes
 
 
 def _fake_attention_backward(
     upstream: Tensor,
-    upstream_lse: Tensor,
+    upstream_sizes: Tensor,
     output: Tensor,
-    lse: Tensor,
+    sizes: Tensor,
     needs_mask: bool,
     query: Tensor,
     key: Tensor,
@@ -437,12 +441,12 @@ def _fake_attention_backward(
 
 
 _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "attention": (_attention, _fake_attention),
-    "attention_backward": (_attention_backward, _fake_attention_backward),
+    "attend": (_attention, _fake_attention),
+    "attend_backward": (_attention_backward, _fake_attention_backward),
 }
 for _name, (_function, _fake) in _OPERATORS.items():
     _library.impl(_name, _disable_dynamo(_function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"unidrop::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
-    "unidrop::attention", _differentiate, setup_context=_save, lib=_library
+    "unidrop::attend", _differentiate, setup_context=_save, lib=_library
 )

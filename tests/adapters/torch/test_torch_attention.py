@@ -540,3 +540,29 @@ def test_random_calls_equal_the_reference(case, monkeypatch):
     upstream = torch.randn(output.shape, dtype=output.dtype)
     found = torch.autograd.grad(output, (query, key, value), upstream)
     assert_near(found, pullback(upstream), 1e-12)
+
+
+@pytest.mark.parametrize("number", [torch.finfo(torch.float32).min, -1e9])
+def test_has_the_gradient_of_a_query_with_a_mask_of_large_numbers(number):
+    """Masks of padding add such numbers, and a query of padding then attends to all keys."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 4), torch.randn(2, 700, 4)
+    value = torch.randn(2, 700, 5)
+    mask = torch.zeros(3, 700)
+    mask[1] = number
+    gradients = []
+    for create_graph in (False, True):  # by tiles, and by all weights
+        tensors = [x.clone().requires_grad_() for x in (query, key, value)]
+        y = scaled_dot_product_attention(*tensors, mask, 0.3, dropout_key=Key(7))
+        gradients.append(torch.autograd.grad(y.sum(), tensors, create_graph=create_graph))
+    for by_tiles, by_weights in zip(*gradients, strict=True):
+        torch.testing.assert_close(by_tiles, by_weights, rtol=0, atol=1e-5)
+
+
+def test_differentiates_the_gradient_of_values_alone():
+    query, key = torch.randn(1, 3, 4), torch.randn(1, 5, 4)
+    value = torch.randn(1, 5, 4, requires_grad=True)
+    y = scaled_dot_product_attention(query, key, value, None, 0.5, dropout_key=Key(7))
+    (first,) = torch.autograd.grad(y.square().sum(), value, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), value)
+    assert second.shape == value.shape

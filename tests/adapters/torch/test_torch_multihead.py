@@ -298,3 +298,16 @@ def test_serves_a_transformer_layer_of_pytorch():
     layer.eval()
     assert layer(x).isfinite().all()
     assert layer.self_attn.calls == 1
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_drops_nothing_while_its_child_is_in_evaluation(need_weights):
+    """Users turn dropout off by ``eval`` of all modules that are a torch.nn.Dropout."""
+    layer, x = MultiheadAttention(8, 2, 0.5, seed=1), torch.ones(5, 3, 8)
+    for module in layer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    y, _ = layer(x, x, x, need_weights=need_weights)
+    expected, _ = layer.eval()(x, x, x)
+    torch.testing.assert_close(y, expected)
+    assert layer.calls == 0
