@@ -81,6 +81,7 @@ def test_equals_materialized_attention():
         assert_close(a, e.swapaxes(-2, -3))
 
 
+@pytest.mark.slow
 def test_is_function_of_flax_if_nothing_drops():
     arrays = values(2, 5, 2, 8), values(2, 7, 2, 8), values(2, 7, 2, 8)
     for options in ({"dropout_rate": RATE, "deterministic": True}, {}):
@@ -187,6 +188,7 @@ def recorded(keys):
     return attend
 
 
+@pytest.mark.slow
 def test_gives_each_training_call_its_key():
     keys = []
     module = made(attention_fn=recorded(keys))
@@ -215,6 +217,7 @@ def test_equals_function_under_key_of_call():
         assert_close(module(X), np.asarray(module.out(y)))
 
 
+@pytest.mark.slow
 def test_is_module_of_flax_in_evaluation():
     mine, its = made(seed=None), made(nnx.MultiHeadAttention)
     assert isinstance(mine, nnx.MultiHeadAttention)

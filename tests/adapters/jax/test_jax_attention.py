@@ -156,6 +156,7 @@ def test_differentiates_twice_and_forward(small_blocks):
     assert_close(actual, expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_keeps_no_array_of_all_probabilities():
     arrays = inputs(600, 600, batch=1, heads=2)
 
@@ -207,6 +208,7 @@ def test_drops_by_mask_of_several_long_blocks():
     assert (read_mask((3, 600), batch=1, heads=2) == wanted_mask((1, 2, 3, 600))).all()
 
 
+@pytest.mark.slow
 def test_has_one_mask_with_and_without_batch(small_blocks):
     arrays = inputs(batch=1)
     batched = dot_product_attention(*arrays, **DROPS)
@@ -362,6 +364,7 @@ def test_returns_attention_of_empty_sequences(shape):
     assert (y == jax.nn.dot_product_attention(*arrays)).all()
 
 
+@pytest.mark.slow
 def test_accepts_number_of_bias_and_traced_scale(small_blocks):
     arrays = inputs()
     slope = jax.grad(lambda scale: (dot_product_attention(*arrays, 2, scale=scale, **DROPS)).sum())

@@ -132,6 +132,7 @@ def test_gives_same_bits_of_window_with_traced_start(off_the_cpu, name, mapped):
     assert_bits(y, wanted(x, global_shape=whole, start=start))
 
 
+@pytest.mark.slow
 def test_gives_each_example_the_mask_of_its_key(off_the_cpu):
     x = values((2, 3, 21))
 
@@ -156,6 +157,7 @@ def test_gives_same_bits_with_64_bit_indices(off_the_cpu, monkeypatch):
         assert_bits(y[i], wanted(x[i], KEY.fold_in(i), 0.21))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, 3])
 def test_gives_same_keep_flags_in_eager_calls(monkeypatch, rows):
     def off_the_cpu(*args, cpu, default):
