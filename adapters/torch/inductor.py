@@ -65,7 +65,7 @@ def _register() -> None:
         raise RuntimeError(f"untested with PyTorch {torch.__version__}")
 
     def register(operator: Any, lower: Callable[..., Any]) -> None:
-        opaque: Any = fallback_handler(operator, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+        opaque: Any = fallback_handler(operator, add_to_fallback_set=False)  # type: ignore[no-untyped-call] # it has no types
 
         def lower_or_call(*arguments: Any, **options: Any) -> Any:
             try:
@@ -191,7 +191,7 @@ def _number(
 
     Each is a word; the high word of a block, and the number, may have more bits than count.
     """
-    import sympy  # type: ignore[import-untyped]
+    import sympy  # type: ignore[import-untyped] # it has no types
 
     terms = [(i, stride) for i, stride in enumerate(window.strides) if stride != 0]
     if load_start is None:
