@@ -9,6 +9,9 @@ installed beside JAX: JAX would register it a second time.
 For each program it prints how many kernels XLA launches, how many loops and arrays of bool the
 program has, and the instructions of its largest kernel for each element. Instructions need ptxas of
 CUDA, and cuobjdump, which Triton contains too.
+
+It exits with 1 if a program with our dropout has a loop, keeps a mask, or launches more kernels
+than the same program with `jax.random.bernoulli`.
 """
 
 import os
@@ -158,26 +161,48 @@ def count_instructions() -> float | None:
     return largest or None
 
 
-def main() -> None:
-    """Print one row for each program."""
+def find_faults(counts: dict[str, tuple[int, int, int]]) -> list[str]:
+    """Return the faults of programs with our dropout, from kernels, loops and masks of each."""
+    most = {name: kernels for name, (kernels, _, _) in counts.items() if "bernoulli" in name}
+    alone, step = most["bernoulli and where, bfloat16"], most["training step by bernoulli"]
+    faults = []
+    for name in counts.keys() - most.keys():
+        kernels, loops, masks = counts[name]
+        limit = step if name.startswith("training step") else alone
+        if loops or masks or kernels > limit:
+            faults.append(
+                f"{name}: {kernels} kernels (at most {limit} are allowed), {loops} loops, "
+                f"{masks} masks"
+            )
+    return sorted(faults)
+
+
+def main() -> int:
+    """Print one row for each program, and return the exit status."""
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     device = get_device(sys.argv[1])
     sharding = SingleDeviceSharding(device)
     print(f"{'program':36} {'kernels':>8} {'loops':>6} {'masks':>6} {'instructions':>13}")
+    counts = {}
     for name, (function, arguments) in get_programs().items():
         shutil.rmtree(DUMP)
         jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
         text = jitted.lower(*arguments).compile().as_text()
-        entry = text[text.index("ENTRY") :]
+        entry = text[text.index("ENTRY") :]  # other computations become parts of kernels
         instructions = count_instructions()
+        kernels = len(re.findall(r" fusion[(]", entry))
+        loops = len(re.findall(r" while[(]", text))
+        masks = len(re.findall(r"pred.[0-9]+,[0-9]+.", entry))
+        counts[name] = kernels, loops, masks
         print(
-            f"{name:36} {len(re.findall(r' fusion[(]', entry)):8} "
-            f"{len(re.findall(r' while[(]', entry)):6} "
-            f"{len(re.findall(r'pred.[0-9]+,[0-9]+.', entry)):6} "
+            f"{name:36} {kernels:8} {loops:6} {masks:6} "
             f"{'' if instructions is None else format(instructions, '.1f'):>13}"
         )
+    faults = find_faults(counts)
+    print(*faults, sep="\n", file=sys.stderr)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
