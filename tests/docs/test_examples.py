@@ -122,6 +122,33 @@ def test_fails_if_one_curve_is_not_one(
     assert "the curves are not one: they differ by" in finished.stderr
 
 
+# A child process runs the example as its command does, then with PyTorch's own layer.
+ATTENTION = """
+import runpy, sys
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("finished")
+
+import attention, torch, training, unidrop.adapters.torch
+own = torch.nn.MultiheadAttention
+unidrop.adapters.torch.MultiheadAttention = lambda *args, seed, **kwargs: own(*args, **kwargs)
+training.STEPS = 3
+attention.main()
+"""
+
+
+def test_trains_attention_alike_only_with_unidrop(tmp_path: Path) -> None:
+    finished = run(tmp_path, "-c", ATTENTION, str(EXAMPLES / "attention.py"))
+    output, _, broken = finished.stdout.partition("finished")
+    assert numbers_after("with unidrop", output)[0] < 1e-5, finished.stderr
+    assert numbers_after("with each framework's own dropout", output)[0] > 1e-2
+    losses = [float(row.split()[1]) for row in re.findall(r"^ +\d+ .*", output, re.MULTILINE)]
+    assert losses[-1] < losses[0] / 2
+    assert numbers_after("with unidrop", broken)[0] > 1e-3
+    assert finished.returncode == 1
+    assert "the curves are not one: they differ by" in finished.stderr
+
+
 RUNS = {
     "torch eager",
     "torch.compile",
