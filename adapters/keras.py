@@ -5,13 +5,14 @@ keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.
 """
 
 import warnings
+from contextvars import ContextVar
 from typing import Any, SupportsIndex
 
 import keras
 import numpy as np
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from unidrop.adapters.calls import run_counted
+from unidrop.adapters.calls import run_counted, run_exclusively
 from unidrop.adapters.keras_backend import (
     advance_eagerly,
     check_loop,
@@ -47,6 +48,9 @@ __all__ = [
 
 _STATE = "seed_generator_state"
 
+# The dropout layer of the attention layer that runs, and the states that its calls have taken.
+_attending: ContextVar[tuple[Any, list[Any]] | None] = ContextVar("_attending", default=None)
+
 
 class _SeededLayerMixin(keras.layers.Layer):
     """The mask of a key and a saved call number, for layers that also derive from Keras's own.
@@ -61,6 +65,31 @@ class _SeededLayerMixin(keras.layers.Layer):
     _checked: int | None = None
     # The call number that an ``.h5`` file contains, or that a warning named.
     _filed_calls: int = 0
+
+    @property
+    def rate(self) -> Any:
+        """The fraction of the input units to drop."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        self._set_rate(value, "rate")
+
+    def _set_rate(self, value: float, name: str) -> None:
+        """Set the rate, and check it unless Keras's constructor has checked it already."""
+        if hasattr(self, "_rate"):
+            is_positive = Rate.from_p(value, name).p > 0
+            if is_positive and not self._counts:
+                raise ValueError(
+                    f"{name} must stay 0 in a layer that was made with {name}=0, because it has no "
+                    f"call number, got {value}: make a new layer"
+                )
+        self._rate = value
+
+    @property
+    def _counts(self) -> bool:
+        """Return whether the layer has a call number; one made with a rate of 0 has none."""
+        return hasattr(self, "seed_generator")
 
     @property
     def seed(self) -> Key | None:
@@ -92,13 +121,13 @@ class _SeededLayerMixin(keras.layers.Layer):
         # constructor looks up the backend's types, and NumPy too, which users compare with.
         get_library(np.zeros(0))
         get_library(keras.ops.convert_to_tensor(0))
-        if self.rate > 0:
+        if self._counts:
             get_library(self.seed_generator.state.value)
 
     @property
     def calls(self) -> int:
         """The number of training calls so far; set it to resume a run or follow a global step."""
-        if self.rate == 0:
+        if not self._counts:
             return 0
         restore_value(self.seed_generator.state)
         return int(keras.ops.convert_to_numpy(self.seed_generator.state.value)[1])
@@ -106,7 +135,7 @@ class _SeededLayerMixin(keras.layers.Layer):
     @calls.setter
     def calls(self, value: SupportsIndex) -> None:
         value = checked_integer(value, "calls", bits=31)
-        if self.rate > 0:
+        if self._counts:
             restore_value(self.seed_generator.state)
             # With a seed, the state is not read: a trace may have leaked into it.
             drawn_seed = _narrow_seed(self._seed)
@@ -165,7 +194,11 @@ class _SeededLayerMixin(keras.layers.Layer):
         def call(state: Any) -> Any:
             # Inside a trace, JAX also traces operations on an array that is not traced.
             numbers = state if is_traced(state) else self._read(state)
-            return plan.apply(inputs, self._make_key(numbers, rank))
+            outputs = plan.apply(inputs, self._make_key(numbers, rank))
+            attending = _attending.get()
+            if attending is not None and attending[0] is self:
+                attending[1].append(state)
+            return outputs
 
         return run_counted(take_number, self._roll_back, call, self.seed_generator.state)
 
@@ -197,7 +230,7 @@ class _SeededLayerMixin(keras.layers.Layer):
         """
         config: dict[str, Any] = super().get_config()
         config["seed"] = None if self.seed is None else int(self.seed)
-        if self.rate > 0 and writes_legacy_file():
+        if self._counts and writes_legacy_file():
             self._filed_calls = self.calls
             state = keras.ops.convert_to_numpy(self.seed_generator.state.value)
             config[_STATE] = [int(number) for number in state]
@@ -222,7 +255,7 @@ class _SeededLayerMixin(keras.layers.Layer):
         The configuration of a model does not contain the layers inside most custom layers, but
         Keras reads the weights of each.
         """
-        if self.rate > 0 and writes_legacy_file() and self.calls != self._filed_calls:
+        if self._counts and writes_legacy_file() and self.calls != self._filed_calls:
             self._filed_calls = self.calls
             warnings.warn(
                 f"the .h5 file has no call number of the layer {self.name!r}, which is inside a "
@@ -248,6 +281,11 @@ class _SeededLayerMixin(keras.layers.Layer):
         check_loop(self.name, inputs, value, after)
         self.seed_generator.state.assign(after)
         return before
+
+    def _is_traced(self) -> bool:
+        """Return whether the state belongs to a trace."""
+        state = self.seed_generator.state.value
+        return get_library(state).arrays.is_traced(state)
 
     def _read(self, state: Any) -> list[int]:
         """Return the drawn seed and the call number as integers."""
@@ -277,17 +315,17 @@ class _SeededLayerMixin(keras.layers.Layer):
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
         """Add the call number to TensorFlow's checkpoints and SavedModels."""
         children = super()._trackable_children(save_type, **kwargs)
-        return {**children, _STATE: self.seed_generator.state} if self.rate > 0 else children
+        return {**children, _STATE: self.seed_generator.state} if self._counts else children
 
     def save_own_variables(self, store: Any) -> None:
         """Save Keras's own variables, the call number and the drawn seed."""
         super().save_own_variables(store)
-        if self.rate > 0:
+        if self._counts:
             store[_STATE] = keras.ops.convert_to_numpy(self.seed_generator.state.value)
 
     def load_own_variables(self, store: Any) -> None:
         """Load the call number; a file without one, such as Keras's own, leaves it unchanged."""
-        if self.rate == 0 or _STATE not in store:
+        if not self._counts or _STATE not in store:
             return
         self._restore_state(store[_STATE][:])
 
@@ -497,10 +535,10 @@ class _SeededAttentionMixin(keras.layers.Layer):
 
     @dropout.setter
     def dropout(self, value: float) -> None:
-        self._dropout = _checked_rate(value, "dropout")
         layer = self._get_dropout_layer()
         if layer is not None:
-            layer.rate = value
+            layer._set_rate(value, "dropout")
+        self._dropout = _checked_rate(value, "dropout")
 
     @property
     def seed(self) -> Key | None:
@@ -521,6 +559,23 @@ class _SeededAttentionMixin(keras.layers.Layer):
     @calls.setter
     def calls(self, value: SupportsIndex) -> None:
         self._dropout_layer.calls = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run attention; a call that raises after the dropout counts no more than one before it."""
+        layer = self._dropout_layer
+        if not layer._counts or layer._is_traced():  # a trace that raises has counted nothing
+            return super().__call__(*args, **kwargs)
+        taken: list[Any] = []
+        token = _attending.set((layer, taken))
+        try:
+            return super().__call__(*args, **kwargs)
+        except BaseException:
+            variable = layer.seed_generator.state
+            for state in reversed(taken):
+                run_exclusively(variable, layer._roll_back, state, variable)
+            raise
+        finally:
+            _attending.reset(token)
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the call unchanged, under `keras.RematScope` too.

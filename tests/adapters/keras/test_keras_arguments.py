@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
-from keras_models import LAYERS, SITE, SPATIAL_SHAPES, X, native
+from keras_models import LAYERS, SITE, SPATIAL_SHAPES, X, assert_bits, dropped, native
 
 from unidrop.adapters import keras_backend
 from unidrop.adapters.keras import Dropout, SpatialDropout2D, SpatialDropout3D
@@ -104,6 +104,27 @@ def test_rejects_bad_call_number_and_keeps_old(rate, value, error):
     with pytest.raises(error, match=rf"^calls must be .*{value}"):
         layer.calls = value
     assert layer.calls == 0
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rejects_wrong_rate_that_is_set(layer):
+    made, never = layer(0.5, seed=SITE), layer(0)
+    for wrong, error in ((1.5, ValueError), (float("nan"), ValueError), (True, TypeError)):
+        with pytest.raises(error, match=rf"rate .* between 0 and 1.* got {wrong}"):
+            made.rate = wrong
+    with pytest.raises(ValueError, match=r"rate must stay 0 .* got 0.5"):
+        never.rate = 0.5
+    assert (made.rate, never.rate) == (0.5, 0)
+
+
+def test_keeps_calls_while_rate_is_0():
+    layer = Dropout(0.5, seed=SITE)
+    layer(X, training=True)
+    layer.rate, layer.calls = 0, 5
+    assert_bits(layer(X, training=True), X)
+    assert layer.calls == 5
+    layer.rate = 0.5
+    assert_bits(layer(X, training=True), dropped(X, 5))
 
 
 @pytest.mark.parametrize("layer", list(SPATIAL_SHAPES))

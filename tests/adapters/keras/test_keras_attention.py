@@ -44,6 +44,23 @@ def test_keeps_weights_by_mask_of_scores(kind):
     assert layer.calls == 3
 
 
+def test_counts_no_call_that_raises_after_dropout(kind):
+    layer = make(kind)
+    apply(layer, QUERY, VALUE)
+
+    def fail(_):
+        assert layer.calls == 2
+        raise KeyboardInterrupt
+
+    layer.activity_regularizer = fail
+    with pytest.raises(KeyboardInterrupt):
+        apply(layer, QUERY, VALUE)
+    assert layer.calls == 1
+    layer.activity_regularizer = None
+    apply(layer, QUERY, VALUE)
+    assert layer.calls == 2
+
+
 def test_equals_materialized_attention(kind):
     options = {} if kind is Attention else {"use_bias": False}
     layer = make(kind, **options)

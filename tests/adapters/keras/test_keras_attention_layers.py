@@ -173,6 +173,18 @@ def test_follows_seed_rate_and_calls_that_are_set(kind):
     assert (layer.get_config()["dropout"], layer.get_config()["seed"]) == (RATE, int(SITE))
 
 
+def test_rejects_wrong_dropout_that_is_set(kind):
+    layer, never = make(kind), make(kind, rate=0.0)
+    for wrong, error in ((1.5, ValueError), (float("nan"), ValueError), (True, TypeError)):
+        with pytest.raises(error, match=rf"dropout .* between 0 and 1.* got {wrong}"):
+            layer.dropout = wrong
+    with pytest.raises(ValueError, match=r"dropout must stay 0 .* got 0.5"):
+        never.dropout = 0.5
+    never.dropout = 0
+    assert (layer.dropout, never.dropout) == (RATE, 0)
+    apply(never, QUERY, VALUE)
+
+
 class Block(keras.layers.Layer):
     """Two attention layers and a dropout layer."""
 
