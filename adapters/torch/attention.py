@@ -15,6 +15,7 @@ from unidrop.adapters.torch.arrays import LIBRARY
 from unidrop.adapters.torch.buffers import PLAIN, is_tracing
 from unidrop.adapters.torch.functional import (
     TORCHSCRIPT_MESSAGE,
+    dropout,
     run_with_drawn_key,
 )
 from unidrop.adapters.torch.fx import override, record_module
@@ -288,11 +289,26 @@ def _raise_own(
     enable_gqa: bool,
 ) -> None:
     """Raise PyTorch's error if it refuses the arguments; it accepts more than the usual ones."""
-    # PyTorch runs this backend if it drops weights, and others accept more without dropout.
-    with sdpa_kernel(SDPBackend.MATH):
+
+    def run(query: Tensor, mask: Tensor | None) -> None:
         functional.scaled_dot_product_attention(
             query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+    # PyTorch runs this backend if it drops weights, and others accept more without dropout.
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            # All arguments are valid if they are for one query, which needs no array of scores.
+            first = mask
+            if isinstance(mask, Tensor) and mask.dim() > 1 and mask.shape[-2] == query.shape[-2]:
+                first = mask[..., :1, :]
+            run(query[..., :1, :], first)
+        except Exception:  # PyTorch raises many types
+            is_refused = True
+        else:
+            is_refused = isinstance(first, Tensor) and first.dim() > 1 and first.shape[-2] > 1
+        if is_refused:
+            run(query, mask)  # whose message has the lengths of the arguments
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -338,6 +354,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     >>> int(layer.calls)
     1
     """
+
+    # The dropout layer has the qualified name of this one in `assign_seeds`.
+    _unnamed_child = "_attention_dropout"
 
     def __init__(
         self,
@@ -415,71 +434,71 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not self._is_usual(query, key, value, key_padding_mask, attn_mask, is_causal):
             self._raise_own(query, key, value, **options)
 
-        if query.dim() == 2:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        q, k, v = self._project(query, key, value)
+        is_batched = query.dim() == 3
+        if not is_batched:
+            q, k, v = (x.unsqueeze(0) for x in (q, k, v))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-            is_batched = False
-        else:
-            is_batched = True
-            if not self.batch_first:
-                query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        elif not self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         # With other masks or for weights, PyTorch takes the mask instead of the hint.
         is_causal = is_causal and key_padding_mask is None and not need_weights
-        extra = (self.bias_k is not None) + self.add_zero_attn
         mask = None
         if not is_causal:
-            mask = self._merge(key_padding_mask, attn_mask, query, key, extra)
-        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+            mask = self._merge(key_padding_mask, attn_mask, len(q), query.dtype)
+        q, k, v = (self._split_heads(x) for x in (q, *self._add_keys(k, v)))
 
-        weights = None
-        if need_weights:
-            scores = q * math.sqrt(1.0 / self.head_dim) @ k.transpose(-1, -2)
-            scores = scores if mask is None else scores + mask
-            weights = self._attention_dropout(scores.softmax(-1))
-            output = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if is_batched else weights.squeeze(0)
-        elif not self._attention_dropout.training:  # a user has turned this dropout off
-            output = scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal)
-        else:
-
-            def attend(dropout_key: Key) -> Tensor:
-                return scaled_dot_product_attention(
-                    q, k, v, mask, self.dropout, is_causal, dropout_key=dropout_key
+        def attend(dropout_key: Key | None) -> tuple[Tensor, Tensor | None]:
+            """Return the output and the weights, dropped by a key if there is one."""
+            p, weights = (0.0 if dropout_key is None else self.dropout), None
+            if need_weights:
+                scores = q * math.sqrt(1.0 / self.head_dim) @ k.transpose(-1, -2)
+                weights = (scores if mask is None else scores + mask).softmax(-1)
+                weights = weights if p == 0 else dropout(weights, p, key=dropout_key)
+                output = weights @ v
+                weights = weights.mean(1) if average_attn_weights else weights
+            else:
+                output = scaled_dot_product_attention(
+                    q, k, v, mask, p, is_causal, dropout_key=dropout_key
                 )
+            output = output.transpose(1, 2).flatten(2)
+            return functional.linear(output, self.out_proj.weight, self.out_proj.bias), weights
 
-            output = self._attention_dropout.run_with_key(q, attend)
-        output = output.transpose(1, 2).flatten(2)
-        output = functional.linear(output, self.out_proj.weight, self.out_proj.bias)
+        if self._attention_dropout.training:
+            output, weights = self._attention_dropout.run_with_key(q, attend)
+        else:  # a user has turned this dropout off
+            output, weights = attend(None)
         if not is_batched:
-            output = output.squeeze(0)
-        elif not self.batch_first:
-            output = output.transpose(0, 1)
-        return output, weights
+            return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values of all heads, with the keys that options add."""
-        bias = self.in_proj_bias
-        biases = (None, None, None) if bias is None else bias.chunk(3)
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Return the queries, keys and values of all heads; equal inputs share one projection."""
+        bias, inputs = self.in_proj_bias, (query, key, value)
         if self.in_proj_weight is None:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        else:
-            weights = self.in_proj_weight.chunk(3)
-        if self.in_proj_weight is not None and query is key is value:
-            q, k, v = functional.linear(query, self.in_proj_weight, bias).chunk(3, -1)
-        else:
-            inputs = query, key, value
-            q, k, v = (
-                functional.linear(x, weight, b)
-                for x, weight, b in zip(inputs, weights, biases, strict=True)
-            )
-        count = len(q)
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            return tuple(map(functional.linear, inputs, weights, biases))
+        if query is key is value:
+            return functional.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+        counts = (1, 2) if key is value else (1, 1, 1)
+        sizes = [count * self.embed_dim for count in counts]
+        weights = self.in_proj_weight.split(sizes)
+        biases = (None,) * len(sizes) if bias is None else bias.split(sizes)
+        parts = map(functional.linear, inputs, weights, biases)
+        return tuple(
+            x for part, count in zip(parts, counts, strict=True) for x in part.chunk(count, -1)
+        )
+
+    def _add_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values, with those that options add."""
+        count = len(k)
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(count, 1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(count, 1, -1)], 1)
         if self.add_zero_attn:
             k, v = (torch.cat([x, x.new_zeros(count, 1, self.embed_dim)], 1) for x in (k, v))
-        return q, k, v
+        return k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """Return a view with an axis of heads, before the axis of the sequence."""
@@ -490,22 +509,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        extra: int,
+        batch: int,
+        dtype: torch.dtype,
     ) -> Tensor | None:
         """Return the numbers that both masks add to scores; added keys have 0."""
+        extra = (self.bias_k is not None) + self.add_zero_attn
         other = None if attn_mask is None else attn_mask.dtype
         padding = functional._canonical_mask(
-            key_padding_mask, "key_padding_mask", other, "attn_mask", query.dtype
+            key_padding_mask, "key_padding_mask", other, "attn_mask", dtype
         )
         mask = functional._canonical_mask(
-            attn_mask, "attn_mask", None, "", query.dtype, check_other=False
+            attn_mask, "attn_mask", None, "", dtype, check_other=False
         )
         if padding is not None:
             padding = padding[:, None, None]
         if mask is not None and mask.dim() == 3:
-            mask = mask.unflatten(0, (len(query), self.num_heads))
+            mask = mask.unflatten(0, (batch, self.num_heads))
         merged: Tensor | None = padding if mask is None else mask
         if mask is not None and padding is not None:
             merged = mask + padding

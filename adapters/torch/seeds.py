@@ -15,14 +15,8 @@ __all__ = ["assign_seeds", "warn_of_twins"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
-# Children of these names have the qualified name of their parent: the model in a wrapper, and the
-# dropout layer of an attention layer.
-_WRAPPED = (
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "_attention_dropout",
-)
+# The model in a wrapper has one of these names, and the qualified name of its parent.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 _CALL = torch.nn.Module._call_impl.__code__
@@ -114,7 +108,8 @@ def _named_layers(
     if isinstance(module, torch.nn.modules.dropout._DropoutNd) and hasattr(type(module), "seed"):
         yield name, module
     for child_name, child in module.named_children():
-        if child_name in _WRAPPED or (child_name == "module" and isinstance(module, _PARALLEL)):
+        unnamed = "module" if isinstance(module, _PARALLEL) else None
+        if child_name in (*_WRAPPED, getattr(type(module), "_unnamed_child", unnamed)):
             yield from _named_layers(child, name, seen)
         else:
             yield from _named_layers(child, f"{name}.{child_name}" if name else child_name, seen)

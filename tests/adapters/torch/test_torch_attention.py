@@ -3,6 +3,7 @@
 import math
 import random
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -257,6 +258,16 @@ def test_raises_the_error_of_pytorch(case):
         scaled_dot_product_attention(*arguments, **options)
     assert str(found.value) == str(theirs)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("lengths", [(), (7,), (1, 7), (5, 7), (4, 1, 7)], ids=str)
+def test_checks_unusual_arguments_with_one_query(lengths):
+    mask = None if lengths == () else torch.ones(lengths, dtype=torch.bool)
+    own = functional.scaled_dot_product_attention
+    with mock.patch.object(functional, "scaled_dot_product_attention", wraps=own) as called:
+        found = ours(Q[:1], K, K, mask)
+    assert torch.equal(found, ours(Q[:1].expand(Q.shape), K, K, mask))
+    assert [call.args[0].shape[-2] for call in called.call_args_list] == [1]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,37 @@ def test_self_attention_equals_the_layer_of_pytorch():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}], ids=str)
+def test_projects_equal_inputs_at_once_as_pytorch(options, bias):
+    ours = MultiheadAttention(8, 2, 0.4, bias=bias, seed=SEED, **options)
+    own = torch.nn.MultiheadAttention(8, 2, 0.4, bias=bias, **options)
+    ours.load_state_dict(own.state_dict())
+    x, y, z = (torch.randn(5, 5, 8) for _ in range(3))
+    for tensors in ((x, x, x), (x, y, y), (x, x, y), (x, y, x), (x, y, z)):
+        with mock.patch.object(functional, "linear", wraps=functional.linear) as linear:
+            ours.calls = 0
+            found = ours(*tensors)
+            count = linear.call_count
+            expected = own_forward(own, *tensors)
+            assert linear.call_count == 2 * count
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_counts_no_call_that_raises_after_dropout(need_weights):
+    layer = MultiheadAttention(8, 2, 0.4, seed=SEED)
+    layer(X, X, X, need_weights=need_weights)
+    weight, layer.out_proj.weight = layer.out_proj.weight, torch.nn.Parameter(torch.ones(8, 4))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(X, X, X, need_weights=need_weights)
+    assert layer.calls == 1
+    layer.out_proj.weight = weight
+    layer(X, X, X, need_weights=need_weights)
+    assert layer.calls == 2
+
+
 def test_weights_have_the_mask_of_dropout():
     layer = MultiheadAttention(8, 2, 0.4, seed=SEED)
     x = torch.randn(5, 3, 8)
@@ -206,6 +237,13 @@ def test_model_gets_seeds_by_the_name_of_the_layer():
     assign_seeds(model, 42)
     assert model["attention"].seed == Key(42).fold_in("attention")
     assert model["drop"].seed == Key(42).fold_in("drop")
+
+
+def test_names_a_child_that_is_called_as_ours():
+    child = torch.nn.ModuleDict({"_attention_dropout": Dropout()})
+    model = torch.nn.ModuleDict({"block": child, "drop": Dropout()})
+    assign_seeds(model, 42)
+    assert child["_attention_dropout"].seed == Key(42).fold_in("block._attention_dropout")
 
 
 def test_warns_of_layers_with_one_seed():
