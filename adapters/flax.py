@@ -20,7 +20,7 @@ from jax import numpy as jnp
 from unidrop.adapters.calls import run_counted
 from unidrop.adapters.flax_attention import dot_product_attention
 from unidrop.adapters.frames import list_callers
-from unidrop.adapters.jax.functional import as_array, as_key, dropout
+from unidrop.adapters.jax.functional import as_array, as_key, check_lengths, dropout
 from unidrop.adapters.numpy import check_plain
 from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.arguments import checked_integer
@@ -267,6 +267,7 @@ class Dropout(_SeededModule, nnx.Dropout):
     def _check(self, inputs: Any) -> None:
         """Validate the inputs, before a call is counted or a key drawn."""
         x = as_array(inputs, "inputs")
+        check_lengths(x, "inputs")
         DropoutPlan.from_args(
             x, Rate.from_p(self.rate, "rate"), broadcast_axes=self.broadcast_dims, name="inputs"
         )

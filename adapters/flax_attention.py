@@ -14,7 +14,7 @@ from flax import linen, nnx
 from flax.nnx.nn.dtypes import promote_dtype as promote_all
 from jax import numpy as jnp
 
-from unidrop.adapters.jax.attention import attend, check_floating
+from unidrop.adapters.jax.attention import attend, check_arrays
 from unidrop.adapters.jax.functional import as_key
 from unidrop.key import Key
 from unidrop.rate import checked_probability
@@ -112,7 +112,7 @@ def dot_product_attention(
             query, key, value, bias, mask, dropout_rate=rate, module=sower, **options
         )
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
-    check_floating(query, key, value)
+    check_arrays(query, key, value)
     *batch, length, heads, _ = query.shape
     shape = (*batch, heads, length, key.shape[-3])
     if key.shape[-2] != value.shape[-2]:

@@ -24,14 +24,14 @@ from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from unidrop.adapters.jax.functional import as_array, as_key, dropout
+from unidrop.adapters.jax.functional import as_array, as_key, check_lengths, dropout
 from unidrop.adapters.jax.primitive import get_varying_axes
 from unidrop.dispatch import is_forced
 from unidrop.key import Key
 from unidrop.rate import checked_probability
 from unidrop.window import Window
 
-__all__ = ["attend", "check_floating", "dot_product_attention"]
+__all__ = ["attend", "check_arrays", "dot_product_attention"]
 
 # The number of keys in a block. A larger block takes more memory, and a smaller one more time.
 _BLOCK = 256
@@ -229,7 +229,7 @@ def dot_product_attention(
         )
     if implementation == "cudnn":
         raise ValueError("implementation must be None or 'xla' with dropout, got 'cudnn'")
-    check_floating(q, k, v)
+    check_arrays(q, k, v)
     _check(*map(_as_struct, (q, k, v, bias, mask, query_lengths, key_lengths)), implementation)
     output, residual = attend(
         _as_4d(q),
@@ -310,9 +310,10 @@ def attend(
     return output, residual
 
 
-def check_floating(query: Any, key: Any, value: Any) -> None:
-    """Raise TypeError if an array is not of a floating-point dtype."""
+def check_arrays(query: Any, key: Any, value: Any) -> None:
+    """Raise TypeError if an array is not of a floating-point dtype, or has symbolic lengths."""
     for array, name in ((query, "query"), (key, "key"), (value, "value")):
+        check_lengths(array, name)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be of a floating-point dtype, got {array.dtype}")
 

@@ -50,7 +50,7 @@ from unidrop.key import Key, check_array_words
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["as_array", "as_key", "dropout"]
+__all__ = ["as_array", "as_key", "check_lengths", "dropout"]
 
 
 @overload
@@ -152,9 +152,14 @@ def dropout(
     Array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
     x = as_array(x)
+    one_rate = Rate.from_p(rate, "rate")
+    if not deterministic and one_rate.p > 0:
+        check_lengths(x, "x")
+    elif not _has_lengths(x):
+        return (x, jnp.ones(x.shape, bool)) if return_mask else x
     plan = DropoutPlan.from_args(
         x,
-        Rate.from_p(rate, "rate"),
+        one_rate,
         training=not deterministic,
         broadcast_axes=broadcast_dims,
         global_shape=global_shape,
@@ -167,6 +172,19 @@ def dropout(
         return plan.apply(x, one_key)
     mask = plan.mask(x, one_key)
     return plan.apply(x, one_key, mask), mask
+
+
+def check_lengths(x: Any, name: str) -> None:
+    """Raise TypeError if a length of an array is symbolic, as `jax.export` allows."""
+    if not _has_lengths(x):
+        raise TypeError(
+            f"{name} must have a shape of integers, got {x.shape}: masks need the lengths, so "
+            "export a program for each shape"
+        )
+
+
+def _has_lengths(x: Any) -> bool:
+    return all(type(length) is int for length in x.shape)
 
 
 def as_key(key: Any, name: str = "key") -> Key:

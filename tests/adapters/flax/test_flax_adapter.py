@@ -124,6 +124,15 @@ def test_is_nnx_dropout_that_shows_seed_and_calls():
     assert "calls=DropoutCalls" in shown
 
 
+def test_exports_symbolic_shapes_without_dropout_only():
+    like = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 8), "float32")
+    module = Dropout(0.5, seed=KEY, deterministic=True)
+    jax.export.export(jax.jit(module))(like)
+    with pytest.raises(TypeError, match=r"^inputs must have a shape of integers, got \(batch, 8\)"):
+        jax.export.export(jax.jit(lambda x: module(x, deterministic=False)))(like)
+    assert module.calls.get_value() == 0
+
+
 @pytest.mark.parametrize("rate", [True, "0.5", np.float32(0.5)], ids=repr)
 def test_rejects_non_python_rate(rate):
     with pytest.raises(TypeError, match="rate must be a Python int or float"):

@@ -428,6 +428,18 @@ def test_rejects_dtype_that_is_not_floating(dtype):
         dot_product_attention(*arrays, **DROPS)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_exports_symbolic_shapes_without_dropout_only(axis):
+    query, *_ = inputs(9, 9)
+    shape = list(query.shape)
+    shape[axis], *_ = jax.export.symbolic_shape("n")
+    like = jax.ShapeDtypeStruct(tuple(shape), query.dtype)
+    exported = jax.export.export(jax.jit(lambda x: dot_product_attention(x, x, x)))(like)
+    assert_close(exported.call(query), jax.nn.dot_product_attention(query, query, query))
+    with pytest.raises(TypeError, match=r"query must have a shape of integers, got .*n, "):
+        jax.export.export(jax.jit(lambda x: dot_product_attention(x, x, x, **DROPS)))(like)
+
+
 # --- Platforms ------------------------------------------------------------------------------------
 
 

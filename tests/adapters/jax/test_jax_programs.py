@@ -131,6 +131,18 @@ def test_exports_function_of_several_platforms():
     assert_bits(exported.call(x, 3), wanted(x, KEY.fold_in(3)))
 
 
+def test_exports_symbolic_shapes_without_dropout_only():
+    batch = jax.export.symbolic_shape("batch")
+    like, x = jax.ShapeDtypeStruct((*batch, 8), "float32"), values((3, 8))
+    for options in ({"deterministic": True}, {"return_mask": True, "deterministic": True}):
+        exported = jax.export.export(jax.jit(partial(dropout, rate=0.5, key=KEY, **options)))(like)
+        y, *mask = jax.tree.leaves(exported.call(x))
+        assert_bits(y, x)
+        assert all(kept.all() and kept.shape == (3, 8) for kept in mask)
+    with pytest.raises(TypeError, match=r"^x must have a shape of integers, got \(batch, 8\)"):
+        jax.export.export(jax.jit(partial(dropout, rate=0.5, key=KEY)))(like)
+
+
 def test_gives_threads_masks_of_their_keys():
     x = values((50, 3))
     f = jax.jit(step_function)
