@@ -175,13 +175,14 @@ def scaled_dot_product_attention(
             x if x.shape[-3] == heads else x.repeat_interleave(heads // x.shape[-3], -3)
             for x in (key, value)
         )
-    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    batch, *others = (x.shape[:-2] for x in (query, key, value))
+    is_materialized = is_exporting() or torch.autograd.forward_ad._current_level >= 0
+    if any(other != batch for other in others):
+        batch = torch.broadcast_shapes(batch, others[0])
+        # If values alone have a batch, it shares the weights.
+        is_materialized |= torch.broadcast_shapes(batch, others[1]) != batch
     shape = (*batch, query.shape[-2], key.shape[-2])
     window = Window.from_args(shape, (), global_shape, start)
-    # If values alone have a batch, it shares the weights.
-    is_materialized = is_exporting() or torch.autograd.forward_ad._current_level >= 0
-    if torch.broadcast_shapes(batch, value.shape[:-2]) != batch:
-        is_materialized = True
     if is_materialized or torch._C._are_functorch_transforms_active():
         options = p, is_causal, scale, global_shape, start
         results = chunked.materialize(query, key, value, attn_mask, dropout_key, *options)
