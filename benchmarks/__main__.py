@@ -44,6 +44,7 @@ _ENVIRONMENT = {
     type=click.Choice(runner.GROUPS),
     help="Run only this group. Repeatable.",
 )
+@click.option("--row", "part", default="", help="Run only the rows whose name contains this text.")
 @click.option("--json", "json_path", type=_File, help="Write all results to this file.")
 @click.option("--markdown", "md_path", type=_File, help="Write the tables of README to this file.")
 @click.option("--png", "png_path", type=_File, help="Plot ratios against sizes into this file.")
@@ -53,6 +54,7 @@ def main(
     rounds: int | None,
     repeat: int,
     groups: tuple[str, ...],
+    part: str,
     json_path: Path | None,
     md_path: Path | None,
     png_path: Path | None,
@@ -71,6 +73,9 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 140)
     machine = facts()
     rows, missing = runner.load(groups or runner.GROUPS, config)
+    rows = [row for row in rows if part in row.name]
+    if part and not rows:
+        raise click.BadParameter(f"no row has a name with {part!r}", param_hint="--row")
     outcomes, skipped = _run(console, rows, config, repeat)
     report = Report(machine, config, outcomes, [*missing, *skipped])
     report.print(console)

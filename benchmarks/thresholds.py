@@ -60,7 +60,7 @@ def at_most(factor: float, candidate: str, reference: str) -> Target:
     """
     return Target(
         candidate,
-        f"≤ {factor:g} x {reference}",
+        f"≤ {factor:.3g} x {reference}",
         lambda values: values[candidate] / values[reference],
         factor,
     )

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.console import Console
 from benchmarks import runner, timing
 from benchmarks.config import DEFAULT, LARGE, MIDDLE, QUICK, SMALL, full
 from benchmarks.markdown import format_markdown
+from benchmarks.memory import OWN_ATTENTION
 from benchmarks.report import Report
 from benchmarks.rows import Outcome, Row, UnavailableError
 from benchmarks.thresholds import at_most, at_most_more, below, faster
@@ -22,6 +24,7 @@ from benchmarks.timing import Candidate, interleaved, median_seconds
 
 ROOT = Path(__file__).parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 MACHINE = {
     "processor": "abacus",
     "cpus": 2,
@@ -199,7 +202,24 @@ def test_reports_an_unavailable_row_and_measures_others():
     assert text.count("group, first: not measured, not on this machine") == 1
 
 
-@pytest.mark.parametrize("arguments", [("--rounds", "0"), ("--only", "abacus"), ("--repeat", "0")])
+def test_runs_only_rows_of_a_name():
+    arguments = ("--quick", "--rounds", "1", "--only", "numpy", "--row", "ward, out=")
+    finished = python("-m", "benchmarks", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    names = re.findall(r"^│ (\w.*?) +│", finished.stdout, re.MULTILINE)
+    assert len(names) == 4
+    assert all(name.startswith("forward, out=") for name in names)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--rounds", "0"),
+        ("--only", "abacus"),
+        ("--repeat", "0"),
+        ("--only", "numpy", "--row", "abacus"),
+    ],
+)
 def test_exits_with_2_on_bad_arguments(arguments):
     assert python("-m", "benchmarks", *arguments).returncode == 2
 
@@ -345,6 +365,17 @@ def test_adds_the_largest_shape_in_full():
         ("torch", "forward + backward", LARGE, {"≤ 1 x F.dropout", "≤ 1.3 x multiply"}),
         ("torch", "forward + backward, 1 thread", MIDDLE, {"≤ 2.2 x multiply"}),
         ("torch", "compiled forward", SMALL, {"≤ 1.3 x F.dropout"}),
+        *(
+            ("torch", name, DEFAULT.attention, {f"≤ 1.3 x {OWN_ATTENTION}"})
+            for name in ("attention forward", "attention forward + backward")
+        ),
+        pytest.param(
+            "memory",
+            "torch attention peak, forward + backward",
+            DEFAULT.attention,
+            {f"≤ 0.333 x {OWN_ATTENTION}"},
+            marks=needs_linux,
+        ),
         ("tensorflow", "forward + backward", SMALL, {"≤ 1 x tf.nn.dropout"}),
         (
             "tensorflow",
@@ -364,7 +395,7 @@ def test_has_the_documented_targets(group, name, shape, texts):
     assert texts <= {target.text for target in row.targets}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+@needs_linux
 def test_includes_allocations_of_call_in_peak():
     def peak(candidate):
         finished = python("-m", "benchmarks.memory", "numpy", candidate, str(1 << 22))
