@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from one_curve import Curve, check_one_curve, greatest_difference  # isort: skip - as in one_curve
+from one_curve import Curve, check_one_curve, greatest_difference  # isort: skip - loads torch first
 
 import jax
 import keras

@@ -202,6 +202,7 @@ def test_reports_an_unavailable_row_and_measures_others():
     assert text.count("group, first: not measured, not on this machine") == 1
 
 
+@pytest.mark.slow
 def test_runs_only_rows_of_a_name():
     arguments = ("--quick", "--rounds", "1", "--only", "numpy", "--row", "ward, out=")
     finished = python("-m", "benchmarks", *arguments)
