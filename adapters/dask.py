@@ -3,17 +3,17 @@
 A chunk is an array of another library, such as NumPy, and uses that library's path.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import dask.array
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.adapters.numpy import check_plain
-from unidrop.dropout import dropout
+from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.key import Key
 from unidrop.mask import keep_mask
+from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Operator
 from unidrop.rate import Rate
 from unidrop.window import Window
@@ -33,7 +33,7 @@ class DaskOperator(Operator):
         if options is None:
             return plan.run(x, key, mask)
         return dask.array.map_blocks(
-            _drop_chunk, x, dtype=x.dtype, meta=x._meta, p=plan.rate.p, **options
+            _drop_chunk, x, dtype=x.dtype, meta=x._meta, rate=plan.rate, **options
         )
 
     def traced_mask(self, like: Any, key: Key, window: Window, rate: Rate) -> Any:
@@ -52,7 +52,7 @@ class DaskOperator(Operator):
             chunks=chunks,
             dtype=bool,
             meta=np.empty((0,) * len(window.shape), bool),
-            p=rate.p,
+            rate=rate,
             **options,
         )
 
@@ -91,31 +91,24 @@ def _options(key: Key, window: Window, shape: Sequence[int]) -> dict[str, Any] |
     }
 
 
-def _drop_chunk(chunk: Any, *, block_info: Any, **options: Any) -> Any:
-    return _in_window(dropout, chunk, block_info[0], **options)
+def _drop_chunk(chunk: Any, *, block_info: Any, rate: Rate, key: Key, **options: Any) -> Any:
+    window = _find_window(block_info[0], **options)
+    return DropoutPlan.from_args(chunk, rate, **window).apply(chunk, key)
 
 
-def _mask_chunk(*, block_info: Any, **options: Any) -> Any:
+def _mask_chunk(*, block_info: Any, rate: Rate, key: Key, **options: Any) -> Any:
     location = block_info[None]["array-location"]
     shape = tuple(stop - begin for begin, stop in location)
-    return _in_window(keep_mask, shape, block_info[None], **options)
+    return keep_mask(shape, rate.p, key, **_find_window(block_info[None], **options))
 
 
-def _in_window(
-    function: Callable[..., Any],
-    chunk: Any,
-    info: Any,
-    *,
-    p: float,
-    key: Key,
-    broadcast_axes: Sequence[int],
-    whole: Sequence[int],
-    origin: Sequence[int],
-) -> Any:
+def _find_window(
+    info: Any, *, broadcast_axes: Sequence[int], whole: Sequence[int], origin: Sequence[int]
+) -> dict[str, Any]:
+    """Return the arguments that describe a chunk as a window of the whole array."""
     location = info["array-location"]
     start = tuple(o + begin for o, (begin, _) in zip(origin, location, strict=True))
-    options = {"broadcast_axes": broadcast_axes, "global_shape": whole, "start": start}
-    return function(chunk, p, key, **options)
+    return {"broadcast_axes": broadcast_axes, "global_shape": whole, "start": start}
 
 
 def _join_complex(real: NDArray[Any], imag: NDArray[Any]) -> NDArray[Any]:

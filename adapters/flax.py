@@ -20,16 +20,19 @@ from jax import numpy as jnp
 from unidrop.adapters.calls import run_counted
 from unidrop.adapters.flax_attention import dot_product_attention
 from unidrop.adapters.frames import list_callers
-from unidrop.adapters.jax.functional import as_array, as_key, check_lengths, dropout
-from unidrop.adapters.numpy import check_plain
+from unidrop.adapters.jax.functional import as_array, as_key, check_lengths
+from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.arguments import checked_integer
+from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_path
 from unidrop.key import Key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
 __all__ = [
+    "AlphaDropout",
+    "DropPath",
     "Dropout",
     "DropoutCalls",
     "MultiHeadAttention",
@@ -259,21 +262,17 @@ class Dropout(_SeededModule, nnx.Dropout):
             return inputs
         if isinstance(inputs, nnx.Variable):
             inputs = inputs.get_value()
-        self._check(inputs)
-        if rngs is None and self.seed is not None:
-            return self._run_counted(partial(self._drop, inputs))
-        return self._drop(inputs, self._draw_key(self.rngs if rngs is None else rngs))
-
-    def _check(self, inputs: Any) -> None:
-        """Validate the inputs, before a call is counted or a key drawn."""
         x = as_array(inputs, "inputs")
         check_lengths(x, "inputs")
-        DropoutPlan.from_args(
-            x, Rate.from_p(self.rate, "rate"), broadcast_axes=self.broadcast_dims, name="inputs"
-        )
+        # The plan checks the inputs before a call is counted or a key drawn.
+        drop = partial(_drop, x, self._make_plan(x, Rate.from_p(self.rate, "rate")))
+        if rngs is None and self.seed is not None:
+            return self._run_counted(drop)
+        return drop(self._draw_key(self.rngs if rngs is None else rngs))
 
-    def _drop(self, inputs: Any, key: Key) -> jax.Array:
-        return dropout(inputs, self.rate, key, broadcast_dims=self.broadcast_dims)
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        """Return the plan of a call."""
+        return DropoutPlan.from_args(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
 
     def _draw_key(self, rngs: Any) -> Key:
         if rngs is None:
@@ -296,6 +295,79 @@ class Dropout(_SeededModule, nnx.Dropout):
         if name == "key":
             raise AttributeError("the key of a module is its attribute `seed`")
         super().__setattr__(name, value)
+
+
+def _drop(x: jax.Array, plan: DropoutPlan, key: Key) -> jax.Array:
+    y: jax.Array = plan.apply(x, as_key(key))
+    return y
+
+
+class AlphaDropout(Dropout):
+    """Set elements to the negative limit of SELU in training; keep mean and variance.
+
+    Parameters, attributes, calls and errors are as in `Dropout`; complex inputs raise TypeError.
+    With ``broadcast_dims``, whole channels are dropped. `unidrop.family.alpha_dropout` has the
+    formula.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import AlphaDropout
+    >>> AlphaDropout(0.5)(jax.numpy.ones(6), rngs=jax.random.key(42)) > 0
+    Array([ True, False, False, False, False,  True], dtype=bool)
+    """
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        return plan_alpha_dropout(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
+
+
+class DropPath(Dropout):
+    """Drop whole examples of a residual branch in training: stochastic depth.
+
+    Parameters
+    ----------
+    rate : int or float
+        The probability of dropping an example, in [0, 1].
+    mode : {"row", "batch"}, default "row"
+        "row" decides for each element of the first axis, and "batch" once for all.
+    scale_by_keep : bool, default True
+        If False, kept examples are unchanged; otherwise they are scaled by 1 / (1 - rate).
+    deterministic, rng_collection, rngs, seed
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import DropPath
+    >>> DropPath(0.5)(jax.numpy.ones((4, 1)), rngs=jax.random.key(42)).ravel()
+    Array([2., 0., 0., 0.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        mode: Mode = "row",
+        scale_by_keep: bool = True,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        check_mode(mode)
+        super().__init__(
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+        self.mode, self.scale_by_keep = mode, scale_by_keep
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        return plan_drop_path(
+            x, rate, mode=self.mode, scale_by_keep=self.scale_by_keep, name="inputs"
+        )
 
 
 class MultiHeadAttention(_SeededModule, nnx.MultiHeadAttention):

@@ -1,6 +1,7 @@
 """Dropout layers for Keras: `keras.layers` under keys, with runs that resume.
 
-Keras documentation: keras.layers.Dropout, keras.layers.SpatialDropout1D/2D/3D,
+Keras documentation: keras.layers.Dropout, keras.layers.AlphaDropout,
+keras.layers.SpatialDropout1D/2D/3D,
 keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.Attention (Keras 3).
 """
 
@@ -30,13 +31,16 @@ from unidrop.adapters.keras_seeds import (
 )
 from unidrop.adapters.noise_shape import noise_shape_axes
 from unidrop.arguments import checked_integer
+from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_path
 from unidrop.key import Key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
 __all__ = [
+    "AlphaDropout",
     "Attention",
+    "DropPath",
     "Dropout",
     "GroupQueryAttention",
     "MultiHeadAttention",
@@ -167,14 +171,8 @@ class _SeededLayerMixin(keras.layers.Layer):
         replica = find_replica(inputs)
         rank, window = (None, None) if replica is None else replica
         global_shape, start = window or (None, None)
-        plan = DropoutPlan.from_args(
-            inputs,
-            Rate.from_p(self.rate, "rate"),
-            broadcast_axes=axes,
-            global_shape=global_shape,
-            start=start,
-            name="inputs",
-        )
+        options = {"global_shape": global_shape, "start": start, "name": "inputs"}
+        plan = self._make_plan(inputs, Rate.from_p(self.rate, "rate"), axes, **options)
         rank = None if window else rank
         is_traced = plan.library.arrays.is_traced
         state = self.seed_generator.state.value
@@ -268,6 +266,12 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     def _make_noise_shape(self, inputs: Any) -> Any:
         return self.noise_shape
+
+    def _make_plan(
+        self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
+    ) -> DropoutPlan:
+        """Return the plan of a call, whose elements share decisions along the axes."""
+        return DropoutPlan.from_args(inputs, rate, broadcast_axes=axes, **options)
 
     def _advance(self, value: Any, inputs: Any) -> Any:
         """Return the drawn seed and the call number, and count the call.
@@ -429,6 +433,89 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     ) -> None:
         super().__init__(_checked_rate(rate), noise_shape, _narrow_seed(seed), **kwargs)
         self._set_seed(seed)
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class AlphaDropout(_SeededLayerMixin, keras.layers.AlphaDropout):
+    """Set inputs to the negative limit of SELU at random; keep mean and variance.
+
+    Replaces `keras.layers.AlphaDropout`, with its ``noise_shape``; seed, calls and errors are as in
+    `Dropout`. At rate 1, all outputs are 0. `unidrop.family.alpha_dropout` has the formula.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import AlphaDropout
+    >>> layer = AlphaDropout(0.5, seed=42)
+    >>> np.asarray(layer(np.zeros((1, 3), "float32"), training=True)).round(4)
+    array([[ 0.7792,  0.7792, -0.7792]], dtype=float32)
+    """
+
+    def __init__(
+        self, rate: float, noise_shape: Any = None, seed: int | Key | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(_checked_rate(rate), noise_shape, _narrow_seed(seed), **kwargs)
+        self._set_seed(seed)
+
+    def _make_plan(
+        self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
+    ) -> DropoutPlan:
+        return plan_alpha_dropout(inputs, rate, broadcast_axes=axes, **options)
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class DropPath(_SeededLayerMixin, keras.layers.Dropout):
+    """Drop whole examples of a residual branch in training: stochastic depth.
+
+    Keras itself has no such layer, and the layers of KerasHub differ from each other. Kept examples
+    are scaled by ``1 / (1 - rate)``, and dropped ones are 0. seed, calls and errors are as in
+    `Dropout`.
+
+    Parameters
+    ----------
+    rate : int or float, default 0.5
+        The probability of dropping an example, in [0, 1].
+    mode : {"row", "batch"}, default "row"
+        "row" decides for each example, and "batch" once for all.
+    scale_by_keep : bool, default True
+        If False, kept examples are unchanged.
+    seed : int or unidrop.Key, optional
+        As in `Dropout`.
+    **kwargs
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import DropPath
+    >>> np.asarray(DropPath(0.5, seed=42)(np.ones((4, 1), "float32"), training=True)).ravel()
+    array([2., 2., 0., 0.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.5,
+        mode: Mode = "row",
+        scale_by_keep: bool = True,
+        seed: int | Key | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(_checked_rate(rate), seed=_narrow_seed(seed), **kwargs)
+        check_mode(mode)
+        self.mode, self.scale_by_keep = mode, scale_by_keep
+        self._set_seed(seed)
+
+    def _make_plan(
+        self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
+    ) -> DropoutPlan:
+        options |= {"mode": self.mode, "scale_by_keep": self.scale_by_keep}
+        return plan_drop_path(inputs, rate, **options)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the configuration, with the seed as an integer."""
+        config = super().get_config()
+        del config["noise_shape"]
+        return {**config, "mode": self.mode, "scale_by_keep": self.scale_by_keep}
 
 
 class _SpatialDropoutMixin(_SeededLayerMixin):

@@ -19,6 +19,7 @@ M = TypeVar("M", bound=keras.layers.Layer)
 
 # Types of Keras that layers with seeds derive from.
 _REPLACED = (
+    keras.layers.AlphaDropout,
     keras.layers.Dropout,
     keras.layers.MultiHeadAttention,
     keras.layers.GroupQueryAttention,

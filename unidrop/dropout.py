@@ -129,9 +129,4 @@ def dropout(
         global_shape=global_shape,
         start=start,
     )
-    if not plan.drops:
-        return (x, plan.ones(x)) if return_mask else x
-    if not return_mask:
-        return plan.apply(x, key)
-    mask = plan.mask(x, key)
-    return plan.apply(x, key, mask), mask
+    return plan.call(x, key, return_mask)

@@ -91,11 +91,28 @@ class DropoutPlan:
         compute_dtype(dtype, name)
         return cls(library, Window.from_args(shape), rate, drops)
 
+    def call(self, x: Any, key: Any, return_mask: bool) -> Any:
+        """Return the output of a call, and its mask if ``return_mask``.
+
+        If the call drops nothing, ``key`` may be anything; otherwise it is a `Key`.
+        """
+        if not self.drops:
+            return (x, self.ones(x)) if return_mask else x
+        if not return_mask:
+            return self.apply(x, key)
+        mask = self.mask(x, key)
+        return self.apply(x, key, mask), mask
+
     def ones(self, x: Any) -> Any:
         """Return the mask of a call that drops nothing."""
         xp = self.library.arrays.namespace(x)
         device = self.library.arrays.device(x)
         return constant_mask(xp, self.window, True, device)
+
+    @property
+    def gradient(self) -> "DropoutPlan":
+        """The plan that computes the gradient from the upstream gradient, under the same key."""
+        return self
 
     def mask(self, x: Any, key: Key) -> Any:
         """Return the mask of a key for x: recorded if x is traced, otherwise computed now."""

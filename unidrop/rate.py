@@ -35,7 +35,8 @@ class Rate(NamedTuple):
     threshold : int
         ``round_half_even(p * 2**32)``: an element is kept where its word is at least this.
     scale : float
-        ``1 / (1 - p)`` in double precision; 0.0 if p is 1 and nothing is kept.
+        ``1 / (1 - p)`` in double precision; 0.0 if p is 1 and nothing is kept. Some members of the
+        family have another scale.
     """
 
     p: float
@@ -85,6 +86,16 @@ class Rate(NamedTuple):
         0.25
         """
         return cls.from_p(1.0 - cls.from_p(keep_prob, "keep_prob").p)
+
+    def with_scale(self, scale: float) -> "Rate":
+        """Return the rate of the same decisions with another scale.
+
+        Examples
+        --------
+        >>> Rate.from_p(0.25).with_scale(1.0)
+        Rate(p=0.25, threshold=1073741824, scale=1.0)
+        """
+        return self._replace(scale=scale)
 
     @property
     def keeps_nothing(self) -> bool:

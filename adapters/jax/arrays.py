@@ -8,7 +8,7 @@ from jax import lax
 
 from unidrop.adapters.jax.generator import WORDS, generate, keep_flags, keep_flags_by_loop
 from unidrop.adapters.jax.primitive import drop, is_on_cpu, keep_mask
-from unidrop.adapters.numpy import allocate_aligned_like, get_address, locate_array
+from unidrop.adapters.numpy.arrays import allocate_aligned_like, get_address, locate_array
 from unidrop.dispatch import check_fused, is_forced
 from unidrop.key import Key
 from unidrop.philox import PhiloxBlock

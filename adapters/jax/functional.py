@@ -36,7 +36,7 @@ In Haiku, pass the step as an argument, or pass the result of `hk.next_rng_key` 
 >>> y = model.apply(params, jax.numpy.ones(3), 7, True)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -44,13 +44,13 @@ import numpy as np
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from unidrop.adapters.numpy import check_plain
+from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_array_words
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["as_array", "as_key", "check_lengths", "dropout"]
+__all__ = ["as_array", "as_key", "check_lengths", "dropout", "run"]
 
 
 @overload
@@ -151,27 +151,29 @@ def dropout(
     >>> dropout(jax.numpy.ones(6), 0.5, jax.random.key(42))
     Array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
+    options: dict[str, Any] = {"broadcast_axes": broadcast_dims}
+    options |= {"global_shape": global_shape, "start": start}
+    return run(DropoutPlan.from_args, x, rate, key, deterministic, return_mask, **options)
+
+
+def run(
+    make_plan: Callable[..., DropoutPlan],
+    x: ArrayLike,
+    rate: float,
+    key: Any,
+    deterministic: bool,
+    return_mask: bool,
+    **options: Any,
+) -> Any:
+    """Run a function of the family; a call that drops nothing needs no key, and no lengths."""
     x = as_array(x)
     one_rate = Rate.from_p(rate, "rate")
     if not deterministic and one_rate.p > 0:
         check_lengths(x, "x")
     elif not _has_lengths(x):
         return (x, jnp.ones(x.shape, bool)) if return_mask else x
-    plan = DropoutPlan.from_args(
-        x,
-        one_rate,
-        training=not deterministic,
-        broadcast_axes=broadcast_dims,
-        global_shape=global_shape,
-        start=start,
-    )
-    if not plan.drops:
-        return (x, plan.ones(x)) if return_mask else x
-    one_key = as_key(key)
-    if not return_mask:
-        return plan.apply(x, one_key)
-    mask = plan.mask(x, one_key)
-    return plan.apply(x, one_key, mask), mask
+    plan = make_plan(x, one_rate, training=not deterministic, **options)
+    return plan.call(x, as_key(key) if plan.drops else key, return_mask)
 
 
 def check_lengths(x: Any, name: str) -> None:

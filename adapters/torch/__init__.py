@@ -5,20 +5,38 @@ scaled_dot_product_attention, MultiheadAttention (2.13).
 """
 
 from unidrop.adapters.torch.attention import MultiheadAttention, scaled_dot_product_attention
+from unidrop.adapters.torch.family import (
+    AlphaDropout,
+    DropPath,
+    FeatureAlphaDropout,
+    StochasticDepth,
+    alpha_dropout,
+    drop_path,
+    feature_alpha_dropout,
+    stochastic_depth,
+)
 from unidrop.adapters.torch.functional import dropout, dropout1d, dropout2d, dropout3d
 from unidrop.adapters.torch.modules import Dropout, Dropout1d, Dropout2d, Dropout3d
 from unidrop.adapters.torch.seeds import assign_seeds
 
 __all__ = [
+    "AlphaDropout",
+    "DropPath",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "FeatureAlphaDropout",
     "MultiheadAttention",
+    "StochasticDepth",
+    "alpha_dropout",
     "assign_seeds",
+    "drop_path",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "feature_alpha_dropout",
     "scaled_dot_product_attention",
+    "stochastic_depth",
 ]

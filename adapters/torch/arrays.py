@@ -12,6 +12,7 @@ from unidrop.adapters.torch.operators import (
     fold_on_device,
     int_tensor,
     key_tensor,
+    own_scale,
     pack_words,
     trace_dropout,
 )
@@ -128,7 +129,8 @@ class TorchOperator(Operator):
             if is_exporting():
                 return run_exported(plan, x, key, mask)
             window = window_arguments(plan.window, x.device)
-            return trace_dropout(x, key_tensor(key, x.device), plan.rate.p, *window)
+            words, scale = key_tensor(key, x.device), own_scale(plan.rate)
+            return trace_dropout(x, words, plan.rate.p, *window, scale=scale)
         return apply_eager(x, key, plan, mask)
 
     def traced_mask(
@@ -249,6 +251,8 @@ _record = super(torch.autograd.Function, _Dropout).apply
 
 def apply_eager(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
     """Apply a plan to a tensor that PyTorch does not trace; autograd saves the key alone."""
+    if type(plan) is not DropoutPlan:
+        return plan.apply(x, key, mask)
     if x.requires_grad and torch.is_grad_enabled():
         return _record(torch._C._functorch.unwrap_if_dead(x), key, plan, mask)
     return _run(x, key, plan, mask)

@@ -45,6 +45,7 @@ __all__ = [
     "dropout2d",
     "dropout3d",
     "make_plan",
+    "run_plan",
     "run_with_drawn_key",
     "trace_identity",
     "traced_call_drops",
@@ -480,6 +481,13 @@ def _dropout_of_window(
         start=start,
         name="input",
     )
+    return run_plan(plan, input, key, inplace, return_mask)
+
+
+def run_plan(
+    plan: DropoutPlan, input: Tensor, key: Key | None, inplace: bool, return_mask: bool
+) -> _Result:
+    """Run a plan, whether PyTorch traces the call or not; draws a key if there is none."""
     if not plan.drops:
         return (input, plan.ones(input)) if return_mask else input
     if is_tracing():
@@ -583,7 +591,7 @@ def _write(input: Tensor, plan: DropoutPlan, key: Key, mask: Tensor | None) -> T
     """Write dropout over the input, and return it."""
     _check_inference(input)
     if is_tracing() or _is_observed(input):
-        if not is_tracing() and _is_result(input):
+        if not is_tracing() and type(plan) is DropoutPlan and _is_result(input):
             return write_result(input, key, plan, mask)
         # PyTorch refuses to write to some tensors, and does so before copy_ writes.
         return input.copy_(plan.apply(input, key, mask))

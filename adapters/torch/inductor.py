@@ -109,6 +109,7 @@ def _lower_dropout(
     global_shape: Sequence[Any] | None = None,
     start: Any = None,
     random: Any = None,
+    scale: float | None = None,
 ) -> Any | None:
     """Return dropout as pointwise arithmetic, or None if the operator must remain opaque."""
     from torch._inductor.ir import Pointwise, is_triton
@@ -124,9 +125,9 @@ def _lower_dropout(
     if len(sizes) != 1 or (isinstance(sizes[0], int) and sizes[0] != 2):
         return None
     window = _make_window(x.get_size(), broadcast_axes, global_shape, start)
-    rate = Rate.from_p(p)
+    rate = Rate.from_p(p) if scale is None else Rate.from_p(p).with_scale(scale)
     compute = compute_dtype(dtype)
-    scale = rate.scale_in(compute)
+    factor = rate.scale_in(compute)
     working = getattr(torch, compute)
     # Inductor computes an index in as few bits as the sizes of a kernel's tensors need. A kernel of
     # a view of the output may have tensors smaller than x, unless the output is a tensor itself.
@@ -138,7 +139,7 @@ def _lower_dropout(
         zero = ops.constant(0.0, working)
         if rate.keeps_nothing:
             return ops.to_dtype(zero, dtype)
-        y = ops.mul(ops.to_dtype(load(index), working), ops.constant(scale, working))
+        y = ops.mul(ops.to_dtype(load(index), working), ops.constant(factor, working))
         if rate.threshold:
             words = [ops.to_dtype(load_key([i]), torch.uint32) for i in (0, 1)]
             number = _number(ops, window, index, load_start, is_small)

@@ -44,7 +44,7 @@ from unidrop.key import Key
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate, checked_probability
 
-__all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
+__all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "SeededModule"]
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ _CALLS, _KEY, _EXTRA_STATE = "_calls", "_key", "_extra_state"
 _DESTINATIONS: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 
 
-class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
+class SeededModule(torch.nn.modules.dropout._DropoutNd):
     """The seed and the call number of each module."""
 
     _buffers: dict[str, Any]
@@ -124,10 +124,14 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
             return proxy
         if is_tracing():
             return self._trace(input)
-        plan = make_plan(input, self.p, self.training, self._get_axes(input))
+        plan = self._make_plan(input)
         if plan is None:
             return input
         return self._run_eager(apply_plan, input, plan, self.inplace)
+
+    def _make_plan(self, input: Tensor) -> DropoutPlan | None:
+        """Return the plan of a call that is not traced, or None if the call drops nothing."""
+        return make_plan(input, self.p, self.training, self._get_axes(input))
 
     def run_with_key(self, input: Tensor, call: Callable[[Key], T]) -> T:
         """Return ``call(key)`` for the key of a training call, which counts unless it raises."""
@@ -348,7 +352,7 @@ class _SeededDropout(torch.nn.modules.dropout._DropoutNd):
             unexpected_keys.append(name)
 
 
-class Dropout(_SeededDropout, torch.nn.Dropout):
+class Dropout(SeededModule, torch.nn.Dropout):
     """During training, zero elements of the input with probability p and scale the others.
 
     A replacement of `torch.nn.Dropout`: every forward call zeroes elements independently and
@@ -418,7 +422,7 @@ class Dropout(_SeededDropout, torch.nn.Dropout):
     """
 
 
-class Dropout1d(_SeededDropout, torch.nn.Dropout1d):
+class Dropout1d(SeededModule, torch.nn.Dropout1d):
     """Zero whole channels of a (N, C, L) or (C, L) input, as `torch.nn.Dropout1d`.
 
     Parameters, attributes and errors are as in `Dropout`.
@@ -436,7 +440,7 @@ class Dropout1d(_SeededDropout, torch.nn.Dropout1d):
         return axes1d(input, self.training)
 
 
-class Dropout2d(_SeededDropout, torch.nn.Dropout2d):
+class Dropout2d(SeededModule, torch.nn.Dropout2d):
     """Zero whole channels of a (N, C, H, W) input, as `torch.nn.Dropout2d`.
 
     Parameters, attributes and errors are as in `Dropout`.
@@ -453,7 +457,7 @@ class Dropout2d(_SeededDropout, torch.nn.Dropout2d):
         return axes2d(input, self.training)
 
 
-class Dropout3d(_SeededDropout, torch.nn.Dropout3d):
+class Dropout3d(SeededModule, torch.nn.Dropout3d):
     """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input, as `torch.nn.Dropout3d`.
 
     Parameters, attributes and errors are as in `Dropout`.

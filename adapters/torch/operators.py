@@ -53,10 +53,12 @@ __all__ = [
     "cached_rate",
     "draw_key",
     "fold_on_device",
+    "get_rate",
     "int_tensor",
     "key_tensor",
     "next_call_number",
     "next_call_words",
+    "own_scale",
     "pack_words",
     "read_start",
     "rollback_call",
@@ -86,7 +88,7 @@ _READS_CPU = [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is n
 _library = torch.library.Library("unidrop", "DEF")
 _library.define(
     "dropout(Tensor x, Tensor key, float p, int[] broadcast_axes, SymInt[]? global_shape=None, "
-    "Tensor? start=None, Tensor? random=None) -> Tensor"
+    "Tensor? start=None, Tensor? random=None, float? scale=None) -> Tensor"
 )
 _library.define(
     "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
@@ -156,8 +158,13 @@ def trace_dropout(
     broadcast_axes: Sequence[int],
     global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
-    """Return dropout under the key in a tensor of words, as one operator of a trace."""
+    """Return dropout under the key in a tensor of words, as one operator of a trace.
+
+    ``scale`` is the scale of kept elements if it is not the one of p.
+    """
     output: Tensor = torch.ops.unidrop.dropout(
         x,
         move(words, x.device),
@@ -166,6 +173,7 @@ def trace_dropout(
         global_shape,
         start,
         random=randomness(x, words),
+        scale=None if scale is None else as_constant(scale),
     )
     return output
 
@@ -177,6 +185,17 @@ def as_constant(p: float) -> float:
     the arguments of an operator inside a checkpointed region.
     """
     return float.fromhex(p.hex())
+
+
+def own_scale(rate: Rate) -> float | None:
+    """Return the scale of a rate, or None if it is the one of its p."""
+    return None if rate == Rate.from_p(rate.p) else rate.scale
+
+
+def get_rate(p: float, scale: float | None) -> Rate:
+    """Return the rate of the arguments of an operator."""
+    rate = cached_rate(p)
+    return rate if scale is None else rate.with_scale(scale)
 
 
 def as_key(words: Tensor) -> Key:
@@ -352,10 +371,11 @@ def _dropout(
     global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
     random: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     plan = DropoutPlan.from_args(
         x,
-        cached_rate(p),
+        get_rate(p, scale),
         broadcast_axes=tuple(broadcast_axes),
         global_shape=global_shape,
         start=read_start(start),
@@ -476,10 +496,11 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, key: Tensor, *rest: Any) -> Tensor:
-        p, axes, global_shape, start, random = _with_defaults(*rest)
+        p, axes, global_shape, start, random, scale = _with_defaults(*rest)
         ctx.save_for_backward(key, start, random)
         ctx.save_for_forward(key, start, random)
         ctx.constants = p, axes, global_shape
+        ctx.scale = scale
         operator = torch.ops.unidrop.dropout.default
         if not torch._C._are_functorch_transforms_active():
             return _below_autograd(operator, keyset, x, key, *rest)
@@ -489,7 +510,7 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, _Dropout.recompute(ctx, upstream), *(None,) * 6
+        return None, _Dropout.recompute(ctx, upstream), *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -499,7 +520,8 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def recompute(ctx: Any, x: Tensor) -> Tensor:
         key, start, random = ctx.saved_tensors
-        output: Tensor = torch.ops.unidrop.dropout(x, key, *ctx.constants, start, random)
+        constants = *ctx.constants, start, random, ctx.scale
+        output: Tensor = torch.ops.unidrop.dropout(x, key, *constants)
         return output
 
 
@@ -509,9 +531,10 @@ def _with_defaults(
     global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
     random: Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[Any, ...]:
     """Return the operator's arguments, including the defaults that the dispatcher omits."""
-    return p, axes, global_shape, start, random
+    return p, axes, global_shape, start, random, scale
 
 
 def _below_autograd(operator: Any, keyset: Any, *arguments: Any, **options: Any) -> Tensor:
@@ -544,13 +567,14 @@ def _run_plain(
     global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
     random: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor | None:
     """Return the output of the operator by `run_plain`, or None if it does not serve x."""
     if axes or global_shape is not None or x.dtype not in SUPPORTED_DTYPES:
         return None
     if type(key) is not Tensor or is_tracing():
         return None
-    return run_plain(x, cached_rate(p), as_key(key)._words)
+    return run_plain(x, get_rate(p, scale), as_key(key)._words)
 
 
 def _batch_dropout(
@@ -563,9 +587,10 @@ def _batch_dropout(
     global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
     random: Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, int]:
     """Run the operator for a batch, with the mask that `unidrop.adapters.torch.func` describes."""
-    names = ("x", "key", "p", "axes", "global_shape", "start", "random")
+    names = ("x", "key", "p", "axes", "global_shape", "start", "random", "scale")
     dims = dict(zip(names, in_dims, strict=False))
     count = info.batch_size
     x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)
@@ -577,7 +602,7 @@ def _batch_dropout(
             for name, tensor in (("key", key), ("start", start))
         )
         each = [
-            torch.ops.unidrop.dropout(x_i, key_i, p, axes, global_shape, start_i, random)
+            torch.ops.unidrop.dropout(x_i, key_i, p, axes, global_shape, start_i, random, scale)
             for x_i, key_i, start_i in zip(x.unbind(), keys, starts, strict=True)
         ]
         return torch.stack(each), 0
@@ -588,7 +613,7 @@ def _batch_dropout(
         start = torch.cat([start.new_zeros(1), start])
     if random is not None and not is_shared:
         random = random.select(dims["random"], 0)
-    return torch.ops.unidrop.dropout(x, key, p, axes, global_shape, start, random), 0
+    return torch.ops.unidrop.dropout(x, key, p, axes, global_shape, start, random, scale), 0
 
 
 def _make_saved_kernel(name: str) -> Any:

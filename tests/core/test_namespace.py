@@ -28,7 +28,8 @@ print(*(name for name in loaded() if name not in before and name.count(".") == 1
 print(*(name for name in loaded() if name not in before and name.startswith("unidrop.adapters.")))
 """
     first = ["unidrop.adapters.key_types", "|", "unidrop.conformance"]
-    assert run(code) == [*first, "unidrop.adapters.numpy"]
+    parts = [f"unidrop.adapters.numpy{part}" for part in ("", ".arrays", ".family", ".functional")]
+    assert run(code) == [*first, "unidrop.family", *parts]
 
 
 @pytest.mark.parametrize("name", ["adapters", "conformance", "testing"])

@@ -34,6 +34,7 @@ LAYERS = [
     "output",
     "plan",
     "dropout",
+    "family",
 ]
 
 

@@ -355,7 +355,7 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
         ],
     },
     _PLAIN_NUMPY: {
-        "adapters/numpy.py": [
+        "adapters/numpy/functional.py": [
             (
                 "the high word of the key is lost",
                 "mask",
@@ -648,7 +648,7 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
         ],
     },
     _TENSORFLOW: {
-        "adapters/tensorflow_xla.py": [
+        "adapters/tensorflow/xla.py": [
             (
                 "an element at the threshold is dropped",
                 "threshold",
@@ -686,7 +686,7 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
                 "",
             ),
         ],
-        "adapters/tensorflow_tape.py": [
+        "adapters/tensorflow/tape.py": [
             (
                 "a tape records nothing",
                 "gradient-mask",
@@ -700,7 +700,7 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
                 "lambda upstream: [upstream]",
             ),
         ],
-        "adapters/tensorflow.py": [
+        "adapters/tensorflow/arrays.py": [
             (
                 "small bfloat16 tensors share memory of NumPy",
                 "output",

@@ -47,6 +47,8 @@ def mask(shape: tuple[int, ...], p: float, as_json: bool, png: Path | None, **op
         )
     except (TypeError, ValueError, MemoryError) as error:
         raise click.UsageError(str(error)) from None
+    if png is not None:  # a picture shows all elements that share a decision
+        keep = np.broadcast_to(keep, shape)
     rows = keep.reshape(math.prod(keep.shape[:-1]), *keep.shape[-1:])
     if png is not None:
         _draw(rows, png)

@@ -1,5 +1,7 @@
 """Dropout of Dask arrays is lazy, works chunk by chunk, and equals dropout of the whole."""
 
+from types import SimpleNamespace
+
 import dask
 import dask.array as da
 import numpy as np
@@ -8,6 +10,7 @@ import reference
 
 import unidrop
 from unidrop import Key
+from unidrop.plan import DropoutPlan
 
 KEY = Key(42).fold_in("encoder/0").fold_in(7)
 CHUNKS = {"one": (6, 50), "rows": (1, 50), "odd": ((1, 3, 2), (13, 29, 8))}
@@ -70,9 +73,9 @@ def test_takes_path_of_chunk_library(monkeypatch):
 
     def noted(chunk, *args, **options):
         paths.append(unidrop.explain_path(chunk).name)
-        return unidrop.dropout(chunk, *args, **options)
+        return DropoutPlan.from_args(chunk, *args, **options)
 
-    monkeypatch.setattr("unidrop.adapters.dask.dropout", noted)
+    monkeypatch.setattr("unidrop.adapters.dask.DropoutPlan", SimpleNamespace(from_args=noted))
     y = unidrop.dropout(da.from_array(X, chunks=(3, 25)), 0.3, KEY)
     y.compute()
     assert paths == [unidrop.explain_path(X).name] * 4

@@ -169,7 +169,7 @@ def test_rolls_back_interrupted_call(monkeypatch):
 
     module = made()
     with monkeypatch.context() as patch:
-        patch.setattr("unidrop.adapters.flax.dropout", interrupted)
+        patch.setattr("unidrop.adapters.flax._drop", interrupted)
         with pytest.raises(KeyboardInterrupt):
             module(X)
     assert int(module.calls) == 0

@@ -12,7 +12,8 @@ import reference
 
 import unidrop
 from unidrop import Key, keep_mask
-from unidrop.adapters.numpy import dropout, dropout_backward, get_address
+from unidrop.adapters.numpy import dropout, dropout_backward
+from unidrop.adapters.numpy.arrays import get_address
 
 KEY = Key(42).fold_in("encoder/0").fold_in(7)
 X = np.random.default_rng(0).standard_normal((3, 37))
@@ -555,7 +556,7 @@ def test_plain_calls_do_and_raise_the_same(monkeypatch, name, path):
     for function in (dropout, dropout_backward):
         with monkeypatch.context() as patch, context():
             actual = outcome(function, CALLS[name]())
-            patch.setattr("unidrop.adapters.numpy._run_plain", lambda *arguments: None)
+            patch.setattr("unidrop.adapters.numpy.functional._run_plain", lambda *arguments: None)
             assert outcome(function, CALLS[name]()) == actual
 
 

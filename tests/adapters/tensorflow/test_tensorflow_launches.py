@@ -12,7 +12,8 @@ from tensorflow.python.framework import op_callbacks
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.tensorflow import LIBRARY, dropout
+from unidrop.adapters.tensorflow import dropout
+from unidrop.adapters.tensorflow.arrays import LIBRARY
 
 KEY = Key(42)
 WINDOW = {"global_shape": (1280, 1001), "start": (64, 0)}

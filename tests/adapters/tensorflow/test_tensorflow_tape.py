@@ -7,8 +7,8 @@ from tensorflow.python.eager import record
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters import tensorflow_tape
 from unidrop.adapters.tensorflow import dropout
+from unidrop.adapters.tensorflow import tape as tensorflow_tape
 
 KEY = Key(42)
 X = np.random.default_rng(0).standard_normal((3, 37)).astype("float32")

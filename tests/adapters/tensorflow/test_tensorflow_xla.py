@@ -7,8 +7,8 @@ from tensorflow.python.eager import context
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters import tensorflow_xla
 from unidrop.adapters.tensorflow import dropout
+from unidrop.adapters.tensorflow import xla as tensorflow_xla
 
 SITE = Key(42).fold_in("encoder/0")
 KEY = SITE.fold_in(7)

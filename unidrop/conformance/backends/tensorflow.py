@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop import dropout as core_dropout
-from unidrop.adapters import tensorflow_xla
-from unidrop.adapters.tensorflow import dropout
+from unidrop.adapters.tensorflow import dropout, xla
 from unidrop.conformance import (
     CoreBackend,
     eager_modes,
@@ -203,7 +202,7 @@ def _use_programs(mode: str) -> Iterator[None]:
     if mode != _LARGE:
         yield
         return
-    with _LOCK, patch.object(tensorflow_xla, "LEAST", 0):
+    with _LOCK, patch.object(xla, "LEAST", 0):
         yield
 
 

@@ -1,158 +1,24 @@
-"""Dropout for TensorFlow: `tf.nn.dropout` under a key, and TensorFlow's part of the core.
-
-TensorFlow documentation: tf.nn.dropout, tf.nn.experimental.stateless_dropout.
-"""
+"""TensorFlow's part of the core: its tensors, its generator, and dropout as one operator."""
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from unidrop.adapters import tensorflow_lite, tensorflow_xla
-from unidrop.adapters.noise_shape import noise_shape_axes
-from unidrop.adapters.numpy import (
-    allocate_aligned_like,
-    check_plain,
-    get_address,
-    locate_array,
-)
-from unidrop.adapters.tensorflow_tape import run_with_gradient
+from unidrop.adapters.numpy.arrays import allocate_aligned_like, get_address, locate_array
+from unidrop.adapters.tensorflow import lite, xla
+from unidrop.adapters.tensorflow.tape import run_with_gradient
 from unidrop.dispatch import is_forced
-from unidrop.key import Key, check_key
+from unidrop.key import Key
 from unidrop.philox import ODD_MULTIPLIER, PhiloxBlock
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers, Operator, Words
-from unidrop.rate import Rate
 from unidrop.words import MASK32, Int64Words, SplitInteger
 
-__all__ = ["dropout"]
-
-
-@overload
-def dropout(
-    x: Any,
-    rate: float,
-    noise_shape: Sequence[int | None] | None = ...,
-    *,
-    key: Key,
-    global_shape: Sequence[int] | None = ...,
-    start: Sequence[Any] | None = ...,
-    return_mask: Literal[False] = ...,
-    name: str | None = ...,
-) -> tf.Tensor: ...
-@overload
-def dropout(
-    x: Any,
-    rate: float,
-    noise_shape: Sequence[int | None] | None = ...,
-    *,
-    key: Key,
-    global_shape: Sequence[int] | None = ...,
-    start: Sequence[Any] | None = ...,
-    return_mask: Literal[True],
-    name: str | None = ...,
-) -> tuple[tf.Tensor, tf.Tensor]: ...
-@overload
-def dropout(
-    x: Any,
-    rate: float,
-    noise_shape: Sequence[int | None] | None = ...,
-    *,
-    key: Key,
-    global_shape: Sequence[int] | None = ...,
-    start: Sequence[Any] | None = ...,
-    return_mask: bool,
-    name: str | None = ...,
-) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]: ...
-def dropout(
-    x: Any,
-    rate: float,
-    noise_shape: Sequence[int | None] | None = None,
-    *,
-    key: Key,
-    global_shape: Sequence[int] | None = None,
-    start: Sequence[Any] | None = None,
-    return_mask: bool = False,
-    name: str | None = None,
-) -> Any:
-    """Drop elements with probability rate and scale the rest by 1 / (1 - rate).
-
-    Parameters
-    ----------
-    x : tf.Tensor
-        Any shape of known rank (lengths may be unknown), of a floating-point or complex dtype. Also
-        accepts any argument of `tf.convert_to_tensor`.
-    rate : int or float
-        The probability of dropping an element, in [0, 1].
-    noise_shape : sequence of int or None, optional
-        The shape of the mask: for each axis 1, along which elements share one decision, or None or
-        x's own length. A length that is unknown during tracing is not compared.
-    key : unidrop.Key
-        The name of the mask. Inside a `tf.function`, fold the step in as a tensor:
-        ``Key(42).fold_in(step)``.
-    global_shape, start : sequence of int, optional
-        x is the block that begins at ``start`` of an array of shape ``global_shape``, and gets
-        exactly that block of the whole mask. Elements of start may be scalar integer tensors; their
-        values are not checked.
-    return_mask : bool, default False
-        If True, the mask is returned too.
-    name : str, optional
-        The name scope of the operations, in a graph.
-
-    Returns
-    -------
-    y : tf.Tensor
-        Of x's shape and dtype; x itself if rate is 0. The gradient recomputes the mask from the
-        key, so nothing is kept for it.
-    mask : tf.Tensor of bool
-        Only with ``return_mask``: True for kept elements, with length 1 along shared axes.
-
-    Raises
-    ------
-    TypeError
-        If x has an integer or bool dtype, rate is not a Python number, or key is not a Key.
-    ValueError
-        If rate is outside [0, 1], noise_shape does not fit x, or the window does not fit.
-
-    Examples
-    --------
-    >>> import tensorflow as tf
-    >>> from unidrop import Key
-    >>> from unidrop.adapters.tensorflow import dropout
-    >>> dropout(tf.ones(6), 0.5, key=Key(42)).numpy()
-    array([2., 0., 0., 0., 0., 2.], dtype=float32)
-    """
-    with nullcontext() if name is None else tf.name_scope(name):
-        if type(x) is not _EagerTensor:
-            _check_dense(type(x), "x")
-            kind = type(getattr(x, "_meta", x))  # the _meta of a Dask array is like its chunks
-            check_plain(kind, "x")
-            x = tf.convert_to_tensor(x)
-        check_key(key)
-        plan = DropoutPlan.from_args(
-            x,
-            Rate.from_p(rate, "rate"),
-            broadcast_axes=_get_axes(noise_shape, x),
-            global_shape=global_shape,
-            start=start,
-        )
-        if not plan.drops:
-            return (x, plan.ones(x)) if return_mask else x
-        if not return_mask:
-            return plan.apply(x, key)
-        mask = plan.mask(x, key)
-        return plan.apply(x, key, mask), mask
-
-
-def _get_axes(noise_shape: Sequence[int | None] | None, x: Any) -> tuple[int, ...]:
-    if noise_shape is None:
-        return ()
-    return noise_shape_axes(noise_shape, LIBRARY.arrays.shape(x))
-
+__all__ = ["LIBRARY", "EagerTensor", "check_dense"]
 
 _REMEDIES = {
     tf.RaggedTensor: "tf.ragged.map_flat_values(dropout, x, rate, key=key)",
@@ -160,7 +26,7 @@ _REMEDIES = {
 }
 
 
-def _check_dense(kind: type, name: str) -> None:
+def check_dense(kind: type, name: str) -> None:
     """Raise TypeError, with a remedy, for tensors whose elements have no index in an array."""
     if kind in _REMEDIES:
         raise TypeError(
@@ -171,7 +37,8 @@ def _check_dense(kind: type, name: str) -> None:
 
 _PHILOX = 1  # the algorithm of raw_ops
 
-_EagerTensor = tf.__internal__.EagerTensor
+#: The class of eager tensors.
+EagerTensor = tf.__internal__.EagerTensor
 
 _LARGE = 1 << 20  # bytes
 
@@ -222,7 +89,7 @@ class TensorFlowArrays(Arrays):
 
     def check_type(self, kind: type, name: str) -> None:
         """Raise TypeError for ragged and sparse tensors."""
-        _check_dense(kind, name)
+        check_dense(kind, name)
 
     def namespace(self, x: Any) -> Any:
         """Return the functions of the standard that the core uses."""
@@ -269,7 +136,7 @@ class TensorFlowWords(Words):
     ) -> PhiloxBlock:
         """Return the words of consecutive blocks."""
         if is_forced("portable") and _is_lite(first):
-            block = tensorflow_lite.generate(first, count, key, tag)
+            block = lite.generate(first, count, key, tag)
             return tuple(tf.cast(words, tf.int64) for words in block)
         with tf.device(device):
             flat = _generate_words(first, count, key, tag)
@@ -291,7 +158,7 @@ class TensorFlowWords(Words):
         the high half, modulo 2^32.
         """
         if is_forced("portable") and _is_lite(first):
-            return tensorflow_lite.keep_flags(first, count, key, threshold)
+            return lite.keep_flags(first, count, key, threshold)
         is_one_run = isinstance(first[0], int) or first[0].shape.rank == 0
         if not is_one_run or sys.byteorder == "big":
             return super().keep_flags(xp, device, first, count, key, threshold)
@@ -308,8 +175,8 @@ class TensorFlowOperator(Operator):
     def fold_in(self, words: Any, data: Any, tag: int) -> Any:
         """Return the words of a key after folding in a tensor."""
         if is_forced("portable") and not tf.executing_eagerly():
-            number = tensorflow_lite.split(data, LIBRARY.words.width(data, "data"))
-            lo, hi, _, _ = tensorflow_lite.generate(number, 1, words, tag)
+            number = lite.split(data, LIBRARY.words.width(data, "data"))
+            lo, hi, _, _ = lite.generate(number, 1, words, tag)
             return tf.reshape(lo, []), tf.reshape(hi, [])
         bits = LIBRARY.words.width(data, "data")
         if tf.executing_eagerly():
@@ -325,11 +192,11 @@ class TensorFlowOperator(Operator):
 
     def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
         """Apply dropout as one operator, whose gradient recomputes the mask."""
-        x = x if type(x) is _EagerTensor else tf.convert_to_tensor(x)
+        x = x if type(x) is EagerTensor else tf.convert_to_tensor(x)
         size = x.shape.num_elements()
         if size is None:
-            size = tensorflow_xla.guess_size(x.shape)
-        is_large = size >= tensorflow_xla.LEAST
+            size = xla.guess_size(x.shape)
+        is_large = size >= xla.LEAST
 
         def backward(upstream: Any) -> Any:
             # A gather passes a sparse upstream gradient, and a variable's reader an unread one.
@@ -340,8 +207,8 @@ class TensorFlowOperator(Operator):
                 return plan.apply(upstream, key)
 
         def with_gradient(v: Any) -> tuple[Any, Any]:
-            if is_large and mask is None and tensorflow_xla.can_compile(plan):
-                return tensorflow_xla.dropout(v, _join_key(*key._words), plan), backward
+            if is_large and mask is None and xla.can_compile(plan):
+                return xla.dropout(v, _join_key(*key._words), plan), backward
             return plan.run(v, key, mask), backward
 
         return run_with_gradient(with_gradient, x)
@@ -354,7 +221,7 @@ class TensorFlowBuffers(Buffers):
         """Return the buffer of an eager tensor of the CPU."""
         if isinstance(x, tf.Variable):
             x = tf.convert_to_tensor(x)
-        if not isinstance(x, _EagerTensor):
+        if not isinstance(x, EagerTensor):
             return f"a {type(x).__name__} is not an eager tf.Tensor"
         if not x.device.endswith("CPU:0"):
             return f"it is on {x.device}, and kernels are for the first CPU"

@@ -1,24 +1,38 @@
-"""Dropout for NumPy: the textbook function under a key or a generator, and its backward pass."""
+"""The textbook function of dropout for NumPy, under a key or a generator, and its backward pass."""
 
 import os
 import struct
-import sys
 from collections.abc import Sequence
-from ctypes import addressof, c_char
+from ctypes import addressof
 from functools import lru_cache
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from unidrop.adapters.numpy.arrays import (
+    FLAGS,
+    LIBRARY,
+    PLAIN_FLAGS,
+    check_plain,
+    from_buffer,
+)
 from unidrop.dispatch import get_kernels
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
-from unidrop.protocols import ArrayLibrary, Arrays, Buffer, Buffers
 from unidrop.rate import Rate
 from unidrop.window import Window
 
-__all__ = ["dropout", "dropout_backward"]
+__all__ = [
+    "Rng",
+    "as_array",
+    "check_out",
+    "check_source",
+    "copy_to",
+    "draw_key",
+    "dropout",
+    "dropout_backward",
+]
 
 Rng = int | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
 
@@ -26,19 +40,10 @@ _DEFAULT_P = 0.5
 
 _cached_rate = lru_cache(maxsize=256)(Rate.from_p)
 
-_from_buffer = c_char.from_buffer
-
 _two_words = struct.Struct("<II")
 
 # Of native byte order. The buffer protocol has no name for bfloat16.
 _PLAIN_DTYPES = frozenset(map(np.dtype, ("f2", "f4", "f8", "c8", "c16")))
-
-# Bits of `numpy.ndarray.flags.num`: C order, aligned, writeable; and also a warning of a write.
-_PLAIN_FLAGS = 0x1 | 0x100 | 0x400
-_FLAGS = _PLAIN_FLAGS | -1 << 31
-
-# TensorFlow and XLA share memory that begins at a cache line, and copy other memory.
-_ALIGNMENT = 64
 
 
 @overload
@@ -171,20 +176,16 @@ def dropout(
         output = _run_plain(x, p, key, out)
         if output is not None:
             return output
-    x = _as_array(x, "x")
+    x = as_array(x, "x")
     rate = _get_rate(p, keep_prob)
-    if key is not None:
-        check_key(key)
-        if rng is not None:
-            raise ValueError(f"pass key or rng, not both, got key={key!r} and rng={rng!r}")
-    _check_out(out, x)
+    check_out(out, x)
     plan = _make_plan(x, rate, training, broadcast_axes, global_shape, start, "x")
-    generator = None if rng is None else _get_generator(rng)
+    generator = check_source(key, rng)
     if not plan.drops:
-        output = _copy_to(out, x)
+        output = copy_to(out, x)
         return (output, plan.ones(x)) if return_mask else output
     if key is None:
-        key = _draw_key(generator)
+        key = draw_key(generator)
     if not return_mask:
         return plan.run(x, key, None, out)
     mask = plan.mask(x, key)
@@ -262,22 +263,22 @@ def dropout_backward(
         gradient = _run_plain(grad, p, key, out)
         if gradient is not None:
             return gradient
-    grad = _as_array(grad, "grad")
+    grad = as_array(grad, "grad")
     rate = _get_rate(p, keep_prob)
     if key is not None:
         check_key(key)
-    _check_out(out, grad)
+    check_out(out, grad)
     plan = _make_plan(grad, rate, training, broadcast_axes, global_shape, start, "grad")
     if plan.drops and (key is None) == (mask is None):
         raise ValueError(
             f"pass the forward call's key or its mask, got key={key!r} and mask={mask!r}"
         )
     if not plan.drops:
-        return _copy_to(out, grad)
+        return copy_to(out, grad)
     if key is not None:
         result: NDArray[Any] = plan.run(grad, key, out=out)
         return result
-    return _copy_to(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
+    return copy_to(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
 
 
 def _run_plain(x: Any, p: float, key: Key | None, out: NDArray[Any] | None) -> NDArray[Any] | None:
@@ -287,11 +288,11 @@ def _run_plain(x: Any, p: float, key: Key | None, out: NDArray[Any] | None) -> N
     elements and keeps some, and the words of a key are integers. Without a key, entropy is one. The
     caller has passed no other argument. For small arrays, the general route takes twice as long.
     """
-    if type(x) is not np.ndarray or x.flags.num & _FLAGS != _PLAIN_FLAGS or type(p) is not float:
+    if type(x) is not np.ndarray or x.flags.num & FLAGS != PLAIN_FLAGS or type(p) is not float:
         return None
     if out is not None and (
         type(out) is not np.ndarray
-        or out.flags.num & _FLAGS != _PLAIN_FLAGS
+        or out.flags.num & FLAGS != PLAIN_FLAGS
         or out.shape != x.shape
         or out.dtype != x.dtype
     ):
@@ -310,7 +311,7 @@ def _run_plain(x: Any, p: float, key: Key | None, out: NDArray[Any] | None) -> N
     kernel, rate = prepared
     number = int.from_bytes(os.urandom(8), "little") if key is None else hi << 32 | lo
     y = np.empty_like(x) if out is None else out
-    source, target = addressof(_from_buffer(x)), addressof(_from_buffer(y))  # type: ignore[arg-type] # the stubs lack __buffer__
+    source, target = addressof(from_buffer(x)), addressof(from_buffer(y))  # type: ignore[arg-type] # the stubs lack __buffer__
     if 0 < abs(source - target) < x.nbytes:
         return None
     kernel.run(source, target, rate, number, 0, (x, y))
@@ -330,30 +331,12 @@ def _prepare_plain(
     return package.prepare(dtype, shape, None, Window.from_args(shape).strides), rate
 
 
-def _as_array(x: ArrayLike, name: str) -> NDArray[Any]:
+def as_array(x: ArrayLike, name: str) -> NDArray[Any]:
+    """Return a plain array; raises TypeError, naming the argument, for arrays of other classes."""
     if type(x) is np.ndarray:
         return x
     check_plain(type(getattr(x, "_meta", x)), name)  # the _meta of a Dask array is like its chunks
     return np.asarray(x)
-
-
-def check_plain(kind: type, name: str) -> None:
-    """Raise TypeError for arrays that would lose a mask, labels, a unit or other behavior."""
-    # NumPy imports numpy.ma at its first use, and a fork during an import would leave a child with
-    # a held lock. Masked arrays exist only after that import.
-    if issubclass(kind, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
-        raise TypeError(
-            f"{name} must not be a masked array: apply dropout to {name}.filled(0) or {name}.data, "
-            "and mask the output"
-        )
-    if hasattr(kind, "to_numpy"):  # pandas, xarray and other libraries of tables have it
-        raise TypeError(
-            f"{name} must be a plain array, got {kind.__name__}: pass {name}.to_numpy()"
-        )
-    if issubclass(kind, np.ndarray) and kind is not np.ndarray and kind is not np.memmap:
-        raise TypeError(
-            f"{name} must be a plain array, got {kind.__name__}: pass numpy.asarray({name})"
-        )
 
 
 def _make_plan(
@@ -389,7 +372,14 @@ def _get_rate(p: float, keep_prob: float | None) -> Rate:
     return Rate.from_keep_prob(keep_prob)
 
 
-def _get_generator(rng: Rng) -> np.random.Generator:
+def check_source(key: Key | None, rng: Rng) -> np.random.Generator | None:
+    """Return the generator that a key is drawn from, or None if there is a key or no generator."""
+    if key is not None:
+        check_key(key)
+        if rng is not None:
+            raise ValueError(f"pass key or rng, not both, got key={key!r} and rng={rng!r}")
+    if rng is None:
+        return None
     if isinstance(rng, bool):
         raise TypeError(f"rng must be an argument of numpy.random.default_rng, got {rng!r}")
     try:
@@ -400,13 +390,15 @@ def _get_generator(rng: Rng) -> np.random.Generator:
         ) from None
 
 
-def _draw_key(generator: np.random.Generator | None) -> Key:
+def draw_key(generator: np.random.Generator | None) -> Key:
+    """Return a key from a generator, or without one from the entropy of the system."""
     if generator is None:
         return Key._from_raw_words(_two_words.unpack(os.urandom(8)))
     return Key(int(generator.integers(0, 2**64, dtype=np.uint64)))
 
 
-def _check_out(out: object, x: NDArray[Any]) -> None:
+def check_out(out: object, x: NDArray[Any]) -> None:
+    """Raise TypeError or ValueError unless an output for x can be written to ``out``."""
     if out is None:
         return
     if type(out) is not np.ndarray:
@@ -422,7 +414,7 @@ def _check_out(out: object, x: NDArray[Any]) -> None:
         raise ValueError("out must be writeable, got a read-only array")
 
 
-def _copy_to(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
+def copy_to(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
     """Return a result, copied to ``out`` if that is given."""
     if out is None:
         return result
@@ -431,80 +423,9 @@ def _copy_to(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
 
 
 def _checked_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool]:
-    checked: NDArray[np.bool] = _as_array(mask, "mask")
+    checked: NDArray[np.bool] = as_array(mask, "mask")
     if checked.dtype != np.bool:
         raise TypeError(f"mask must be of bool, got dtype {checked.dtype}")
     if checked.shape != shape:
         raise ValueError(f"mask must have shape {shape}, got {checked.shape}")
     return checked
-
-
-class NumPyArrays(Arrays):
-    """Plain NumPy arrays, memory-mapped ones included."""
-
-    def check_type(self, kind: type, name: str) -> None:
-        """Raise TypeError for other subclasses, such as masked arrays."""
-        check_plain(kind, name)
-
-    def is_traced(self, x: Any) -> bool:
-        """Return False: NumPy runs every operation at once."""
-        return False
-
-
-class NumPyBuffers(Buffers):
-    """Plain NumPy arrays, memory-mapped ones included; other subclasses may be outputs."""
-
-    def locate(self, x: Any) -> Buffer | str:
-        """Return the buffer of a plain array of native, aligned elements."""
-        if type(x) is np.ndarray or type(x) is np.memmap:
-            return locate_array(x)
-        return f"a {type(x).__name__} is not a plain numpy.ndarray"
-
-    def allocate_like(self, x: Any) -> tuple[Any, Buffer]:
-        """Return an empty array, in the memory order of x."""
-        y = np.empty_like(x, subok=False)
-        strides = None if y.flags.c_contiguous else _element_strides(y)
-        return y, Buffer(get_address(y), strides)
-
-
-LIBRARY = ArrayLibrary(arrays=NumPyArrays(), buffers=NumPyBuffers())
-
-
-def locate_array(x: np.ndarray[Any, Any]) -> Buffer | str:
-    """Return the buffer of a NumPy array, or the reason why kernels cannot read it."""
-    if not x.dtype.isnative:
-        return "it is not in this machine's byte order"
-    flags = x.flags
-    if not flags.aligned:
-        return "its elements are not aligned"
-    if flags.c_contiguous:
-        return Buffer(get_address(x), None)
-    if any(stride % x.itemsize for stride in x.strides):
-        return "its elements are not aligned"
-    return Buffer(get_address(x), _element_strides(x))
-
-
-def allocate_aligned_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return an empty array of x's shape and dtype, in memory that other libraries can share."""
-    memory = np.empty(x.nbytes + _ALIGNMENT, dtype=np.uint8)
-    first = -get_address(memory) % _ALIGNMENT
-    aligned: np.ndarray[Any, Any]
-    aligned = memory[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
-    return aligned
-
-
-def get_address(x: np.ndarray[Any, Any]) -> int:
-    """Return the address of a NumPy array's first element."""
-    # The array interface makes a dictionary, which takes four times as long as the buffer protocol.
-    if x.flags.num & _FLAGS == _PLAIN_FLAGS:
-        try:
-            return addressof(_from_buffer(x))  # type: ignore[arg-type] # the stubs lack __buffer__
-        except ValueError:  # x is empty, or the buffer protocol has no name for its dtype
-            pass
-    address: int = x.__array_interface__["data"][0]
-    return address
-
-
-def _element_strides(x: np.ndarray[Any, Any]) -> tuple[int, ...]:
-    """Return the strides in elements."""
-    return tuple(stride // x.itemsize for stride in x.strides)

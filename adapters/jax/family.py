@@ -1,0 +1,114 @@
+"""Members of the family of dropout for JAX."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from unidrop.adapters.jax.functional import run
+from unidrop.family import (
+    Mode,
+    plan_alpha_dropout,
+    plan_drop_path,
+    plan_feature_alpha_dropout,
+)
+from unidrop.key import Key
+
+__all__ = ["alpha_dropout", "drop_path", "feature_alpha_dropout"]
+
+
+def alpha_dropout(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
+    *,
+    deterministic: bool = False,
+    broadcast_dims: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Set elements to the negative limit of SELU with probability rate; keep mean and variance.
+
+    `unidrop.family.alpha_dropout` has the formula. Parameters, returns and errors are as in
+    `dropout`; a complex x raises TypeError.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import alpha_dropout
+    >>> alpha_dropout(jax.numpy.ones(6), 0.5, Key(42)) > 0
+    Array([ True, False, False, False, False,  True], dtype=bool)
+    """
+    options: dict[str, Any] = {
+        "broadcast_axes": broadcast_dims,
+        "global_shape": global_shape,
+        "start": start,
+    }
+    return run(plan_alpha_dropout, x, rate, key, deterministic, return_mask, **options)
+
+
+def feature_alpha_dropout(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
+    *,
+    deterministic: bool = False,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Apply `alpha_dropout` to whole channels, the second axis of an array.
+
+    Parameters, returns and errors are as there; ValueError if x has fewer than two axes.
+    """
+    options: dict[str, Any] = {"global_shape": global_shape, "start": start}
+    return run(plan_feature_alpha_dropout, x, rate, key, deterministic, return_mask, **options)
+
+
+def drop_path(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
+    *,
+    deterministic: bool = False,
+    mode: Mode = "row",
+    scale_by_keep: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Drop whole examples of a residual branch with probability rate: stochastic depth.
+
+    Parameters
+    ----------
+    mode : {"row", "batch"}, default "row"
+        "row" decides for each element of the first axis, and "batch" once for all.
+    scale_by_keep : bool, default True
+        If False, kept examples are unchanged; otherwise they are scaled by 1 / (1 - rate).
+    x, rate, key, deterministic, global_shape, start, return_mask
+        As in `dropout`.
+
+    Returns
+    -------
+    y, mask
+        As in `dropout`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; ValueError if mode is another one, or x has no axis of rows.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import drop_path
+    >>> drop_path(jax.numpy.ones((4, 1)), 0.5, Key(42)).ravel()
+    Array([2., 0., 0., 0.], dtype=float32)
+    """
+    options: dict[str, Any] = {"mode": mode, "scale_by_keep": scale_by_keep}
+    options |= {"global_shape": global_shape, "start": start}
+    return run(plan_drop_path, x, rate, key, deterministic, return_mask, **options)

@@ -1,0 +1,239 @@
+"""Members of the family of dropout for NumPy, and their backward passes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from numpy.typing import ArrayLike, NDArray
+
+from unidrop.adapters.numpy.functional import (
+    Rng,
+    as_array,
+    check_out,
+    check_source,
+    copy_to,
+    draw_key,
+)
+from unidrop.family import (
+    Mode,
+    plan_alpha_dropout,
+    plan_drop_path,
+    plan_feature_alpha_dropout,
+)
+from unidrop.key import Key, check_key
+from unidrop.plan import DropoutPlan
+from unidrop.rate import Rate
+
+__all__ = [
+    "alpha_dropout",
+    "alpha_dropout_backward",
+    "drop_path",
+    "drop_path_backward",
+    "feature_alpha_dropout",
+    "feature_alpha_dropout_backward",
+]
+
+
+def alpha_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Set elements to the negative limit of SELU with probability p; keep mean and variance.
+
+    `unidrop.family.alpha_dropout` has the formula. Parameters, returns and errors are as in
+    `dropout`; a complex x raises TypeError.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import alpha_dropout
+    >>> alpha_dropout(np.zeros(3), 0.5, key=Key(42)).round(4)
+    array([ 0.7792, -0.7792, -0.7792])
+    """
+    options: dict[str, Any] = {"training": training, "broadcast_axes": broadcast_axes}
+    options |= {"global_shape": global_shape, "start": start}
+    return _run(plan_alpha_dropout, x, p, key, rng, return_mask, out, **options)
+
+
+def alpha_dropout_backward(
+    grad: ArrayLike,
+    p: float = 0.5,
+    *,
+    key: Key | None = None,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return the gradient of `alpha_dropout`; arguments and errors as in `dropout_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import alpha_dropout_backward
+    >>> alpha_dropout_backward(np.ones(3), 0.5, key=Key(42)).round(4)
+    array([0.8864, 0.    , 0.    ])
+    """
+    options: dict[str, Any] = {"training": training, "broadcast_axes": broadcast_axes}
+    options |= {"global_shape": global_shape, "start": start}
+    return _run_backward(plan_alpha_dropout, grad, p, key, out, **options)
+
+
+def feature_alpha_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Apply `alpha_dropout` to whole channels, the second axis of an array.
+
+    Parameters, returns and errors are as there; ValueError if x has fewer than two axes.
+    """
+    options: dict[str, Any] = {"training": training, "global_shape": global_shape, "start": start}
+    return _run(plan_feature_alpha_dropout, x, p, key, rng, return_mask, out, **options)
+
+
+def feature_alpha_dropout_backward(
+    grad: ArrayLike,
+    p: float = 0.5,
+    *,
+    key: Key | None = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return the gradient of `feature_alpha_dropout`; arguments as in `dropout_backward`."""
+    options: dict[str, Any] = {"training": training, "global_shape": global_shape, "start": start}
+    return _run_backward(plan_feature_alpha_dropout, grad, p, key, out, **options)
+
+
+def drop_path(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    mode: Mode = "row",
+    scale_by_keep: bool = True,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Drop whole examples of a residual branch with probability p: stochastic depth.
+
+    Parameters
+    ----------
+    mode : {"row", "batch"}, default "row"
+        "row" decides for each element of the first axis, and "batch" once for all.
+    scale_by_keep : bool, default True
+        If False, kept examples are unchanged; otherwise they are scaled by 1 / (1 - p).
+    x, p, key, rng, training, global_shape, start, return_mask, out
+        As in `dropout`.
+
+    Returns
+    -------
+    output, mask
+        As in `dropout`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; ValueError if mode is another one, or x has no axis of rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import drop_path
+    >>> drop_path(np.ones((4, 2)), 0.5, key=Key(42))
+    array([[2., 2.],
+           [0., 0.],
+           [0., 0.],
+           [0., 0.]])
+    """
+    options: dict[str, Any] = {"mode": mode, "scale_by_keep": scale_by_keep, "training": training}
+    options |= {"global_shape": global_shape, "start": start}
+    return _run(plan_drop_path, x, p, key, rng, return_mask, out, **options)
+
+
+def drop_path_backward(
+    grad: ArrayLike,
+    p: float = 0.5,
+    *,
+    mode: Mode = "row",
+    scale_by_keep: bool = True,
+    key: Key | None = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return the gradient of `drop_path`; arguments as there and in `dropout_backward`."""
+    options: dict[str, Any] = {"mode": mode, "scale_by_keep": scale_by_keep, "training": training}
+    options |= {"global_shape": global_shape, "start": start}
+    return _run_backward(plan_drop_path, grad, p, key, out, **options)
+
+
+def _run(
+    make_plan: Callable[..., DropoutPlan],
+    x: ArrayLike,
+    p: float,
+    key: Key | None,
+    rng: Rng,
+    return_mask: bool,
+    out: NDArray[Any] | None,
+    **options: Any,
+) -> Any:
+    """Run a member; draws a key if there is none."""
+    x = as_array(x, "x")
+    plan, generator = make_plan(x, Rate.from_p(p), **options), check_source(key, rng)
+    check_out(out, x)
+    if not plan.drops:
+        output = copy_to(out, x)
+        return (output, plan.ones(x)) if return_mask else output
+    key = draw_key(generator) if key is None else key
+    mask = plan.mask(x, key) if return_mask else None
+    output = plan.run(x, key, mask, out)
+    return (output, mask) if return_mask else output
+
+
+def _run_backward(
+    make_plan: Callable[..., DropoutPlan],
+    grad: ArrayLike,
+    p: float,
+    key: Key | None,
+    out: NDArray[Any] | None,
+    **options: Any,
+) -> NDArray[Any]:
+    """Return the gradient of a member."""
+    grad = as_array(grad, "grad")
+    plan = make_plan(grad, Rate.from_p(p), name="grad", **options)
+    if key is not None:
+        check_key(key)
+    elif plan.drops:
+        raise ValueError("pass the forward call's key, got key=None")
+    check_out(out, grad)
+    if not plan.drops or key is None:
+        return copy_to(out, grad)
+    gradient: NDArray[Any] = plan.gradient.run(grad, key, None, out)
+    return gradient
