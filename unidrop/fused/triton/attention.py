@@ -24,6 +24,8 @@ from unidrop.fused.triton.kernels import _get_key, _get_stride, _get_u, _philox_
 
 __all__ = ["attend", "differentiate_keys", "differentiate_queries"]
 
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
 # The maximum of no scores. Unlike -inf, it has a difference to a score of -inf.
 _LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
@@ -110,22 +112,30 @@ def _store(first, x, row, x_row, rows, feature, FEATURES: tl.constexpr, UNIT: tl
 
 
 @triton.jit
+def _exp(x):
+    """Return the exponential; `tl.exp` takes three instructions more, for subnormal results."""
+    return tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
 def _get_scores(
-    q, k, bias_ptr, scale, row, column, rows, columns, bias_row, bias_column, diagonal,
+    first, second, bias_ptr, scale, row, column, rows, columns, bias_row, bias_column, diagonal,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Return the scores of a tile, which are -inf for pairs that do not attend.
+    """Return the products of rows of two matrices as scores, -inf for pairs that do not attend.
+
+    One matrix has queries, and their numbers ``row`` have an axis of length 1 for the other one.
 
     ``bias_ptr`` points to a number that is added, or to a bool that is true for pairs that attend.
     A query attends to keys up to its own number plus the diagonal if CAUSAL.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    attends = (column < columns)[None, :]
+    scores = tl.dot(first, tl.trans(second), input_precision="ieee") * scale
+    attends = column < columns
     if CAUSAL:
-        attends = attends & (column[None, :] <= row[:, None] + diagonal)
+        attends = attends & (column <= row + diagonal)
     if bias_ptr is not None:
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        place = row[:, None].to(tl.int64) * bias_row + column[None, :].to(tl.int64) * bias_column
+        inside = (row < rows) & (column < columns)
+        place = row.to(tl.int64) * bias_row + column.to(tl.int64) * bias_column
         bias = tl.load(bias_ptr + place, mask=inside, other=0)
         if bias.dtype == tl.int1:
             attends = attends & bias
@@ -195,12 +205,12 @@ def attend(
         k = _load(k_first, column, k_row, keys, feature, FEATURES, UNIT)
         v = _load(v_first, column, v_row, keys, v_feature, V_FEATURES, UNIT)
         scores = _get_scores(
-            q, k, bias_ptr, scale, row, column, queries, keys, bias_row, bias_column, diagonal,
-            CAUSAL,
+            q, k, bias_ptr, scale, row[:, None], column[None, :], queries, keys, bias_row,
+            bias_column, diagonal, CAUSAL,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp(scores - higher[:, None])
-        shrink = tl.exp(top - higher)
+        weights = _exp(scores - higher[:, None])
+        shrink = _exp(top - higher)
         top = higher
         total = total * shrink + tl.sum(weights, 1)
         weights = _drop(weights, index + first_column, least, k0, k1, ALIGNED, KEEPS)
@@ -283,10 +293,10 @@ def differentiate_queries(
         k = _load(k_first, column, k_row, keys, feature, FEATURES, UNIT)
         v = _load(v_first, column, v_row, keys, v_feature, V_FEATURES, UNIT)
         scores = _get_scores(
-            q, k, bias_ptr, scale, row, column, queries, keys, bias_row, bias_column, diagonal,
-            CAUSAL,
+            q, k, bias_ptr, scale, row[:, None], column[None, :], queries, keys, bias_row,
+            bias_column, diagonal, CAUSAL,
         )  # fmt: skip
-        weights = tl.exp(scores - lse[:, None])
+        weights = _exp(scores - lse[:, None])
         upstream = tl.dot(do, tl.trans(v), input_precision="ieee")
         at = index + first_column
         upstream = _drop(upstream, at, least, k0, k1, ALIGNED, KEEPS) * keep_scale
@@ -335,8 +345,11 @@ def differentiate_keys(
     start = 0
     if CAUSAL:
         start = tl.maximum(first_column - diagonal, 0) // ROWS * ROWS
-    for member in range(0, group):
-        head = key_head * group + member
+    # One loop over all tiles of the group: nested ones take more registers.
+    row_tiles = tl.maximum(tl.cdiv(queries - start, ROWS), 0)
+    for step in range(0, group * row_tiles):
+        head = key_head * group + step // row_tiles
+        first_row = start + step % row_tiles * ROWS
         q_first = _locate(q_ptr, batch, head, q_batch, q_head, UNIT)
         do_first = _locate(do_ptr, batch, head, do_batch, do_head, UNIT)
         bias_first = bias_ptr
@@ -345,31 +358,30 @@ def differentiate_keys(
         of_head = (batch * heads + head) * queries
         index = base.to(tl.uint64) + (batch * mask_batch + head * mask_head).to(tl.uint64)
         index = index + first_column.to(tl.uint64)
-        for first_row in range(start, queries, ROWS):
-            row = first_row + tl.arange(0, ROWS)
-            q = _load(q_first, row, q_row, queries, feature, FEATURES, UNIT)
-            do = _load(do_first, row, do_row, queries, v_feature, V_FEATURES, UNIT)
-            lse = _load_lse(lse_ptr + of_head, row, queries)
-            delta = tl.load(delta_ptr + of_head + row, mask=row < queries, other=0.0)
-            scores = _get_scores(
-                q, k, bias_first, scale, row, column, queries, keys, bias_row, bias_column,
-                diagonal, CAUSAL,
-            )  # fmt: skip
-            weights = tl.exp(scores - lse[:, None])
-            upstream = tl.dot(do, tl.trans(v), input_precision="ieee")
-            at = index + row.to(tl.uint64) * mask_row.to(tl.uint64)
-            if KEEPS == "some":
-                keep = _get_keep(at, least, k0, k1, ROWS, COLUMNS, ALIGNED)
-                kept = tl.where(keep, weights, 0.0)
-                upstream = tl.where(keep, upstream, 0.0)
-            elif KEEPS == "all":
-                kept = weights
-            else:
-                kept = tl.zeros_like(weights)
-                upstream = tl.zeros_like(upstream)
-            dv = tl.dot(tl.trans(kept.to(do.dtype)), do, dv, input_precision="ieee")
-            of_scores = weights * (upstream * keep_scale - delta[:, None])
-            dk = tl.dot(tl.trans(of_scores.to(q.dtype)), q, dk, input_precision="ieee")
+        row = first_row + tl.arange(0, ROWS)
+        q = _load(q_first, row, q_row, queries, feature, FEATURES, UNIT)
+        do = _load(do_first, row, do_row, queries, v_feature, V_FEATURES, UNIT)
+        lse = _load_lse(lse_ptr + of_head, row, queries)
+        delta = tl.load(delta_ptr + of_head + row, mask=row < queries, other=0.0)
+        scores = _get_scores(
+            k, q, bias_first, scale, row[None, :], column[:, None], queries, keys, bias_row,
+            bias_column, diagonal, CAUSAL,
+        )  # fmt: skip
+        weights = _exp(scores - lse[None, :])
+        at = index + row.to(tl.uint64) * mask_row.to(tl.uint64)
+        # The sign of a weight keeps the decision, which takes no register of its own.
+        signed = weights
+        if KEEPS == "some":
+            keep = tl.trans(_get_keep(at, least, k0, k1, ROWS, COLUMNS, ALIGNED))
+            signed = tl.where(keep, weights, -weights)
+        elif KEEPS == "none":
+            signed = -weights
+        kept = tl.where(signed < 0.0, 0.0, signed)
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+        upstream = tl.dot(v, tl.trans(do), input_precision="ieee")
+        upstream = tl.where(signed < 0.0, 0.0, upstream * keep_scale)
+        of_scores = tl.abs(signed) * (upstream - delta[None, :])
+        dk = tl.dot(of_scores.to(q.dtype), q, dk, input_precision="ieee")
     dk_first = _locate(dk_ptr, batch, key_head, dk_batch, dk_head, UNIT)
     dv_first = _locate(dv_ptr, batch, key_head, dv_batch, dv_head, UNIT)
     _store(dk_first, dk * scale, column, dk_row, keys, feature, FEATURES, UNIT)
