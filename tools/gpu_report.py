@@ -30,7 +30,8 @@ except ModuleNotFoundError as error:
         raise
     sys.exit('Triton is not installed: pip install ".[triton]"')
 
-from unidrop.fused.triton import launch
+from unidrop.fused.triton import attention_launch, launch
+from unidrop.rate import Rate
 
 ARCHITECTURES = (80, 90, 100)
 WIDE_LOAD, WIDE_STORE = r"LDG.*\.128", r"STG.*\.128"
@@ -153,6 +154,41 @@ def compile_next_key(architecture: int) -> "Compiled":
     return Compiled(*code, 1)
 
 
+ATTENTION = ("attend", "differentiate_queries", "differentiate_keys")
+
+
+def compile_attention(
+    name: str,
+    architecture: int,
+    kind: str = "bfloat16",
+    *,
+    p: float = 0.1,
+    features: int = 64,
+    keys: int = 1024,
+    is_causal: bool = False,
+) -> "Compiled":
+    """Compile a kernel of attention; its elements are the weights of one tile."""
+    axes = 2, 8, 8, 1024, keys, features, features
+    strides = (8 * 1024 * keys, 1024 * keys, keys)
+    attention = attention_launch.Attention(
+        kind, *axes, is_causal, 0, features**-0.5, Rate.from_p(p), strides, 0
+    )
+    _, constants = attention_launch._prepare(attention, attention_launch._UNIT)
+    tile = attention_launch._choose_tile(name, attention)
+    kernel = getattr(attention_launch._get_kernels(), name)
+    numbers = {"key_ptr": "*i64"} | dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")
+    arrays = [f"{x}_ptr" for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv")]
+    arrays = [x for x in arrays if x in kernel.arg_names]
+    types = dict.fromkeys(arrays, _POINTERS[kind])
+    types |= {x: pointer for x, pointer in numbers.items() if x in kernel.arg_names}
+    constants = constants | {"ROWS": tile.rows, "COLUMNS": tile.columns}
+    cubin, shared = compile_kernel(
+        kernel, types, constants, architecture, tuple(arrays),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return Compiled(cubin, shared, tile.rows * tile.columns / (32 * tile.warps))
+
+
 def get_c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of C order."""
     strides = [1]
@@ -258,7 +294,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a kernel's name")
     arguments = parser.parse_args()
     cases = [case for case in make_cases() if arguments.only in case.name]
-    if not cases:
+    kernels = [name for name in ATTENTION if arguments.only in name]
+    if not cases and not kernels:
         parser.error(f"--only must be part of the name of a kernel, got {arguments.only!r}")
     names = " ".join(f"{chip.name:>15}" for chip in CHIPS)
     print(f"{'kernel':34} sm  instructions  registers  spilled  shared  wide {names}")
@@ -277,6 +314,15 @@ def main() -> None:
                 f"{code.spilled:8} {code.shared:7} {wide:>5} {estimates}",
                 flush=True,
             )
+    for name in kernels:
+        for features in (64, 128):
+            for architecture in arguments.architecture or ARCHITECTURES:
+                code = compile_attention(name, architecture, features=features)
+                print(
+                    f"{f'{name} bfloat16, {features}':34} {architecture:3} {code.per_element:12.1f} "
+                    f"{code.registers:10} {code.spilled:8} {code.shared:7}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The interpreter must be chosen before Triton is imported, so a test runs this fi
 it does with ``triton_cases``.
 """
 
-import itertools
 import math
 import sys
 
@@ -22,6 +21,7 @@ from unidrop.rate import Rate
 from unidrop.window import Window
 
 CASES = {}
+CHOOSE_TILE = attention_launch._choose_tile
 TOLERANCES = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
@@ -36,10 +36,6 @@ def make_array(rng, shape, kind, order=None, gap=0):
     memory = triton_cases.Memory(shape, get_strides(shape, order, gap=gap), kind)
     memory.array[...] = rng.standard_normal(shape).astype(get_dtype(kind))
     return memory
-
-
-def get_buffer(memory):
-    return memory.elements
 
 
 def get_error(actual, expected):
@@ -88,7 +84,7 @@ def run(
     if bias is not None:
         view = np.broadcast_to(bias, weights)
         strides = tuple(s // view.itemsize for s in view.strides)
-        bias_buffer = DeviceBuffer(as_tensor(np.ascontiguousarray(bias)), strides)
+        bias_buffer = DeviceBuffer(as_tensor(bias), strides)
     output, of_query, of_key, of_value = (
         make_array(rng, s, kind, order, gap)
         for s in (shapes[3], shapes[0], shapes[1], shapes[2])
@@ -96,55 +92,264 @@ def run(
     lse, scratch = np.full((2, *weights[:3]), 99, np.float32)
     of_lse = rng.standard_normal(lse.shape).astype(np.float32)
     words = key_to_tensor(key) if in_memory else key.words
-    inputs = [*map(get_buffer, (query, key_, value)), bias_buffer, get_buffer(output)]
+    inputs = [*(x.elements for x in (query, key_, value)), bias_buffer, output.elements]
     attention_launch.attend(*inputs, as_tensor(lse), problem, words)
     attention_launch.differentiate(
-        get_buffer(upstream),
+        upstream.elements,
         as_tensor(of_lse) if upstream_lse else None,
         *inputs,
         as_tensor(lse),
         as_tensor(scratch),
-        *map(get_buffer, (of_query, of_key, of_value)),
+        *(x.elements for x in (of_query, of_key, of_value)),
         problem,
         words,
     )
-    for memory in (output, of_query, of_key, of_value):
-        assert (memory.copy_untouched() == 0xA5).all() or gap, "a kernel wrote outside of the array"
-    results = [memory.array for memory in (output, of_query, of_key, of_value)]
-    inputs = [memory.array for memory in (query, key_, value, upstream)]
+    written = output, of_query, of_key, of_value
+    for x in written:
+        assert (x.copy_untouched() == 0xA5).all(), "a kernel wrote outside of the array"
+    results = [x.array for x in written]
+    inputs = [x.array for x in (query, key_, value, upstream)]
     return results, inputs, lse, of_lse
 
 
-def check(queries, keys, **options):
+def check(queries, keys, tolerance=None, **options):
     """Compare the output and the gradients with attention in float64."""
-    kind = options.get("kind", "float32")
+    tolerance = tolerance or TOLERANCES[options.get("kind", "float32")]
     results, (q, k, v, upstream), lse, _ = run(queries, keys, **options)
     bias = options.get("bias")
     bias = 0.0 if bias is None else np.where(bias, 0, -np.inf) if bias.dtype == bool else bias
-    weights = (*q.shape[:-1], k.shape[-2])
     expected, pullback = reference(
         q, k, v, options.get("p", 0.3), options.get("key", KEY), bias=bias,
         is_causal=options.get("is_causal", False), scale=options.get("scale"),
     )  # fmt: skip
-    del weights
     for name, actual, wanted in zip(
         ("output", "dq", "dk", "dv"), results, (expected, *pullback(upstream)), strict=True
     ):
         error = get_error(actual, wanted)
-        assert error <= TOLERANCES[kind], (name, error)
+        assert error <= tolerance, (name, error)
+
+
+# --- Values ---------------------------------------------------------------------------------------
 
 
 @case
 def few_keys():
     for queries, keys in ((1, 1), (3, 27), (33, 45), (64, 64)):
-        check(queries, keys)
+        check(queries, keys, batch=1, heads=1)
+
+
+@case
+def tiles_of_a_gpu():
+    choose, attention_launch._choose_tile = attention_launch._choose_tile, CHOOSE_TILE
+    try:
+        check(140, 150, batch=1, heads=1)
+        check(140, 70, kind="float16", batch=1, heads=1)
+    finally:
+        attention_launch._choose_tile = choose
+
+
+@case
+def narrow_dtypes():
+    for kind in ("float16", "bfloat16"):
+        check(33, 45, kind=kind, batch=1, heads=1)
+
+
+@case
+def features():
+    check(5, 45, features=3, value_features=20, batch=1, heads=1)
+    check(5, 64, features=40, value_features=24, batch=1, heads=1)
 
 
 @case
 def causal():
-    check(45, 45, is_causal=True)
+    check(70, 70, is_causal=True, batch=1, heads=1)
+    check(150, 9, is_causal=True, batch=1, heads=1)
+    check(9, 150, is_causal=True, batch=1, heads=1)
+
+
+@case
+def masks():
+    rng = np.random.default_rng(0)
+    for shape, kind in (((27, 45), "float32"), ((2, 1, 1, 45), "float32"), ((1, 2, 27, 1), bool)):
+        bias = rng.standard_normal(shape).astype(kind) if kind != bool else rng.random(shape) < 0.7
+        check(27, 45, bias=bias)
+    transposed = rng.standard_normal((45, 27)).astype(np.float32).T
+    check(27, 45, bias=transposed, kind="float16", batch=1)
+
+
+@case
+def queries_without_keys():
+    """Their output is 0, and so are their gradients, as in PyTorch."""
+    attends = np.ones((9, 20), bool)
+    attends[[0, 4]] = False
+    infinite = np.where(attends, np.float32(0), np.float32(-np.inf))
+    for bias in (attends, infinite):
+        results, _, lse, _ = run(9, 20, bias=bias, batch=1, heads=1)
+        check(9, 20, bias=bias, heads=1)
+        for x in results[:2]:
+            assert not x[:, :, [0, 4]].any()
+        assert (lse[:, :, [0, 4]] == -np.inf).all()
+    check(9, 20, bias=np.zeros((1, 1), bool), batch=1, heads=1)
+
+
+@case
+def groups_of_heads():
+    check(20, 45, heads=6, key_heads=2, batch=1)
+    check(20, 45, heads=4, key_heads=1, is_causal=True, batch=1)
+
+
+@case
+def strides():
+    for order in ((0, 2, 1, 3), (2, 1, 0, 3)):
+        check(20, 27, order=order)
+    check(20, 27, gap=5, batch=1, heads=1)
+
+
+@case
+def rates():
+    for p in (0, 2.0**-32, 0.5, 1 - 2.0**-20):
+        check(5, 27, p=p, batch=1, heads=1)
+    results, _, lse, _ = run(5, 27, p=1, batch=1)
+    assert not any(x.any() for x in results)
+    assert np.isfinite(lse).all()
+
+
+@case
+def scales():
+    check(5, 27, scale=0.0, batch=1, heads=1)
+    check(5, 27, scale=-1.0, batch=1, heads=1)
+
+
+@case
+def large_scores():
+    """Products of 400 have exponentials beyond float32."""
+    q, k = np.full((1, 1, 4, 16), 5.0), np.full((1, 1, 45, 16), 5.0)
+    k[:, :, ::2] = -5.0
+    check(4, 45, batch=1, heads=1, scale=1.0, arrays=(q, k), tolerance=1e-5)
+
+
+@case
+def gradients_of_the_logarithm():
+    """The gradient of a logarithm of sums is the weights before dropout."""
+    results, (q, k, v, upstream), lse, of_lse = run(9, 27, upstream_lse=True)
+    exact = [x.astype(np.float64) for x in (q, k)]
+    scores = exact[0] @ exact[1].swapaxes(-1, -2) / 4
+    expected = np.log(np.exp(scores).sum(-1))
+    assert get_error(lse, expected) <= TOLERANCES["float32"]
+    weights = np.exp(scores - expected[..., None]) * of_lse[..., None]
+    _, pullback = reference(q, k, v, 0.3, KEY)
+    of_query, of_key, of_value = pullback(upstream)
+    of_query += weights @ exact[1] / 4
+    of_key += weights.swapaxes(-1, -2) @ exact[0] / 4
+    for actual, wanted in zip(results[1:], (of_query, of_key, of_value), strict=True):
+        assert get_error(actual, wanted) <= TOLERANCES["float32"]
+
+
+# --- The mask -------------------------------------------------------------------------------------
+
+
+def check_mask(queries, keys, p=0.3, **options):
+    """Compare the bits of the mask, read through values and gradients that are the identity."""
+    key = options.get("key", KEY)
+    batch, heads = options.get("batch", 2), options.get("heads", 2)
+    identity = np.broadcast_to(np.eye(keys), (batch, heads, keys, keys))
+    results, (_, _, _, upstream), _, _ = run(
+        queries, keys, p=p, value_features=keys, arrays=(None, None, identity), **options
+    )
+    expected = unidrop.keep_mask(
+        (batch, heads, queries, keys),
+        p,
+        key,
+        global_shape=options.get("global_shape"),
+        start=options.get("start"),
+    )
+    assert ((results[0] != 0) == expected).all()
+    # A column of the gradient of values is 0 only if no query keeps the key.
+    if queries == 1:
+        kept = np.swapaxes(expected, -1, -2)
+        assert ((results[3] != 0) == (kept & (upstream != 0))).all()
+
+
+@case
+def mask_bits():
+    for keys in (1, 27, 45, 64):
+        check_mask(5, keys, batch=1)
+    check_mask(1, 45, key=Key(2**64 - 1), in_memory=True, batch=1, heads=1)
+    check_mask(70, 70, batch=1, heads=1)
+
+
+@case
+def mask_bits_of_windows():
+    for start, whole in (
+        ((1, 0, 3, 5), (3, 2, 9, 61)),
+        ((0, 1, 8, 16), (2, 3, 16, 64)),
+        ((1, 3, 2**20, 2**31 - 45), (3, 7, 2**21, 2**31)),
+        ((0, 5, 2**28 - 6, 7), (2, 7, 2**28, 2**32)),
+    ):
+        check_mask(6, 27, start=start, global_shape=whole, heads=1)
+    check_mask(1, 16, start=start, global_shape=whole)
+
+
+@case
+def windows_with_causal_masks():
+    """Blocks of a causal attention are its rows and columns in the whole sequence."""
+    for row, column in ((0, 0), (8, 0), (8, 11), (0, 40), (40, 0)):
+        options = {"start": (0, 0, row, column), "global_shape": (1, 1, 64, 64), "p": 0}
+        results, (q, k, v, upstream), lse, _ = run(
+            20, 20, batch=1, heads=1, is_causal=True, **options
+        )
+        attends = np.arange(20)[:, None] + row >= np.arange(20) + column
+        bias = np.where(attends, 0, -np.inf)
+        expected, pullback = reference(q, k, v, 0, KEY, bias=bias)
+        for actual, wanted in zip(results, (expected, *pullback(upstream)), strict=True):
+            assert get_error(actual, wanted) <= TOLERANCES["float32"], (row, column)
+        assert ((lse == -np.inf) == ~attends.any(1)).all()
+
+
+@case
+def blocks_that_merge_to_the_whole():
+    """Ring attention: blocks of keys, each with its window of the mask, merge by logarithms."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, n, 16)).astype(np.float32) for n in (11, 60, 60))
+    whole, _ = reference(q, k, v, 0.3, KEY)
+    outputs, logs = [], []
+    for first in range(0, 60, 15):
+        block = slice(first, first + 15)
+        results, _, lse, _ = run(
+            11, 15, batch=1, arrays=(q, k[:, :, block], v[:, :, block]),
+            start=(0, 0, 0, first), global_shape=(1, 2, 11, 60),
+        )  # fmt: skip
+        outputs.append(results[0].astype(np.float64))
+        logs.append(lse.astype(np.float64))
+    shares = np.exp(logs) / np.exp(logs).sum(0)
+    assert get_error((np.array(outputs) * shares[..., None]).sum(0), whole) <= 1e-6
+
+
+# --- The program ----------------------------------------------------------------------------------
+
+
+def multiply_bfloat16():
+    """Make the interpreter multiply matrices of bfloat16 as numbers: it multiplies their bits."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widen(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, widen(a), widen(b), *rest)
+
+
+def main(names):
+    """Run cases with small tiles, which the interpreter computes sooner, and print their results."""
+    multiply_bfloat16()
+    attention_launch._choose_tile = lambda *_: attention_launch._Tile(64, 64, 8, 1)
+    triton_cases.CASES = CASES
+    triton_cases.main(names)
 
 
 if __name__ == "__main__":
-    triton_cases.CASES = CASES
-    triton_cases.main(sys.argv[1:])
+    main(sys.argv[1:])

@@ -4,6 +4,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from unidrop.dtypes import ITEM_SIZES
+from unidrop.dtypes import ITEM_SIZES
 from unidrop.fused.triton.launch import Key, _signed, _split_key
 from unidrop.protocols import DeviceBuffer
 from unidrop.rate import Rate
@@ -158,9 +159,23 @@ class _Tile(NamedTuple):
     stages: int
 
 
+# For each kernel, and the bytes of an element: the largest tiles whose numbers fit in registers, for
+# up to so many features.
+_TILES = {
+    ("attend", 2): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("attend", 4): {64: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    ("differentiate_queries", 2): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("differentiate_queries", 4): {64: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("differentiate_keys", 2): {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    ("differentiate_keys", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
+}
+
+
 def _choose_tile(kernel: str, attention: Attention) -> _Tile:
-    """Return the largest tile whose numbers fit in registers."""
-    return _Tile(128, 64, 8, 2)
+    """Return the tile of a kernel."""
+    features = max(attention.features, attention.value_features)
+    tiles = _TILES[kernel, ITEM_SIZES[attention.kind]]
+    return _Tile(*next(tile for most, tile in tiles.items() if features <= most))
 
 
 def _get_grid(attention: Attention, rows: int) -> tuple[int]:
