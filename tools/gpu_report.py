@@ -318,8 +318,9 @@ def main() -> None:
         for features in (64, 128):
             for architecture in arguments.architecture or ARCHITECTURES:
                 code = compile_attention(name, architecture, features=features)
+                label = f"{name} bfloat16, {features}"
                 print(
-                    f"{f'{name} bfloat16, {features}':34} {architecture:3} {code.per_element:12.1f} "
+                    f"{label:34} {architecture:3} {code.per_element:12.1f} "
                     f"{code.registers:10} {code.spilled:8} {code.shared:7}",
                     flush=True,
                 )

@@ -45,7 +45,7 @@ def test_equals_attention_in_float64(results, name):
 
 # --- Compilation ----------------------------------------------------------------------------------
 
-# Instructions of a kernel for a weight of one tile, at most. What runs once counts too.
+# Instructions of a kernel for a weight of one tile, at most, including all before the loop.
 BUDGETS = {
     ("attend", 80): 54,
     ("attend", 90): 52,
@@ -57,7 +57,7 @@ MASK = 20  # instructions of them for the mask
 
 @pytest.fixture(scope="module")
 def compile_attention(tmp_path_factory):
-    """Compile anew, instead of reading a cache that another version may have written."""
+    """Compile into an empty cache: another version may have written the usual one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield cache(gpu_report.compile_attention)

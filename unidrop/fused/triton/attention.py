@@ -8,8 +8,8 @@ Requirements this design meets:
   its part of the mask in registers, so the mask does not depend on the tiles, and is never stored.
 * Rows of the mask may begin anywhere in a block. The decisions of a block are the bits of a number.
   A shift then moves them between two neighbors, and only numbers pass between threads.
-* The backward pass recomputes weights and mask. The gradient of the queries sums over keys, and
-  those of keys and values sum over queries. Each has a kernel of its own, and no sum is atomic.
+* The backward pass recomputes weights and mask. The gradient of queries sums over keys, and
+  the gradients of keys and values sum over queries. Two kernels do so, and no sum is atomic.
 
 The weights of a query without keys are 0, and its logarithm of the sum is -inf.
 
@@ -369,7 +369,7 @@ def differentiate_keys(
         )  # fmt: skip
         weights = _exp(scores - lse[None, :])
         at = index + row.to(tl.uint64) * mask_row.to(tl.uint64)
-        # The sign of a weight keeps the decision, which takes no register of its own.
+        # The sign of a weight keeps the decision, which then takes no other register.
         signed = weights
         if KEEPS == "some":
             keep = tl.trans(_get_keep(at, least, k0, k1, ROWS, COLUMNS, ALIGNED))

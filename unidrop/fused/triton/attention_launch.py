@@ -4,7 +4,6 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from unidrop.dtypes import ITEM_SIZES
-from unidrop.dtypes import ITEM_SIZES
 from unidrop.fused.triton.launch import Key, _signed, _split_key
 from unidrop.protocols import DeviceBuffer
 from unidrop.rate import Rate
@@ -26,7 +25,7 @@ class Attention(NamedTuple):
     kind : str
         The name of the dtype of all arrays: "float16", "bfloat16" or "float32".
     batch, heads, key_heads, queries, keys : int
-        The heads of keys and values divide those of queries, and serve one group of them each.
+        Each head of keys and values serves heads // key_heads heads of queries.
     features, value_features : int
         Up to `MAX_FEATURES`.
     is_causal : bool
@@ -36,7 +35,7 @@ class Attention(NamedTuple):
         The factor of scores.
     rate : Rate
     mask_strides : tuple of int
-        The distances between batches, heads and queries in the mask's numbering. That of keys is 1.
+        The distances between batches, heads and queries in the mask's numbering; keys have 1.
     base : int
         The number of the first element, in [0, 2^64).
     """
@@ -108,7 +107,7 @@ def differentiate(
     attention: Attention,
     dropout_key: Key,
 ) -> None:
-    """Write the gradients of queries, keys and values, from those of both results of `attend`.
+    """Write the gradients of queries, keys and values, from the gradients of both results.
 
     Parameters
     ----------
@@ -119,7 +118,7 @@ def differentiate(
     bias, lse, attention, dropout_key
         As in `attend`.
     scratch : pointer
-        To memory like that of ``lse``, which the function overwrites.
+        To as much memory as ``lse``, which the function overwrites.
     """
     kernels = _get_kernels()
     pointer, number = _split_key(dropout_key)
@@ -159,8 +158,8 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# For each kernel, and the bytes of an element: the largest tiles whose numbers fit in registers, for
-# up to so many features.
+# For each kernel and the bytes of an element: numbers of features up to which a tile's numbers fit
+# in registers, and the tile.
 _TILES = {
     ("attend", 2): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     ("attend", 4): {64: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
