@@ -292,12 +292,15 @@ def mask_bits_of_windows():
 @case
 def windows_with_causal_masks():
     """Blocks of a causal attention are its rows and columns in the whole sequence."""
-    for row, column in ((0, 0), (8, 0), (8, 11), (0, 40), (40, 0)):
-        options = {"start": (0, 0, row, column), "global_shape": (1, 1, 64, 64), "p": 0}
+    for queries, keys, row, column in (
+        *((20, 20, 8, 0), (20, 20, 8, 11), (20, 20, 0, 40), (20, 20, 40, 0)),
+        *((70, 140, 60, 0), (140, 70, 0, 90)),  # several tiles
+    ):
+        options = {"start": (0, 0, row, column), "global_shape": (1, 1, 200, 200), "p": 0}
         results, (q, k, v, upstream), lse, _ = run(
-            20, 20, batch=1, heads=1, is_causal=True, **options
+            queries, keys, batch=1, heads=1, is_causal=True, **options
         )
-        attends = np.arange(20)[:, None] + row >= np.arange(20) + column
+        attends = np.arange(queries)[:, None] + row >= np.arange(keys) + column
         bias = np.where(attends, 0, -np.inf)
         expected, pullback = reference(q, k, v, 0, KEY, bias=bias)
         for actual, wanted in zip(results, (expected, *pullback(upstream)), strict=True):

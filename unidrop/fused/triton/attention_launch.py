@@ -158,8 +158,7 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# For each kernel and the bytes of an element: numbers of features up to which a tile's numbers fit
-# in registers, and the tile.
+# Tiles for each kernel and the bytes of an element, by the most features. More fill the registers.
 _TILES = {
     ("attend", 2): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     ("attend", 4): {64: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
