@@ -9,10 +9,20 @@ import re
 import sys
 from functools import cache
 
+from unidrop.fused.triton.attention_launch import MAX_FEATURES, Attention, attend, differentiate
 from unidrop.fused.triton.launch import dropout, fold_in, next_key
 from unidrop.threads import fork_guard
 
-__all__ = ["dropout", "fold_in", "next_key", "unavailable"]
+__all__ = [
+    "MAX_FEATURES",
+    "Attention",
+    "attend",
+    "differentiate",
+    "dropout",
+    "fold_in",
+    "next_key",
+    "unavailable",
+]
 
 _OLDEST = (3, 4)
 
