@@ -15,6 +15,10 @@ if find_spec("triton") is None:
     pytest.skip("the extra triton is not installed", allow_module_level=True)
 
 import gpu_report
+from test_triton_compiled import Pointer, get_specialization
+
+from unidrop.fused.triton import attention_launch
+from unidrop.protocols import DeviceBuffer
 
 pytestmark = [
     pytest.mark.triton,
@@ -80,3 +84,60 @@ def test_rows_that_straddle_blocks_spill_nothing(compile_attention):
     code = compile_attention("attend", 80, keys=1001)
     assert code.spilled == 0
     assert code.per_element <= 70
+
+
+# --- Compilations ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Record the specialization of each launch. Triton compiles a kernel for every other one."""
+    recorded = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def run(*arguments, num_warps, num_stages, **constants):
+                recorded.append(get_specialization(self.kernel, arguments, constants))
+
+            return run
+
+    kernels = attention_launch._get_kernels()
+    for name in gpu_report.ATTENTION:
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+    return recorded
+
+
+def launch(queries=512, keys=512, *, heads=8, p=0.1, key=(1, 2), start=0, **options):
+    shapes = [(2, heads, length, 64) for length in (queries, keys, keys, queries)]
+    buffers = [DeviceBuffer(Pointer("bfloat16"), gpu_report.get_c_strides(s)) for s in shapes]
+    query, key_, value, output = buffers
+    problem = attention_launch.Attention(
+        *("bfloat16", 2, heads, heads, queries, keys, 64, 64, True, start, 0.125),
+        *(attention_launch.Rate.from_p(p), gpu_report.get_c_strides((*shapes[0][:3], keys))[:3]),
+        start,
+    )
+    lse = Pointer("float32")
+    attention_launch.attend(query, key_, value, None, output, lse, problem, key)
+    attention_launch.differentiate(
+        output, lse, query, key_, value, None, output, lse, lse, query, key_, value, problem, key
+    )
+
+
+def test_attention_compiles_nothing_for_values(launches):
+    for queries in (1, 16, 512, 70_000):
+        for keys in (8, 16, 4096):
+            launch(queries, keys)
+    for heads in (1, 3, 16):
+        launch(heads=heads)
+    for p in (2.0**-32, 0.5, 0.6):
+        launch(p=p)
+    for word in (0, 1, 16, 2**31, 2**32 - 1):
+        launch(key=(word, word))
+    for start in (8, 16, 2**20):
+        launch(start=start)
+    assert len(set(launches)) == 3  # one for each kernel
+    launch(keys=1001)  # rows that straddle blocks
+    assert len(set(launches)) == 6

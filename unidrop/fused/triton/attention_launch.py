@@ -215,7 +215,7 @@ def _prepare(attention: Attention, unit: int) -> tuple[tuple[Any, ...], dict[str
         keeps, keep_scale = "some", a.rate.scale
     numbers = (
         *(_signed(a.base), a.rate.threshold - ((a.rate.threshold >> 31) << 32)),
-        *(keep_scale, a.scale, *map(_signed, strides)),
+        *(keep_scale, float(a.scale), *map(_signed, strides)),
         *(a.heads, a.heads // a.key_heads, a.queries, a.keys, diagonal),
     )
     constants = {
