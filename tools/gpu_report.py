@@ -166,17 +166,24 @@ def compile_attention(
     features: int = 64,
     keys: int = 1024,
     is_causal: bool = False,
+    bias: str | None = None,
+    is_placed: bool = True,
 ) -> "Compiled":
-    """Compile a kernel of attention; its elements are the weights of one tile."""
+    """Compile a kernel of attention; its elements are the weights of one tile.
+
+    ``bias`` is the dtype of a mask. Without ``is_placed``, the base is in memory.
+    """
     axes = 2, 8, 8, 1024, keys, features, features
     strides = (8 * 1024 * keys, 1024 * keys, keys)
     attention = attention_launch.Attention(
         kind, *axes, is_causal, 0, features**-0.5, Rate.from_p(p), strides, 0
     )
-    _, constants = attention_launch._prepare(attention, attention_launch._UNIT)
+    _, constants = attention_launch._prepare(attention, attention_launch._UNIT, is_placed)
     tile = attention_launch._choose_tile(name, attention)
     kernel = getattr(attention_launch._get_kernels(), name)
-    numbers = {"key_ptr": "*i64"} | dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")
+    numbers = {"key_ptr": "*i64"} | dict.fromkeys(("sizes_ptr", "delta_ptr"), "*fp32")
+    numbers |= {} if bias is None else {"bias_ptr": _POINTERS[bias]}
+    numbers |= {} if is_placed else {"place_ptr": "*i64"}
     arrays = [f"{x}_ptr" for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv")]
     arrays = [x for x in arrays if x in kernel.arg_names]
     types = dict.fromkeys(arrays, _POINTERS[kind])

@@ -122,10 +122,10 @@ def launch(queries=512, keys=512, *, heads=8, p=0.1, key=(1, 2), start=0, **opti
         *(attention_launch.Rate.from_p(p), gpu_report.get_c_strides((*shapes[0][:3], keys))[:3]),
         start,
     )
-    lse = Pointer("float32")
-    attention_launch.attend(query, key_, value, None, output, lse, problem, key)
+    x = Pointer("float32")
+    attention_launch.attend(query, key_, value, None, output, x, problem, key)
     attention_launch.differentiate(
-        output, lse, query, key_, value, None, output, lse, lse, query, key_, value, problem, key
+        output, x, query, key_, value, None, output, x, x, query, key_, value, problem, key
     )
 
 

@@ -51,7 +51,10 @@ def run(
     kind="float32", p=0.3, key=KEY, is_causal=False, bias=None, scale=None, order=None, gap=0,
     global_shape=None, start=None, in_memory=False, upstream_lse=False, arrays=None,
 ):  # fmt: skip
-    """Return both results of the kernels, the gradients, and the arrays, as NumPy arrays."""
+    """Return the output and the gradients, the arrays, the logarithms, and their gradients.
+
+    ``in_memory``: kernels read the key, the base and the diagonal from memory.
+    """
     rng = np.random.default_rng(queries * 1000 + keys)
     key_heads = key_heads or heads
     value_features = value_features or features
@@ -88,27 +91,32 @@ def run(
     output, of_query, of_key, of_value = (
         make_array(rng, s, kind, order, gap) for s in (shapes[3], shapes[0], shapes[1], shapes[2])
     )
-    lse, scratch = np.full((2, *weights[:3]), 99, np.float32)
-    of_lse = rng.standard_normal(lse.shape).astype(np.float32)
-    words = key_to_tensor(key) if in_memory else key.words
+    sizes, scratch = (np.full(s, 99, np.float32) for s in ((*weights[:3], 2), weights[:3]))
+    of_lse = rng.standard_normal(scratch.shape).astype(np.float32)
+    words, place = key.words, None
+    if in_memory:
+        numbers = np.array([problem.base, problem.diagonal % 2**64], np.uint64)
+        words, place = key_to_tensor(key), as_tensor(numbers.view(np.int64))
+        problem = problem._replace(base=8, diagonal=0)
     inputs = [*(x.elements for x in (query, key_, value)), bias_buffer, output.elements]
-    attention_launch.attend(*inputs, as_tensor(lse), problem, words)
+    attention_launch.attend(*inputs, as_tensor(sizes), problem, words, place)
     attention_launch.differentiate(
         upstream.elements,
         as_tensor(of_lse) if upstream_lse else None,
         *inputs,
-        as_tensor(lse),
+        as_tensor(sizes),
         as_tensor(scratch),
         *(x.elements for x in (of_query, of_key, of_value)),
         problem,
         words,
+        place,
     )
     written = output, of_query, of_key, of_value
     for x in written:
         assert (x.copy_untouched() == 0xA5).all(), "a kernel wrote outside of the array"
     results = [x.array for x in written]
     inputs = [x.array for x in (query, key_, value, upstream)]
-    return results, inputs, lse, of_lse
+    return results, inputs, sizes.sum(-1), of_lse
 
 
 def check(queries, keys, tolerance=None, **options):
@@ -228,6 +236,19 @@ def large_scores():
 
 
 @case
+def masks_of_large_numbers():
+    """Their sum with a score has no bits for a logarithm of a total."""
+    q, k = (np.random.default_rng(0).standard_normal((1, 1, n, 16)) for n in (4, 45))
+    # Sums of these scores with -1e9 are exact.
+    q[..., 0], q[:, :, 1] = 0, 4 * np.eye(16)[0]
+    k[..., 0] = 64 * (np.arange(45) % 3 > 0)
+    for number in (-1e9, np.finfo(np.float32).min):
+        bias = np.zeros((4, 45), np.float32)
+        bias[1] = number
+        check(4, 45, batch=1, heads=1, bias=bias, arrays=(q, k))
+
+
+@case
 def gradients_of_the_logarithm():
     """The gradient of a logarithm of sums is the weights before dropout."""
     results, (q, k, v, upstream), lse, of_lse = run(9, 27, upstream_lse=True)
@@ -285,20 +306,22 @@ def mask_bits_of_windows():
         ((1, 3, 2**20, 2**31 - 45), (3, 7, 2**21, 2**31)),
         ((0, 5, 2**28 - 6, 7), (2, 7, 2**28, 2**32)),
     ):
-        check_mask(6, 27, start=start, global_shape=whole, heads=1)
+        for in_memory in (False, True):
+            check_mask(6, 27, start=start, global_shape=whole, heads=1, in_memory=in_memory)
     check_mask(1, 16, start=start, global_shape=whole)
 
 
 @case
 def windows_with_causal_masks():
     """Blocks of a causal attention are its rows and columns in the whole sequence."""
-    for queries, keys, row, column in (
-        *((20, 20, 8, 0), (20, 20, 8, 11), (20, 20, 0, 40), (20, 20, 40, 0)),
-        *((70, 140, 60, 0), (140, 70, 0, 90)),  # several tiles
+    for queries, keys, row, column, in_memory in (
+        *((20, 20, 8, 0, False), (20, 20, 8, 11, True), (20, 20, 0, 40, True)),
+        *((20, 20, 40, 0, False), (20, 20, 2**40, 0, True)),
+        *((70, 140, 60, 0, True), (140, 70, 0, 90, False)),  # several tiles
     ):
-        options = {"start": (0, 0, row, column), "global_shape": (1, 1, 200, 200), "p": 0}
+        options = {"start": (0, 0, row, column), "global_shape": (1, 1, 2**41, 200), "p": 0}
         results, (q, k, v, upstream), lse, _ = run(
-            queries, keys, batch=1, heads=1, is_causal=True, **options
+            queries, keys, batch=1, heads=1, is_causal=True, in_memory=in_memory, **options
         )
         attends = np.arange(queries)[:, None] + row >= np.arange(keys) + column
         bias = np.where(attends, 0, -np.inf)

@@ -11,7 +11,9 @@ Requirements this design meets:
 * The backward pass recomputes weights and mask. The gradient of queries sums over keys, and
   the gradients of keys and values sum over queries. Two kernels do so, and no sum is atomic.
 
-The weights of a query without keys are 0, and its logarithm of the sum is -inf.
+The *sizes* of a query are its highest score, and the logarithm of the total of exponentials of the
+differences to it. Their sum would lose the second where a mask adds -1e9 to all scores of a query.
+The weights of a query without keys are 0, and its second size is -inf.
 
 T. Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning",
 arXiv:2307.08691 (2023).
@@ -118,6 +120,16 @@ def _exp(x):
 
 
 @triton.jit
+def _get_place_in_whole(place_ptr, base, diagonal, queries, keys):
+    """Return the number of the first weight in the mask, and the diagonal, of 32 bits."""
+    if place_ptr is not None:
+        base = tl.load(place_ptr)
+        wide = tl.load(place_ptr + 1)
+        diagonal = tl.minimum(tl.maximum(wide, -queries.to(tl.int64)), keys.to(tl.int64))
+    return base.to(tl.uint64), diagonal.to(tl.int32)
+
+
+@triton.jit
 def _get_scores(
     first, second, bias_ptr, scale, row, column, rows, columns, bias_row, bias_column, diagonal,
     CAUSAL: tl.constexpr,
@@ -148,8 +160,9 @@ def _get_scores(
 
 
 _NUMBERS = [
-    *("key_ptr", "lse_ptr", "delta_ptr", "upstream_lse_ptr", "key", "base", "threshold"),
-    *("keep_scale", "scale", "mask_batch", "mask_head", "mask_row"),
+    *("key_ptr", "place_ptr", "sizes_ptr", "delta_ptr", "upstream_lse_ptr"),
+    *("key", "base", "threshold", "keep_scale", "scale"),
+    *("mask_batch", "mask_head", "mask_row"),
     *("heads", "group", "queries", "keys", "diagonal"),
     *(f"{x}_{axis}" for x in ("q", "k", "v", "bias") for axis in ("batch", "head", "row")),
     *(f"{x}_{axis}" for x in ("o", "do", "dq", "dk", "dv") for axis in ("batch", "head", "row")),
@@ -159,7 +172,7 @@ _NUMBERS = [
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def attend(
-    q_ptr, k_ptr, v_ptr, bias_ptr, o_ptr, lse_ptr, key_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, o_ptr, sizes_ptr, key_ptr, place_ptr,
     key: tl.int64, base: tl.int64, threshold: tl.int32, keep_scale: tl.float32, scale: tl.float32,
     mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64,
     heads: tl.int32, group: tl.int32, queries: tl.int32, keys: tl.int32, diagonal: tl.int32,
@@ -172,12 +185,14 @@ def attend(
     V_FEATURES: tl.constexpr, V_WIDTH: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
     KEEPS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Compute ROWS of the output, and the logarithms of the sums of the exponentials of scores.
+    """Compute ROWS of the output, and the sizes of these queries.
 
+    ``place_ptr`` points to the numbers that replace ``base`` and ``diagonal``, as int64.
     ALIGNED: every row of the mask begins with a block. KEEPS: "all", "some" or "none" of the
     weights. UNIT: a number that divides strides. WIDTH: FEATURES, rounded up to a power of 2.
     """
     k0, k1 = _get_key(key_ptr, key)
+    base, diagonal = _get_place_in_whole(place_ptr, base, diagonal, queries, keys)
     least = threshold.to(tl.uint32)
     tiles = tl.cdiv(queries, ROWS)
     number = tl.program_id(0) // tiles
@@ -190,7 +205,7 @@ def attend(
     v_first = _locate(v_ptr, batch, head // group, v_batch, v_head, UNIT)
     if bias_ptr is not None:
         bias_ptr = _locate(bias_ptr, batch, head, bias_batch, bias_head, 1)
-    index = base.to(tl.uint64) + (batch * mask_batch + head * mask_head).to(tl.uint64)
+    index = base + (batch * mask_batch + head * mask_head).to(tl.uint64)
     index = index + row.to(tl.uint64) * mask_row.to(tl.uint64)
 
     q = _load(q_first, row, q_row, queries, feature, FEATURES, UNIT)
@@ -220,24 +235,33 @@ def attend(
     sums *= (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     o_first = _locate(o_ptr, batch, head, o_batch, o_head, UNIT)
     _store(o_first, sums, row, o_row, queries, v_feature, V_FEATURES, UNIT)
-    lse_first = lse_ptr + number.to(tl.int64) * queries
-    tl.store(lse_first + row, top + tl.log(total), mask=row < queries)
+    sizes = sizes_ptr + (number.to(tl.int64) * queries + row) * 2
+    tl.store(sizes, top, mask=row < queries)
+    tl.store(sizes + 1, tl.log(total), mask=row < queries)
 
 
 # --- The gradients --------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load_lse(lse_first, row, rows):
-    """Return the logarithms of sums, and inf for queries without keys, so that weights are 0."""
-    lse = tl.load(lse_first + row, mask=row < rows, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def _load_sizes(sizes_ptr, of_head, row, rows):
+    """Return the sizes of queries; a second one of inf makes all weights of a query 0."""
+    sizes = sizes_ptr + (of_head + row) * 2
+    top = tl.load(sizes, mask=row < rows, other=0.0)
+    log_total = tl.load(sizes + 1, mask=row < rows, other=float("-inf"))
+    return top, tl.where(log_total == float("-inf"), float("inf"), log_total)
+
+
+@triton.jit
+def _get_weights(scores, top, log_total):
+    """Return the weights of scores; the product of a logarithm takes no instruction per weight."""
+    return tl.exp2((scores - top) * _LOG2_E - log_total * _LOG2_E)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def differentiate_queries(
-    q_ptr, k_ptr, v_ptr, bias_ptr, o_ptr, lse_ptr, key_ptr, do_ptr, upstream_lse_ptr, delta_ptr,
-    dq_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, o_ptr, sizes_ptr, key_ptr, place_ptr, do_ptr, upstream_lse_ptr,
+    delta_ptr, dq_ptr,
     key: tl.int64, base: tl.int64, threshold: tl.int32, keep_scale: tl.float32, scale: tl.float32,
     mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64,
     heads: tl.int32, group: tl.int32, queries: tl.int32, keys: tl.int32, diagonal: tl.int32,
@@ -258,6 +282,7 @@ def differentiate_queries(
     numbers: the gradient of the weight, and the sum of these over all weights, times the weights.
     """
     k0, k1 = _get_key(key_ptr, key)
+    base, diagonal = _get_place_in_whole(place_ptr, base, diagonal, queries, keys)
     least = threshold.to(tl.uint32)
     tiles = tl.cdiv(queries, ROWS)
     number = tl.program_id(0) // tiles
@@ -272,7 +297,7 @@ def differentiate_queries(
     do_first = _locate(do_ptr, batch, head, do_batch, do_head, UNIT)
     if bias_ptr is not None:
         bias_ptr = _locate(bias_ptr, batch, head, bias_batch, bias_head, 1)
-    index = base.to(tl.uint64) + (batch * mask_batch + head * mask_head).to(tl.uint64)
+    index = base + (batch * mask_batch + head * mask_head).to(tl.uint64)
     index = index + row.to(tl.uint64) * mask_row.to(tl.uint64)
 
     of_head = number.to(tl.int64) * queries
@@ -282,7 +307,7 @@ def differentiate_queries(
     if upstream_lse_ptr is not None:
         delta -= tl.load(upstream_lse_ptr + of_head + row, mask=row < queries, other=0.0)
     tl.store(delta_ptr + of_head + row, delta, mask=row < queries)
-    lse = _load_lse(lse_ptr + of_head, row, queries)
+    top, log_total = _load_sizes(sizes_ptr, of_head, row, queries)
     q = _load(q_first, row, q_row, queries, feature, FEATURES, UNIT)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     stop = keys
@@ -296,7 +321,7 @@ def differentiate_queries(
             q, k, bias_ptr, scale, row[:, None], column[None, :], queries, keys, bias_row,
             bias_column, diagonal, CAUSAL,
         )  # fmt: skip
-        weights = _exp(scores - lse[:, None])
+        weights = _get_weights(scores, top[:, None], log_total[:, None])
         upstream = tl.dot(do, tl.trans(v), input_precision="ieee")
         at = index + first_column
         upstream = _drop(upstream, at, least, k0, k1, ALIGNED, KEEPS) * keep_scale
@@ -308,7 +333,7 @@ def differentiate_queries(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def differentiate_keys(
-    q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, key_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, sizes_ptr, key_ptr, place_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr,
     key: tl.int64, base: tl.int64, threshold: tl.int32, keep_scale: tl.float32, scale: tl.float32,
     mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64,
     heads: tl.int32, group: tl.int32, queries: tl.int32, keys: tl.int32, diagonal: tl.int32,
@@ -328,6 +353,7 @@ def differentiate_keys(
     Arguments are as in `attend`; the programs of `differentiate_queries` have stored ``delta``.
     """
     k0, k1 = _get_key(key_ptr, key)
+    base, diagonal = _get_place_in_whole(place_ptr, base, diagonal, queries, keys)
     least = threshold.to(tl.uint32)
     tiles = tl.cdiv(keys, COLUMNS)
     number = tl.program_id(0) // tiles
@@ -356,18 +382,18 @@ def differentiate_keys(
         if bias_ptr is not None:
             bias_first = _locate(bias_ptr, batch, head, bias_batch, bias_head, 1)
         of_head = (batch * heads + head) * queries
-        index = base.to(tl.uint64) + (batch * mask_batch + head * mask_head).to(tl.uint64)
+        index = base + (batch * mask_batch + head * mask_head).to(tl.uint64)
         index = index + first_column.to(tl.uint64)
         row = first_row + tl.arange(0, ROWS)
         q = _load(q_first, row, q_row, queries, feature, FEATURES, UNIT)
         do = _load(do_first, row, do_row, queries, v_feature, V_FEATURES, UNIT)
-        lse = _load_lse(lse_ptr + of_head, row, queries)
+        top, log_total = _load_sizes(sizes_ptr, of_head, row, queries)
         delta = tl.load(delta_ptr + of_head + row, mask=row < queries, other=0.0)
         scores = _get_scores(
             k, q, bias_first, scale, row[None, :], column[:, None], queries, keys, bias_row,
             bias_column, diagonal, CAUSAL,
         )  # fmt: skip
-        weights = _exp(scores - lse[None, :])
+        weights = _get_weights(scores, top[None, :], log_total[None, :])
         at = index + row.to(tl.uint64) * mask_row.to(tl.uint64)
         # The sign of a weight keeps the decision, which then takes no other register.
         signed = weights

@@ -62,11 +62,12 @@ def attend(
     value: DeviceBuffer,
     bias: DeviceBuffer | None,
     output: DeviceBuffer,
-    lse: Any,
+    sizes: Any,
     attention: Attention,
     dropout_key: Key,
+    place: Any = None,
 ) -> None:
-    """Write the output of attention, and the logarithms of the sums of its exponentials.
+    """Write the output of attention, and the sizes of its queries.
 
     Parameters
     ----------
@@ -75,19 +76,24 @@ def attend(
     bias : DeviceBuffer, optional
         Of shape (batch, heads, queries, keys), with any strides: numbers that are added to scores,
         or bools that are true for pairs that attend.
-    lse : pointer
-        To contiguous float32 of shape (batch, heads, queries).
+    sizes : pointer
+        To contiguous float32 of shape (batch, heads, queries, 2): the highest score of a query, and
+        the logarithm of the total of exponentials of the differences to it. A query without keys
+        has the lowest number and -inf.
     attention : Attention
     dropout_key : two ints or pointer
         The words ``(lo, hi)``, or a pointer to both as int64.
+    place : pointer, optional
+        To the base, modulo 2^64, and the diagonal of the attention, as int64. The numbers of
+        ``attention`` are ignored then.
     """
     buffers = [query, key, value, bias, output]
-    numbers, constants = _prepare(attention, _get_unit(buffers))
+    numbers, constants = _prepare(attention, _get_unit(buffers), place is None)
     pointer, number = _split_key(dropout_key)
     tile = _choose_tile("attend", attention)
     _get_kernels().attend[_get_grid(attention, tile.rows)](
-        *_get_pointers(buffers), lse, pointer, number, *numbers, *_get_strides(buffers),
-        **constants, **_get_constants(tile),
+        *_get_pointers(buffers), sizes, pointer, place, number, *numbers,
+        *_get_strides(buffers), **constants, **_get_constants(tile),
     )  # fmt: skip
 
 
@@ -99,43 +105,47 @@ def differentiate(
     value: DeviceBuffer,
     bias: DeviceBuffer | None,
     output: DeviceBuffer,
-    lse: Any,
+    sizes: Any,
     scratch: Any,
     of_query: DeviceBuffer,
     of_key: DeviceBuffer,
     of_value: DeviceBuffer,
     attention: Attention,
     dropout_key: Key,
+    place: Any = None,
 ) -> None:
-    """Write the gradients of queries, keys and values, from the gradients of both results.
+    """Write the gradients of queries, keys and values.
 
     Parameters
     ----------
     upstream, query, key, value, output, of_query, of_key, of_value : DeviceBuffer
         Of shape (batch, heads, length, features), with any strides but 1 for features.
     upstream_lse : pointer or None
-        To contiguous float32 of shape (batch, heads, queries). None stands for zeros.
-    bias, lse, attention, dropout_key
+        To contiguous float32 of shape (batch, heads, queries): the gradient of the sum of both
+        sizes, which is the logarithm of the total of exponentials. None stands for zeros.
+    bias, sizes, attention, dropout_key, place
         As in `attend`.
     scratch : pointer
-        To as much memory as ``lse``, which the function overwrites.
+        To float32 of shape (batch, heads, queries), which the function overwrites.
     """
     kernels = _get_kernels()
     pointer, number = _split_key(dropout_key)
     inputs = [query, key, value, bias]
     numbers, constants = _prepare(
-        attention, _get_unit([*inputs, output, upstream, of_query, of_key, of_value])
+        attention,
+        _get_unit([*inputs, output, upstream, of_query, of_key, of_value]),
+        place is None,
     )
     tile = _choose_tile("differentiate_queries", attention)
     kernels.differentiate_queries[_get_grid(attention, tile.rows)](
-        *_get_pointers([*inputs, output]), lse, pointer, upstream.pointer, upstream_lse, scratch,
-        of_query.pointer, number, *numbers, *_get_strides([*inputs, output, upstream, of_query]),
-        **constants, **_get_constants(tile),
+        *_get_pointers([*inputs, output]), sizes, pointer, place, upstream.pointer, upstream_lse,
+        scratch, of_query.pointer, number, *numbers,
+        *_get_strides([*inputs, output, upstream, of_query]), **constants, **_get_constants(tile),
     )  # fmt: skip
     tile = _choose_tile("differentiate_keys", attention)
     programs = -(-attention.keys // tile.columns) * attention.batch * attention.key_heads
     kernels.differentiate_keys[programs,](
-        *_get_pointers(inputs), lse, pointer, upstream.pointer, scratch, of_key.pointer,
+        *_get_pointers(inputs), sizes, pointer, place, upstream.pointer, scratch, of_key.pointer,
         of_value.pointer, number, *numbers, *_get_strides([*inputs, upstream, of_key, of_value]),
         **constants, **_get_constants(tile),
     )  # fmt: skip
@@ -201,7 +211,9 @@ def _get_unit(buffers: list[DeviceBuffer | None]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _prepare(attention: Attention, unit: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _prepare(
+    attention: Attention, unit: int, is_placed: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the numbers and the constants that all kernels take."""
     a = attention
     diagonal = min(max(a.diagonal, -a.queries), a.keys)  # fits in 32 bits and attends to the same
@@ -224,7 +236,7 @@ def _prepare(attention: Attention, unit: int) -> tuple[tuple[Any, ...], dict[str
         "V_FEATURES": a.value_features,
         "V_WIDTH": _round_up(a.value_features),
         "CAUSAL": a.is_causal,
-        "ALIGNED": all(number % _BLOCK == 0 for number in (a.base, *strides)),
+        "ALIGNED": is_placed and all(number % _BLOCK == 0 for number in (a.base, *strides)),
         "KEEPS": keeps,
         "UNIT": unit,
     }
