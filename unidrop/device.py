@@ -14,7 +14,7 @@ from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import MASK32
 
-__all__ = ["make_mask_on_device", "read_base", "run_on_device"]
+__all__ = ["get_base", "get_words", "make_mask_on_device", "read_base", "run_on_device"]
 
 _SIGN = 1 << 63
 
@@ -96,31 +96,35 @@ def _launch(
     """Launch the kernel that writes y; without a source it writes the mask."""
     target = library.buffers.locate_on_device(y)
     with library.buffers.use_device(y):
-        words, base = _get_numbers(library, y, key, window)
+        words, base = get_words(library, y, key), get_base(library, y, window)
         kind, shape = dtype_name(y.dtype), tuple(y.shape)
         read = target if source is None else source
         package.dropout(read, target, kind, shape, window.strides, rate, words, base)
 
 
-def _get_numbers(library: ArrayLibrary, y: Any, key: Key, window: Window) -> tuple[Any, Any]:
-    """Return the words of a key, and the number of the window's first element.
+def get_words(library: ArrayLibrary, y: Any, key: Key) -> Any:
+    """Return the words of a key, as kernels receive them.
 
-    They are integers, or arrays on the GPU of y if reading a number would wait for the GPU.
+    They are integers, or an array on the GPU of y if reading them would wait for the GPU.
     """
-    gather = library.buffers.gather
-    words = gather(key._words, y)
+    words = library.buffers.gather(key._words, y)
     if words is None:
         lo, hi = key._words
         words = int(lo) & MASK32, int(hi) & MASK32
+    return words
+
+
+def get_base(library: ArrayLibrary, y: Any, window: Window) -> Any:
+    """Return the number of a window's first element, an integer or an array as in `get_words`."""
     if window.start is None:
-        return words, 0
-    starts = gather([start for start, _ in window.offsets], y)
+        return 0
+    starts = library.buffers.gather([start for start, _ in window.offsets], y)
     if starts is None:
-        return words, read_base(window)
+        return read_base(window)
     base: Any = _as_signed(window.whole.base)
     for start, (_, stride) in zip(starts, window.offsets, strict=True):
         base = start * _as_signed(stride) + base
-    return words, base
+    return base
 
 
 def _as_signed(number: int) -> int:

@@ -190,7 +190,9 @@ def scaled_dot_product_attention(
         query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
 
         def call(drawn: Key) -> tuple[Tensor, Tensor]:
-            return chunked.attend(query, key, value, attn_mask, drawn, p, is_causal, scale, window)
+            options = p, is_causal, scale, window
+            output, sizes = chunked.attend(query, key, value, attn_mask, drawn, *options)
+            return output, sizes.sum(-1) if return_lse else sizes
 
         if p == 0:
             results = call(Key(0))  # which no dropout uses

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from unidrop.adapters.torch import flash
 from unidrop.adapters.torch.arrays import window_arguments
-from unidrop.adapters.torch.buffers import is_tracing, must_stay, refuse_capture
+from unidrop.adapters.torch.buffers import as_int64, is_tracing, must_stay, refuse_capture
 from unidrop.adapters.torch.functional import dropout
 from unidrop.adapters.torch.operators import (
     as_constant,
@@ -166,11 +167,40 @@ def _read(
 ) -> tuple[Key, Sequence[Any] | None]:
     """Return the key and the start of a window, which the operator receives as tensors."""
     if isinstance(dropout_key, Key):
-        return dropout_key, None if start is None else tuple(start)
+        assert not isinstance(start, Tensor)
+        return dropout_key, _widen(start)
     assert start is None or isinstance(start, Tensor)
     if not (must_stay(dropout_key) and (start is None or must_stay(start))):
         refuse_capture(device)
     return as_key(dropout_key), read_start(start)
+
+
+def _widen(start: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    """Return a start as integers and tensors of int64: sums of shorter ones may wrap around."""
+    if start is None:
+        return None
+    return tuple(as_int64(x, x.device) if isinstance(x, Tensor) else x for x in start)
+
+
+def _run_kernels(
+    run: Callable[..., Any],
+    arrays: tuple[Tensor, ...],
+    mask: Tensor | None,
+    dropout_key: Tensor | Key,
+    p: float,
+    is_causal: bool,
+    scale: float | None,
+    global_shape: Sequence[int] | None,
+    start: Tensor | Sequence[Any] | None,
+) -> Any | None:
+    """Return the results of a function of `flash`, or None if it does not serve the call.
+
+    The query is among the arrays, before key and value.
+    """
+    query = arrays[-3]
+    scale = _default_scale(query.shape[-1]) if scale is None else scale
+    first_key, first = _read(dropout_key, start, query.device)
+    return run(*arrays, mask, first_key, p, is_causal, scale, global_shape, first)
 
 
 def _blocks(length: int, block: int) -> Iterator[slice]:
@@ -190,6 +220,11 @@ def _after(scores: Tensor, diagonal: Any) -> Tensor:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if must_stay(query):  # on a GPU
+        arrays = query, key, value
+        results: tuple[Tensor, Tensor] | None = _run_kernels(flash.attend, arrays, *rest)
+        if results is not None:
+            return results
     with _without_autocast(query.device):
         tiles = _Tiles(query, key, value, *rest)
         output = tiles.query.new_empty(tiles.count, tiles.queries, value.shape[-1])
@@ -228,6 +263,11 @@ def _attention_backward(
     mask: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if must_stay(query) and not needs_mask:
+        arrays = upstream, upstream_sizes, output, sizes, query, key, value
+        gradients = _run_kernels(flash.differentiate, arrays, mask, *rest)
+        if gradients is not None:
+            return *gradients, query.new_empty(0)
     with _without_autocast(query.device):
         tiles = _Tiles(query, key, value, mask, *rest)
         upstream, output = tiles.flatten(upstream), tiles.flatten(output)
@@ -301,7 +341,8 @@ def materialize(
             is_bool = mask.dtype is torch.bool
             scores = scores.masked_fill(~mask, -math.inf) if is_bool else scores + mask
         if is_causal:
-            diagonal = 0 if start is None else start[-2] - start[-1]
+            first = _widen(start)
+            diagonal = 0 if first is None else first[-2] - first[-1]
             after = _after(scores, diagonal)
             scores = scores.masked_fill(after, -math.inf)
         is_alone = (scores == -math.inf).all(-1, keepdim=True)
@@ -404,9 +445,13 @@ def attend(
     scale: float | None,
     window: Window,
 ) -> tuple[Tensor, Tensor]:
-    """Return attention and the logarithm of its totals; tensors have one batch."""
+    """Return attention and the sizes of queries, whose sum is the logarithm of the total.
+
+    The tensors have one batch.
+    """
     inputs, constants = (query, key, value, mask), (is_causal, scale)
     run: Callable[..., Any]
+    results: tuple[Tensor, Tensor]
     if is_tracing():
         words = key_tensor(dropout_key, query.device)
         _, whole, start = (*window_arguments(window, query.device), None, None)[:3]
@@ -415,8 +460,7 @@ def attend(
     else:
         run = _Attention.apply
         results = run(*inputs, dropout_key, p, *constants, window.global_shape, window.start)
-    output, sizes = results
-    return output, sizes.sum(-1)
+    return results
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

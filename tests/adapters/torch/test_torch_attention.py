@@ -154,6 +154,22 @@ def test_window_has_its_block_of_the_mask(small_tiles):
         assert torch.equal(kept, whole[1:3, 2:5, 7:26, 45:72])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int8])
+def test_start_of_a_short_dtype_does_not_wrap(dtype, small_tiles):
+    query, key, value = inputs(queries=19, keys=27)
+    for row, column in ((3, 110), (120, 5)):
+
+        def run(*start, q=query):
+            options = {"is_causal": True, "global_shape": (9, 9, 300, 300), "start": start}
+            return ours(q, key, value, **options)
+
+        first = 0, 0, torch.tensor(row, dtype=dtype), torch.tensor(column, dtype=dtype)
+        expected = run(0, 0, row, column)
+        assert torch.equal(run(*first), expected)
+        by_weights, _ = torch.func.vjp(lambda q, s=first, f=run: f(*s, q=q), query)
+        torch.testing.assert_close(by_weights, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_four_windows_merge_to_the_whole(is_causal, small_tiles):
     query, key, value = inputs(queries=37, keys=45)

@@ -19,11 +19,13 @@ from unidrop.adapters.torch import (
     dropout,
     scaled_dot_product_attention,
 )
-from unidrop.dispatch import forbid_plain_calls
+from unidrop.dispatch import forbid_plain_calls, force_path
+from unidrop.fused.triton import MAX_FEATURES, Attention
 
 # Operations of PyTorch that launch nothing on a GPU.
 LAUNCHES_NOTHING = {
-    "empty", "empty_like", "empty_strided", "detach", "view", "view_as", "slice", "select", "alias",
+    "empty", "empty_like", "empty_strided", "new_empty", "detach", "view", "view_as", "slice",
+    "select", "alias",
     "as_strided", "unbind", "to", "contiguous", "view_as_real", "resolve_conj", "resolve_neg",
     "requires_grad_", "expand", "ones_like", "result_type", "set_", "t", "transpose",
 }  # fmt: skip
@@ -31,6 +33,8 @@ LAUNCHES_NOTHING = {
 
 class Recorder:
     """Stands for the package of kernels: records their names."""
+
+    MAX_FEATURES, Attention = MAX_FEATURES, Attention
 
     def __init__(self):
         self.launched = []
@@ -46,6 +50,12 @@ class Recorder:
 
     def fold_in(self, key, data, tag, out):
         self.launched.append("fold_in")
+
+    def attend(self, *arguments):
+        self.launched.append("attend")
+
+    def differentiate(self, *arguments):
+        self.launched.append("differentiate")
 
 
 @pytest.fixture
@@ -244,7 +254,46 @@ def test_attention_reads_no_number_of_the_device(recorder, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", None)
     monkeypatch.setattr(torch.Tensor, "item", None)
     layer(x, x, x, need_weights=False)[0].sum().backward()
-    assert recorder.launched == ["next_key", "dropout", "dropout"]
+    assert recorder.launched == ["next_key", "attend", "differentiate"]
+
+
+def test_attention_launches_few_kernels(recorder):
+    query, key, value = (torch.ones(2, 3, 4, 8, requires_grad=True) for _ in range(3))
+    upstream, outputs = torch.ones(2, 3, 4, 8), []
+
+    def attend():
+        options = {"dropout_p": 0.3, "is_causal": True, "dropout_key": Key(7)}
+        outputs.append(scaled_dot_product_attention(query, key, value, **options))
+
+    def differentiate():
+        torch.autograd.grad(outputs[0], (query, key, value), upstream)
+
+    assert not count_operations(attend)
+    assert recorder.launched == ["attend"]
+    # PyTorch makes zeros, the gradient of the totals, and the kernels get a copy of a half.
+    assert count_operations(differentiate) <= {"zeros", "zero_", "fill_", "clone", "copy_"}
+    assert recorder.launched == ["attend", "differentiate"]
+
+
+def test_attention_runs_in_tiles_if_kernels_cannot(recorder):
+    x = torch.ones(2, 3, 4, 8)
+    options = {"dropout_p": 0.3, "dropout_key": Key(7)}
+    with force_path("portable"):
+        scaled_dot_product_attention(x, x, x, **options)
+    assert recorder.launched == []
+    scaled_dot_product_attention(*(x.double(),) * 3, **options)
+    mask = torch.zeros(4, 4, requires_grad=True)
+    y = scaled_dot_product_attention(x, x, x, mask, **options)
+    assert recorder.launched == ["dropout", "attend"]
+    y.sum().backward()
+    assert recorder.launched == ["dropout", "attend", "dropout"]
+
+
+def test_attention_without_dropout_reads_no_key(recorder, capturing):
+    x = torch.ones(2, 3, 4)
+    for p in (0, 1):  # the key of Python integers would be the same in each replay
+        scaled_dot_product_attention(x, x, x, None, p, dropout_key=Key(7), return_lse=True)
+    assert recorder.launched == ["attend", "attend"]
 
 
 def test_attention_in_a_cuda_graph_warns_of_a_constant_key(recorder, capturing):

@@ -11,7 +11,8 @@ from unidrop.threads import fork_guard
 
 __all__ = ["MAX_FEATURES", "Attention", "attend", "differentiate"]
 
-MAX_FEATURES = 256  # of a head, because a tile has all of them
+# Features of a head, by the dtype. A tile has all of them, and more would not fit into registers.
+MAX_FEATURES = {"float16": 256, "bfloat16": 256, "float32": 128}
 
 _BLOCK = 8  # elements that one Philox block decides
 _UNIT = 8  # elements that fill 16 bytes, the most that a thread loads at once
@@ -23,11 +24,11 @@ class Attention(NamedTuple):
     Attributes
     ----------
     kind : str
-        The name of the dtype of all arrays: "float16", "bfloat16" or "float32".
+        The name of the dtype of all arrays: a key of `MAX_FEATURES`.
     batch, heads, key_heads, queries, keys : int
         Each head of keys and values serves heads // key_heads heads of queries.
     features, value_features : int
-        Up to `MAX_FEATURES`.
+        Up to `MAX_FEATURES` of the dtype.
     is_causal : bool
     diagonal : int
         If ``is_causal``, query i attends to keys up to number i + diagonal.
@@ -171,11 +172,11 @@ class _Tile(NamedTuple):
 # Tiles for each kernel and the bytes of an element, by the most features. More fill the registers.
 _TILES = {
     ("attend", 2): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-    ("attend", 4): {64: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    ("attend", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1)},
     ("differentiate_queries", 2): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-    ("differentiate_queries", 4): {64: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("differentiate_queries", 4): {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
     ("differentiate_keys", 2): {64: (32, 128, 8, 1), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    ("differentiate_keys", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
+    ("differentiate_keys", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1)},
 }
 
 
