@@ -178,8 +178,10 @@ def compile_attention(
     attention = attention_launch.Attention(
         kind, *axes, is_causal, 0, features**-0.5, Rate.from_p(p), strides, 0
     )
-    _, constants = attention_launch._prepare(attention, attention_launch._UNIT, is_placed)
-    tile = attention_launch._choose_tile(name, attention)
+    _, constants = attention_launch._prepare(
+        attention, 0 if bias is None else 1, attention_launch._UNIT, is_placed
+    )
+    tile = attention_launch._choose_tile(name, attention, bias is not None)
     kernel = getattr(attention_launch._get_kernels(), name)
     numbers = {"key_ptr": "*i64"} | dict.fromkeys(("sizes_ptr", "delta_ptr"), "*fp32")
     numbers |= {} if bias is None else {"bias_ptr": _POINTERS[bias]}
@@ -235,6 +237,19 @@ class Compiled:
     def spilled(self) -> int:
         """Bytes of a thread outside of its registers."""
         return self._resource("STACK") + self._resource("LOCAL")
+
+    @property
+    def spills_in_loops(self) -> int:
+        """Loads and stores of spilled registers in loops: others take no time worth counting."""
+        lines = re.findall(r"^(?:\.L_x_\d+:|\s+/\*[0-9a-f]{4,}\*/.*)", self._texts[0], re.MULTILINE)
+        labels = {line[:-1]: i for i, line in enumerate(lines) if line.startswith(".L")}
+        spills: set[int] = set()
+        for end, line in enumerate(lines):
+            jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if jump is not None:
+                loop = range(labels[jump[1]], end)
+                spills.update(i for i in loop if re.search(r"\b(LDL|STL)\b", lines[i]))
+        return len(spills)
 
     def _resource(self, name: str) -> int:
         match = re.search(rf"{name}:(\d+)", self._texts[1])
@@ -324,8 +339,8 @@ def main() -> None:
     for name in kernels:
         for features in (64, 128):
             for architecture in arguments.architecture or ARCHITECTURES:
-                code = compile_attention(name, architecture, features=features)
-                label = f"{name} bfloat16, {features}"
+                code = compile_attention(name, architecture, features=features, is_causal=True)
+                label = f"{name}, {features}"
                 print(
                     f"{label:34} {architecture:3} {code.per_element:12.1f} "
                     f"{code.registers:10} {code.spilled:8} {code.shared:7}",

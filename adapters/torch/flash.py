@@ -125,14 +125,12 @@ def _prepare(
         mask_strides=(0, 0, 0, *window.strides)[-4:-1],
         base=base,
     )
-    bias = None if mask is None else mask.expand(shape)
-    return problem, None if bias is None else _as_strided(bias), words, place
+    bias = None if mask is None else _as_buffer(mask, shape)
+    return problem, bias, words, place
 
 
-def _as_buffer(x: Tensor) -> DeviceBuffer:
-    """Return the elements of a tensor, which is copied unless features are neighbors."""
-    return _as_strided(x if x.stride(-1) == 1 else x.contiguous())
-
-
-def _as_strided(x: Tensor) -> DeviceBuffer:
-    return DeviceBuffer(x.detach(), (0,) * (_AXES - x.dim()) + x.stride())
+def _as_buffer(x: Tensor, shape: tuple[int, ...] | None = None) -> DeviceBuffer:
+    """Return the elements of a tensor, expanded to a shape; kernels accept no other last stride."""
+    x = (x if x.dim() and x.stride(-1) == 1 else x.contiguous()).detach()
+    x = x if shape is None else x.expand(shape)
+    return DeviceBuffer(x, (0,) * (_AXES - x.dim()) + x.stride())

@@ -313,3 +313,16 @@ def test_keeps_operators_that_read_the_cpu_out_of_cuda_graphs(name):
 def test_explains_the_kernels_of_a_gpu(recorder):
     path = unidrop.explain_path(torch.ones(3))
     assert str(path) == "fused: float32 on cpu, by one kernel of Triton"
+
+
+@pytest.mark.slow  # imports Dynamo
+def test_attention_in_one_compiled_graph_launches_kernels(recorder):
+    query, key, value = (torch.ones(2, 3, 4, 8, requires_grad=True) for _ in range(3))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(start):
+        options = {"dropout_key": Key(7), "global_shape": (2, 3, 9, 9), "start": (0, 0, start, 0)}
+        return scaled_dot_product_attention(query, key, value, None, 0.3, True, **options)
+
+    run(torch.tensor(3)).sum().backward()
+    assert recorder.launched == ["attend", "differentiate"]

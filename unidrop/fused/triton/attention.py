@@ -131,8 +131,8 @@ def _get_place_in_whole(place_ptr, base, diagonal, queries, keys):
 
 @triton.jit
 def _get_scores(
-    first, second, bias_ptr, scale, row, column, rows, columns, bias_row, bias_column, diagonal,
-    CAUSAL: tl.constexpr,
+    first, second, bias_ptr, scale, row, column, rows, columns, bias_row, diagonal,
+    CAUSAL: tl.constexpr, BIAS_STEP: tl.constexpr,
 ):  # fmt: skip
     """Return the products of rows of two matrices as scores, -inf for pairs that do not attend.
 
@@ -147,7 +147,7 @@ def _get_scores(
         attends = attends & (column <= row + diagonal)
     if bias_ptr is not None:
         inside = (row < rows) & (column < columns)
-        place = row.to(tl.int64) * bias_row + column.to(tl.int64) * bias_column
+        place = row.to(tl.int64) * bias_row + column * BIAS_STEP
         bias = tl.load(bias_ptr + place, mask=inside, other=0)
         if bias.dtype == tl.int1:
             attends = attends & bias
@@ -166,7 +166,6 @@ _NUMBERS = [
     *("heads", "group", "queries", "keys", "diagonal"),
     *(f"{x}_{axis}" for x in ("q", "k", "v", "bias") for axis in ("batch", "head", "row")),
     *(f"{x}_{axis}" for x in ("o", "do", "dq", "dk", "dv") for axis in ("batch", "head", "row")),
-    "bias_column",
 ]
 
 
@@ -179,17 +178,18 @@ def attend(
     q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
     v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
-    bias_batch: tl.int64, bias_head: tl.int64, bias_row: tl.int64, bias_column: tl.int64,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row: tl.int64,
     o_batch: tl.int64, o_head: tl.int64, o_row: tl.int64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
     V_FEATURES: tl.constexpr, V_WIDTH: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
-    KEEPS: tl.constexpr, UNIT: tl.constexpr,
+    KEEPS: tl.constexpr, UNIT: tl.constexpr, BIAS_STEP: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS of the output, and the sizes of these queries.
 
     ``place_ptr`` points to the numbers that replace ``base`` and ``diagonal``, as int64.
     ALIGNED: every row of the mask begins with a block. KEEPS: "all", "some" or "none" of the
     weights. UNIT: a number that divides strides. WIDTH: FEATURES, rounded up to a power of 2.
+    BIAS_STEP: the distance between keys in ``bias_ptr``, 0 or 1.
     """
     k0, k1 = _get_key(key_ptr, key)
     base, diagonal = _get_place_in_whole(place_ptr, base, diagonal, queries, keys)
@@ -221,7 +221,7 @@ def attend(
         v = _load(v_first, column, v_row, keys, v_feature, V_FEATURES, UNIT)
         scores = _get_scores(
             q, k, bias_ptr, scale, row[:, None], column[None, :], queries, keys, bias_row,
-            bias_column, diagonal, CAUSAL,
+            diagonal, CAUSAL, BIAS_STEP,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = _exp(scores - higher[:, None])
@@ -268,13 +268,13 @@ def differentiate_queries(
     q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
     v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
-    bias_batch: tl.int64, bias_head: tl.int64, bias_row: tl.int64, bias_column: tl.int64,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row: tl.int64,
     o_batch: tl.int64, o_head: tl.int64, o_row: tl.int64,
     do_batch: tl.int64, do_head: tl.int64, do_row: tl.int64,
     dq_batch: tl.int64, dq_head: tl.int64, dq_row: tl.int64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
     V_FEATURES: tl.constexpr, V_WIDTH: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
-    KEEPS: tl.constexpr, UNIT: tl.constexpr,
+    KEEPS: tl.constexpr, UNIT: tl.constexpr, BIAS_STEP: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of ROWS of queries, and what the gradients of their scores subtract.
 
@@ -319,7 +319,7 @@ def differentiate_queries(
         v = _load(v_first, column, v_row, keys, v_feature, V_FEATURES, UNIT)
         scores = _get_scores(
             q, k, bias_ptr, scale, row[:, None], column[None, :], queries, keys, bias_row,
-            bias_column, diagonal, CAUSAL,
+            diagonal, CAUSAL, BIAS_STEP,
         )  # fmt: skip
         weights = _get_weights(scores, top[:, None], log_total[:, None])
         upstream = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -340,13 +340,13 @@ def differentiate_keys(
     q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
     k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
     v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
-    bias_batch: tl.int64, bias_head: tl.int64, bias_row: tl.int64, bias_column: tl.int64,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row: tl.int64,
     do_batch: tl.int64, do_head: tl.int64, do_row: tl.int64,
     dk_batch: tl.int64, dk_head: tl.int64, dk_row: tl.int64,
     dv_batch: tl.int64, dv_head: tl.int64, dv_row: tl.int64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
     V_FEATURES: tl.constexpr, V_WIDTH: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
-    KEEPS: tl.constexpr, UNIT: tl.constexpr,
+    KEEPS: tl.constexpr, UNIT: tl.constexpr, BIAS_STEP: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of COLUMNS keys and values of a head, from its group of query heads.
 
@@ -391,7 +391,7 @@ def differentiate_keys(
         delta = tl.load(delta_ptr + of_head + row, mask=row < queries, other=0.0)
         scores = _get_scores(
             k, q, bias_first, scale, row[None, :], column[:, None], queries, keys, bias_row,
-            bias_column, diagonal, CAUSAL,
+            diagonal, CAUSAL, BIAS_STEP,
         )  # fmt: skip
         weights = _get_weights(scores, top[None, :], log_total[None, :])
         at = index + row.to(tl.uint64) * mask_row.to(tl.uint64)

@@ -75,8 +75,8 @@ def attend(
     query, key, value, output : DeviceBuffer
         Of shape (batch, heads, length, features), with any strides but 1 for features.
     bias : DeviceBuffer, optional
-        Of shape (batch, heads, queries, keys), with any strides: numbers that are added to scores,
-        or bools that are true for pairs that attend.
+        Of shape (batch, heads, queries, keys), with any strides but 0 or 1 for keys: numbers that
+        are added to scores, or bools that are true for pairs that attend.
     sizes : pointer
         To contiguous float32 of shape (batch, heads, queries, 2): the highest score of a query, and
         the logarithm of the total of exponentials of the differences to it. A query without keys
@@ -89,9 +89,9 @@ def attend(
         ``attention`` are ignored then.
     """
     buffers = [query, key, value, bias, output]
-    numbers, constants = _prepare(attention, _get_unit(buffers), place is None)
+    numbers, constants = _prepare(attention, _get_step(bias), _get_unit(buffers), place is None)
     pointer, number = _split_key(dropout_key)
-    tile = _choose_tile("attend", attention)
+    tile = _choose_tile("attend", attention, bias is not None)
     _get_kernels().attend[_get_grid(attention, tile.rows)](
         *_get_pointers(buffers), sizes, pointer, place, number, *numbers,
         *_get_strides(buffers), **constants, **_get_constants(tile),
@@ -134,16 +134,17 @@ def differentiate(
     inputs = [query, key, value, bias]
     numbers, constants = _prepare(
         attention,
+        _get_step(bias),
         _get_unit([*inputs, output, upstream, of_query, of_key, of_value]),
         place is None,
     )
-    tile = _choose_tile("differentiate_queries", attention)
+    tile = _choose_tile("differentiate_queries", attention, bias is not None)
     kernels.differentiate_queries[_get_grid(attention, tile.rows)](
         *_get_pointers([*inputs, output]), sizes, pointer, place, upstream.pointer, upstream_lse,
         scratch, of_query.pointer, number, *numbers,
         *_get_strides([*inputs, output, upstream, of_query]), **constants, **_get_constants(tile),
     )  # fmt: skip
-    tile = _choose_tile("differentiate_keys", attention)
+    tile = _choose_tile("differentiate_keys", attention, bias is not None)
     programs = -(-attention.keys // tile.columns) * attention.batch * attention.key_heads
     kernels.differentiate_keys[programs,](
         *_get_pointers(inputs), sizes, pointer, place, upstream.pointer, scratch, of_key.pointer,
@@ -169,7 +170,8 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# Tiles for each kernel and the bytes of an element, by the most features. More fill the registers.
+# Tiles for each kernel and the bytes of an element, by the most features. With larger ones, loops
+# would spill registers.
 _TILES = {
     ("attend", 2): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     ("attend", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1)},
@@ -180,10 +182,18 @@ _TILES = {
 }
 
 
-def _choose_tile(kernel: str, attention: Attention) -> _Tile:
+# Tiles that differ if there is a bias, whose elements take registers too.
+_TILES_WITH_BIAS = {
+    ("differentiate_queries", 2): {64: (128, 64, 8, 1), 128: (64, 32, 8, 1), 256: (64, 32, 8, 2)},
+    ("differentiate_keys", 2): {64: (32, 128, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 2)},
+}
+
+
+def _choose_tile(kernel: str, attention: Attention, has_bias: bool) -> _Tile:
     """Return the tile of a kernel."""
     features = max(attention.features, attention.value_features)
-    tiles = _TILES[kernel, ITEM_SIZES[attention.kind]]
+    name = kernel, ITEM_SIZES[attention.kind]
+    tiles = _TILES_WITH_BIAS.get(name, _TILES[name]) if has_bias else _TILES[name]
     return _Tile(*next(tile for most, tile in tiles.items() if features <= most))
 
 
@@ -196,12 +206,12 @@ def _get_pointers(buffers: list[DeviceBuffer | None]) -> list[Any]:
 
 
 def _get_strides(buffers: list[DeviceBuffer | None]) -> list[int]:
-    """Return the strides that kernels take; the bias, the fourth one, has one more."""
-    strides: list[int] = []
-    for i, buffer in enumerate(buffers):
-        count = 4 if i == 3 else 3
-        strides += (0,) * count if buffer is None else buffer.strides[:count]
-    return strides
+    """Return the strides that kernels take: of batches, heads and rows."""
+    return [x for b in buffers for x in ((0, 0, 0) if b is None else b.strides[:3])]
+
+
+def _get_step(bias: DeviceBuffer | None) -> int:
+    return 0 if bias is None else bias.strides[3]
 
 
 def _get_unit(buffers: list[DeviceBuffer | None]) -> int:
@@ -213,7 +223,7 @@ def _get_unit(buffers: list[DeviceBuffer | None]) -> int:
 
 @lru_cache(maxsize=4096)
 def _prepare(
-    attention: Attention, unit: int, is_placed: bool
+    attention: Attention, bias_step: int, unit: int, is_placed: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the numbers and the constants that all kernels take."""
     a = attention
@@ -240,6 +250,7 @@ def _prepare(
         "ALIGNED": is_placed and all(number % _BLOCK == 0 for number in (a.base, *strides)),
         "KEEPS": keeps,
         "UNIT": unit,
+        "BIAS_STEP": bias_step,
     }
     return numbers, constants
 
