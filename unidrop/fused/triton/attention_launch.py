@@ -184,7 +184,7 @@ _TILES = {
 
 # Tiles that differ if there is a bias, whose elements take registers too.
 _TILES_WITH_BIAS = {
-    ("differentiate_queries", 2): {64: (128, 64, 8, 1), 128: (64, 32, 8, 1), 256: (64, 32, 8, 2)},
+    ("differentiate_queries", 2): {64: (128, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 2)},
     ("differentiate_keys", 2): {64: (32, 128, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 2)},
 }
 
