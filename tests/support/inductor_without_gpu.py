@@ -42,7 +42,7 @@ from triton.runtime.driver import driver
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.torch import Dropout, dropout, inductor
+from unidrop.adapters.torch import Dropout, dropout, inductor, scaled_dot_product_attention
 from unidrop.philox import ODD_MULTIPLIER, philox
 
 operator = torch.ops.unidrop.dropout
@@ -349,6 +349,11 @@ def generate(function, *arguments):
     return result
 
 
+def attention(x, step):
+    key = Key(42).fold_in(step)
+    return scaled_dot_product_attention(x * 2, x, x, None, 0.1, True, dropout_key=key) + 1
+
+
 def fake_scenarios():
     """Yield the name and the code of each scenario that only generates code."""
     with torch._inductor.config.patch("triton.cudagraphs", True), FakeTensorMode():
@@ -372,6 +377,8 @@ def fake_scenarios():
             "a mask",
             generate(lambda x: unidrop.dropout(x, 0.1, Key(42), return_mask=True), x),
         )
+        heads = torch.empty((2, 4, 64, 32), device="cuda", dtype=torch.bfloat16)
+        yield "attention", generate(attention, heads, step)
         huge = torch.empty((1 << 17, 1 << 16), dtype=torch.bfloat16, device="cuda")
         yield "2^33 elements", generate(dropped, huge, key)
 

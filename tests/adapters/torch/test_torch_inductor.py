@@ -108,7 +108,13 @@ def test_captures_no_operator_that_reads_the_cpu(results):
         for operator, devices, is_captured in code["operators"]
         if is_captured
     }
-    assert captured == {("call_key", "cuda"), ("fold_in", "cuda"), ("keep_mask", "cuda")}
+    names = "attend", "call_key", "fold_in", "keep_mask"
+    assert captured == {(name, "cuda") for name in names}
+
+
+def test_calls_one_operator_for_attention(results):
+    operators = [name for name, *_ in results["generated"]["attention"]["operators"]]
+    assert operators == ["fold_in", "attend"]
 
 
 @pytest.mark.parametrize("name", ["a key on the CPU", "a tensor on the CPU"])
