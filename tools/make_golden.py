@@ -16,6 +16,7 @@ import math
 import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from itertools import chain, count, cycle, islice, product
 from pathlib import Path
@@ -459,6 +460,92 @@ def digest_vectors() -> Iterator[Vector]:
     }
 
 
+def attention_vectors() -> Iterator[Vector]:
+    """Yield attention of few queries and keys. Its mask is an ordinary mask of its weights."""
+    yield attention_vector("groups", (2, 4, 3, 5), 2, groups=2)
+    yield attention_vector("causal", (1, 2, 7, 9), 4, groups=2, is_causal=True)
+
+
+def attention_vector(
+    name: str, shape: Sequence[int], features: int, *, groups: int, is_causal: bool = False
+) -> Vector:
+    """Return one attention, with inputs that every dtype holds and the output in double."""
+    p = 0.4
+    batch, heads, queries, keys = shape
+    key = reference.fold_in(SEED, STEP)
+    keep = reference.keep_mask(list(shape), p, key)
+    q = small_numbers("queries", (batch * heads, queries, features))
+    k, v = (small_numbers(site, (batch * groups, keys, features)) for site in ("keys", "values"))
+    y = []
+    for head, row in product(range(batch * heads), range(queries)):
+        own = head * groups // heads  # the keys of a group serve successive heads
+        seen = row + 1 if is_causal else keys
+        first = (head * queries + row) * keys
+        y += attend(q[head][row], k[own][:seen], v[own][:seen], keep[first : first + seen], p)
+    return {
+        "name": f"attention-{name}",
+        "seed": f"{SEED:016x}",
+        "step": STEP,
+        "key": f"{key:016x}",
+        "p": p,
+        "is_causal": is_causal,
+        "query_shape": [batch, heads, queries, features],
+        "key_shape": [batch, groups, keys, features],
+        "q": flatten(q),
+        "k": flatten(k),
+        "v": flatten(v),
+        "mask_shape": list(shape),
+        "keep": "".join(map(str, keep)),
+        "y": y,
+    }
+
+
+def small_numbers(site: str, shape: tuple[int, int, int]) -> list[list[list[float]]]:
+    """Return multiples of 1/4 in [-2, 2)."""
+    key = reference.fold_in(reference.fold_in(0, "golden attention"), site)
+    indices = count()
+    heads, length, features = shape
+    return [
+        [
+            [reference.u(key, next(indices)) // 2**28 / 4 - 2 for _ in range(features)]
+            for _ in range(length)
+        ]
+        for _ in range(heads)
+    ]
+
+
+def flatten(heads: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    """Return all numbers of nested lists in C order."""
+    return [x for rows in heads for row in rows for x in row]
+
+
+def attend(
+    query: Sequence[float],
+    keys: Sequence[Sequence[float]],
+    values: Sequence[Sequence[float]],
+    keep: Sequence[int],
+    p: float,
+) -> list[float]:
+    """Return the output of one query, rounded once: decimals have the same digits everywhere."""
+    with localcontext(prec=50):
+        scale = 1 / Decimal(len(query)).sqrt()
+        scores = [
+            sum(Decimal(a) * Decimal(b) for a, b in zip(query, key, strict=True)) for key in keys
+        ]
+        weights = [(score * scale).exp() for score in scores]
+        total = sum(weights) * (1 - Decimal(p))
+        return [
+            float(
+                sum(
+                    (w * Decimal(x) for w, x, k in zip(weights, column, keep, strict=True) if k),
+                    Decimal(0),
+                )
+                / total
+            )
+            for column in zip(*values, strict=True)
+        ]
+
+
 def build() -> str:
     """Return the text of the file."""
     sections = {
@@ -467,6 +554,7 @@ def build() -> str:
         "masks": mask_vectors(),
         "digests": digest_vectors(),
         "outputs": [*special_outputs(), *rounding_outputs()],
+        "attention": list(attention_vectors()),
     }
     parts = [f'"stream": {reference.STREAM_VERSION}']
     for section, vectors in sections.items():

@@ -206,6 +206,56 @@ MUTANTS = {
         "layer-gradient",
         "the step is 1 instead of 0",
     ),
+    "attention with queries and keys swapped": (
+        mutant.AttentionQueriesAndKeysSwapped,
+        "attention-mask",
+        "elements are numbered in memory order, with axes in the order (0, 1, 3, 2)",
+    ),
+    "attention with heads before the batch": (
+        mutant.AttentionHeadsBeforeBatch,
+        "attention-mask",
+        "elements are numbered in memory order, with axes in the order (1, 0, 2, 3)",
+    ),
+    "attention drops scores": (
+        mutant.AttentionScoresDropped,
+        "attention-mask",
+        "mask of 4 heads in 1 groups, 8 queries and 64 keys, step 3",
+    ),
+    "attention normalizes after dropping": (
+        mutant.AttentionScoresMasked,
+        "attention-output",
+        "output of 4 heads in 2 groups, 11 queries and 27 keys, causal",
+    ),
+    "attention multiplies by 1 - p": (
+        mutant.AttentionMultipliedByRate,
+        "attention-output",
+        "output of 4 heads in 2 groups, 11 queries and 27 keys, causal",
+    ),
+    "attention keeps with probability p": (
+        mutant.AttentionKeepsRate,
+        "attention-mask",
+        "p is used as the probability of keeping",
+    ),
+    "attention pads the keys of the mask": (
+        mutant.AttentionKeysPadded,
+        "attention-mask",
+        "rows are padded to a multiple of 8 elements",
+    ),
+    "attention restarts the mask in each tile": (
+        mutant.AttentionTilesRestart,
+        "attention-mask",
+        "each tile of 16 elements of a row is numbered like a whole array",
+    ),
+    "attention windows indexed locally": (
+        mutant.AttentionWindowIndexedLocally,
+        "attention-windows",
+        "mask of the window",
+    ),
+    "attention gradient with a fresh mask": (
+        mutant.AttentionGradientWithFreshMask,
+        "attention-gradient",
+        "gradient of queries",
+    ),
 }
 
 # These contracts take most of the time and describe none of the mutants.

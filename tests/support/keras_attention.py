@@ -2,10 +2,10 @@
 
 import keras
 import numpy as np
-from attention_reference import attention
 from keras_models import BACKEND, SITE
 
 from unidrop.adapters.keras import Attention, GroupQueryAttention, MultiHeadAttention
+from unidrop.conformance.attention import attention
 
 __all__ = [
     "LAYERS",

@@ -145,6 +145,61 @@ class Correct(BaseBackend):
     def gradient(self, x, upstream, p, seed, step, *, mode):
         return self.dropout(upstream, p, seed, step, mode=mode)
 
+    # Attention.
+
+    def attention_keep(self, shape, p, key, global_shape, start):
+        index = self.indices(np.empty(shape), (), global_shape, start)
+        return self.keep_flags(self.u(index, key), p)
+
+    def weigh(self, query, key, p, seed, step, mask=None, is_causal=False, **window):
+        """Return the weights, and what each is multiplied by: 0 or the scale."""
+        scores = query @ key.swapaxes(2, 3) / math.sqrt(query.shape[3])
+        whole = window.get("global_shape", scores.shape)
+        start = window.get("start", (0,) * 4)
+        attends = np.ones(scores.shape, dtype=bool) if mask is None else mask
+        if is_causal:
+            positions = (np.arange(n) + first for n, first in zip(scores.shape, start, strict=True))
+            *_, queries, keys = positions
+            attends = attends & (queries[:, None] >= keys)
+        keep = self.attention_keep(scores.shape, p, self.call_key(seed, step), whole, start)
+        return self.drop_weights(np.where(attends, scores, -np.inf), keep, p)
+
+    def softmax(self, scores):
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+    def drop_weights(self, scores, keep, p):
+        return self.softmax(scores), keep / (1 - p)
+
+    def widen(self, query, *of_keys):
+        groups = query.shape[1] // of_keys[0].shape[1]
+        return [
+            query.astype(np.float64),
+            *(x.astype(np.float64).repeat(groups, 1) for x in of_keys),
+        ]
+
+    def attention(self, query, key, value, p, seed, step, *, mode, **options):
+        q, k, v = self.widen(query, key, value)
+        weights, scale = self.weigh(q, k, p, seed, step, **options)
+        return ((weights * scale) @ v).astype(query.dtype)
+
+    def attention_gradient(self, query, key, value, upstream, p, seed, step, *, mode, **options):
+        q, k, v = self.widen(query, key, value)
+        weights, scale = self.weigh(q, k, p, seed, step, **options)
+        of_weights = upstream @ v.swapaxes(2, 3) * scale
+        mean = (of_weights * weights).sum(axis=-1, keepdims=True)
+        of_scores = weights * (of_weights - mean) / math.sqrt(query.shape[3])
+        gradients = (
+            of_scores @ k,
+            of_scores.swapaxes(2, 3) @ q,
+            (weights * scale).swapaxes(2, 3) @ upstream,
+        )
+        groups = (q.shape[1], key.shape[1], key.shape[1])
+        return tuple(
+            x.reshape(len(x), n, -1, *x.shape[2:]).sum(axis=2).astype(query.dtype)
+            for x, n in zip(gradients, groups, strict=True)
+        )
+
     def layouts(self, x):
         doubled = np.repeat(x, 2, axis=-1)
         return {"Fortran": np.asfortranarray(x), "every second element": doubled[..., ::2]}
@@ -417,3 +472,65 @@ class GradientUsesLatestCall(Correct):
                 )
 
         return Forgetful(self, p, seed, mode)
+
+
+class AttentionQueriesAndKeysSwapped(Correct):
+    def attention_keep(self, shape, p, key, global_shape, start):
+        *whole, queries, keys = global_shape
+        *first, row, column = start
+        other = (*shape[:2], shape[3], shape[2])
+        whole, first = (*whole, keys, queries), (*first, column, row)
+        return super().attention_keep(other, p, key, whole, first).swapaxes(2, 3)
+
+
+class AttentionHeadsBeforeBatch(Correct):
+    def attention_keep(self, shape, p, key, global_shape, start):
+        swapped = [(n[1], n[0], *n[2:]) for n in (shape, global_shape, start)]
+        return super().attention_keep(swapped[0], p, key, *swapped[1:]).swapaxes(0, 1)
+
+
+class AttentionScoresDropped(Correct):
+    def drop_weights(self, scores, keep, p):
+        return self.softmax(np.where(keep, scores / (1 - p), 0)), np.ones(())
+
+
+class AttentionScoresMasked(Correct):
+    def drop_weights(self, scores, keep, p):
+        kept = np.where(keep, scores, -np.inf)
+        weights = np.exp(kept - np.maximum(kept.max(axis=-1, keepdims=True), -1e300))
+        return weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300), np.ones(())
+
+
+class AttentionMultipliedByRate(Correct):
+    def drop_weights(self, scores, keep, p):
+        return self.softmax(scores), keep * (1 - p)
+
+
+class AttentionKeepsRate(Correct):
+    def attention_keep(self, shape, p, key, global_shape, start):
+        return super().attention_keep(shape, 1 - p, key, global_shape, start)
+
+
+class AttentionKeysPadded(Correct):
+    def attention_keep(self, shape, p, key, global_shape, start):
+        padded = (*global_shape[:-1], -(-global_shape[-1] // 8) * 8)
+        return super().attention_keep(shape, p, key, padded, start)
+
+
+class AttentionTilesRestart(Correct):
+    def attention_keep(self, shape, p, key, global_shape, start):
+        def keep_tile(first):
+            tile = (*shape[:-1], min(16, shape[-1] - first))
+            return super(AttentionTilesRestart, self).attention_keep(tile, p, key, tile, (0,) * 4)
+
+        return np.concatenate([keep_tile(first) for first in range(0, shape[-1], 16)], axis=-1)
+
+
+class AttentionWindowIndexedLocally(Correct):
+    def attention_keep(self, shape, p, key, global_shape, start):
+        return super().attention_keep(shape, p, key, shape, (0,) * 4)
+
+
+class AttentionGradientWithFreshMask(Correct):
+    def attention_gradient(self, query, key, value, upstream, p, seed, step, **options):
+        return super().attention_gradient(query, key, value, upstream, p, seed, step + 1, **options)

@@ -48,6 +48,9 @@ CAPABILITIES: Mapping[str, str] = {
     "traced_key": "traced_key(...) folds an array into a key",
     "layer": "layer(...) creates a layer that counts its calls",
     "layer_gradient": "the layer's vjp(...) differentiates a training call",
+    "attention": "attention(...) drops attention weights",
+    "attention_gradient": "attention_gradient(...) differentiates attention",
+    "attention_windows": "attention accepts global_shape and start",
 }
 
 
@@ -206,6 +209,45 @@ class CapableBackend(Backend, Protocol):
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> Layer:
         """Return a new layer whose training call n uses ``Key(seed).fold_in(n)``."""
+
+    def attention(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        **options: Any,
+    ) -> Any:
+        """Return ``dropout(softmax(query @ key.mT / sqrt(features))) @ value``.
+
+        Arrays have the axes batch, head, position and feature. Each head of keys and values serves
+        a group of successive heads of queries. All arrays have the same number of features. The
+        mask is ``keep_mask((batch, heads, queries, keys), p, Key(seed).fold_in(step))``. In
+        compiled modes, the step must be an argument of the compiled function.
+
+        ``options`` are ``is_causal=``: if True, a query attends to no later position; ``mask=``: an
+        array of bools of shape (batch, 1, queries, keys), True for pairs that attend; and, with the
+        capability "attention_windows", ``global_shape=`` and ``start=`` of the weights.
+        """
+
+    def attention_gradient(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        upstream: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        **options: Any,
+    ) -> tuple[Any, Any, Any]:
+        """Return the gradients of attention with respect to query, key and value."""
 
 
 def missing_capability(backend: Backend, capability: str, mode: str) -> str | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "ContractError",
+    "check_close",
     "check_equal",
     "check_mask",
     "check_output",
@@ -73,6 +74,25 @@ def check_mask(actual: NDArray[Any], expected: NDArray[Any], name: str) -> None:
             f"{name}: keep={expected.ravel()[shown].astype(int).tolist()} "
             f"at flat index {shown.tolist()}",
             f"{actual.ravel()[shown].astype(int).tolist()} "
+            f"({wrong.size} of {expected.size} differ)",
+        )
+
+
+def check_close(
+    actual: NDArray[Any], expected: NDArray[np.float64], tolerance: float, name: str
+) -> None:
+    """Raise ContractError unless all elements are close, relative to the largest expected one."""
+    check_equal(actual.shape, expected.shape, f"{name}: shape")
+    largest = float(np.abs(expected).max(initial=0))
+    # A NaN is not close.
+    is_close = np.abs(actual.astype(np.float64) - expected) <= tolerance * largest
+    wrong = np.flatnonzero(~is_close)
+    if wrong.size:
+        shown = wrong[:_MAX_SHOWN]
+        raise ContractError(
+            f"{name}: {expected.ravel()[shown].tolist()} at flat index {shown.tolist()}, within "
+            f"{tolerance:g} of the largest",
+            f"{actual.ravel()[shown].astype(np.float64).tolist()} "
             f"({wrong.size} of {expected.size} differ)",
         )
 

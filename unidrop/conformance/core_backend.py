@@ -59,6 +59,10 @@ class CoreBackend(BaseBackend):
 
     core_capabilities: ClassVar[dict[str, str | None]] = {
         **dict.fromkeys(("broadcast_axes", "windows", "mask", "words", "key", "traced_key")),
+        **dict.fromkeys(
+            ("attention", "attention_gradient", "attention_windows"),
+            "unidrop has no attention for this library",
+        ),
         "traces": "no mode compiles",
     }
 

@@ -15,8 +15,10 @@ from unidrop.conformance.diagnosis.stream_model import StreamModel
 from unidrop.mask import STREAM_VERSION
 
 __all__ = [
+    "GoldenAttention",
     "GoldenMask",
     "GoldenOutput",
+    "golden_attention",
     "golden_masks",
     "golden_outputs",
     "read_golden",
@@ -96,6 +98,24 @@ class GoldenOutput:
         return StreamModel(self.seed, (self.step,), self.p, self.x.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class GoldenAttention:
+    """Queries, keys, values and the output of attention, computed from the specification.
+
+    Axes are batch, head, position and feature.
+    """
+
+    name: str
+    seed: int
+    step: int
+    p: float
+    is_causal: bool
+    query: NDArray[np.float64]
+    key: NDArray[np.float64]
+    value: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
 @cache
 def read_golden() -> dict[str, Any]:
     """Return the parsed file of vectors.
@@ -163,6 +183,25 @@ def golden_outputs() -> tuple[GoldenOutput, ...]:
             y=_decode(v["y"], v["dtype"]).reshape(v["shape"]),
         )
         for v in read_golden()["outputs"]
+    )
+
+
+@cache
+def golden_attention() -> tuple[GoldenAttention, ...]:
+    """Return the golden vectors of attention."""
+    return tuple(
+        GoldenAttention(
+            name=v["name"],
+            seed=int(v["seed"], 16),
+            step=v["step"],
+            p=v["p"],
+            is_causal=v["is_causal"],
+            query=np.array(v["q"]).reshape(v["query_shape"]),
+            key=np.array(v["k"]).reshape(v["key_shape"]),
+            value=np.array(v["v"]).reshape(v["key_shape"]),
+            y=np.array(v["y"]).reshape(v["query_shape"]),
+        )
+        for v in read_golden()["attention"]
     )
 
 

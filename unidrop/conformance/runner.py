@@ -226,7 +226,9 @@ def check_names(contracts: Sequence[str]) -> None:
 def _dtypes(contract: Contract, backend: Backend, mode: str) -> Sequence[str]:
     dtypes = backend.dtypes(mode)
     one = "float32" if "float32" in dtypes else dtypes[0]
-    if not contract.every_dtype:
+    if contract.dtypes:
+        dtypes = [dtype for dtype in dtypes if dtype in contract.dtypes]
+    elif not contract.every_dtype:
         return [one]
     if mode not in backend.compiled_modes:
         return dtypes

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_reference import attention
 from flax import linen, nnx, serialization
 
 import unidrop
@@ -16,6 +15,7 @@ from unidrop.adapters.flax import (
     assign_seeds,
     dot_product_attention,
 )
+from unidrop.conformance.attention import attention
 
 KEY, RATE = Key(42).fold_in("encoder/0"), 0.3
 DROPS = {"dropout_rate": RATE, "dropout_rng": KEY}

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_reference import attention
 from jax.extend.core import jaxprs_in_params
 
 import unidrop
 from unidrop import Key
 from unidrop.adapters.jax import attention as module
 from unidrop.adapters.jax import dot_product_attention
+from unidrop.conformance.attention import attention
 
 KEY, RATE = Key(42).fold_in("attention"), 0.3
 DROPS = {"dropout_rate": RATE, "dropout_key": KEY}

@@ -8,12 +8,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from attention_reference import attention
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from unidrop import Key, keep_mask
 from unidrop.adapters.torch import chunked, dropout, scaled_dot_product_attention
+from unidrop.conformance.attention import attention
 
 # Inductor imports what torch.jit has deprecated.
 pytestmark = [

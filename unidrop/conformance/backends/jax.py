@@ -5,6 +5,7 @@ The device is the CPU, or a GPU in the backend "jax-cuda", which a machine witho
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.jax import dropout
+from unidrop.adapters.jax import dot_product_attention, dropout
 from unidrop.adapters.jax.generator import generate_block
 from unidrop.adapters.jax.primitive import count_programs
 from unidrop.conformance import (
@@ -43,7 +44,7 @@ def _vmap(f: Function) -> Function:
 
     def mapped(x: Any, key: Any, step: Any) -> Any:
         batch = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
-        y = jax.vmap(f)(jnp.stack([jnp.zeros_like(x), x]), *batch)
+        y = jax.vmap(f)(_stack_zeros(x), *batch)
         return jax.tree.map(lambda v: v[1], y)
 
     return mapped
@@ -53,7 +54,7 @@ def _vmap_shared(f: Function) -> Function:
     """Return f over a batch of two examples with one key, and select the second."""
 
     def mapped(x: Any, key: Any, step: Any) -> Any:
-        y = jax.vmap(lambda v: f(v, key, step))(jnp.stack([jnp.zeros_like(x), x]))
+        y = jax.vmap(lambda v: f(v, key, step))(_stack_zeros(x))
         return jax.tree.map(lambda v: v[1], y)
 
     return mapped
@@ -66,11 +67,16 @@ def _scan(f: Function) -> Function:
         keys_and_steps = jax.tree.map(lambda v: jnp.stack([v ^ np.uint32(1), v]), (key, step))
         # Each iteration has its own array. For a shared one, JAX would sum the gradients of the
         # iterations, which turns -0 into +0.
-        arrays = jnp.stack([jnp.zeros_like(x), x])
+        arrays = _stack_zeros(x)
         _, y = lax.scan(lambda _, args: (None, f(*args)), None, (arrays, *keys_and_steps))
         return jax.tree.map(lambda v: v[1], y)
 
     return scanned
+
+
+def _stack_zeros(x: Any) -> Any:
+    """Return a batch of two for each array of x: zeros, and the array."""
+    return jax.tree.map(lambda v: jnp.stack([jnp.zeros_like(v), v]), x)
 
 
 #: Maps a compiled mode to its transformation of a function of (x, key, step).
@@ -92,6 +98,15 @@ _TRANSFORMED: Mapping[str, Callable[[Function], Function]] = {
 _TRACED_STARTS: Mapping[str, Any] = {"jit-x64": np.uint64, "vmap": np.uint32}
 
 
+def call(x: Any, p: Any, key: Key, options: Mapping[str, Any]) -> Any:
+    """Call the JAX function, with its own names for the core's options."""
+    names = {"broadcast_axes": "broadcast_dims", "training": "deterministic"}
+    renamed = {names.get(name, name): value for name, value in options.items()}
+    if "deterministic" in renamed:
+        renamed["deterministic"] = not renamed["deterministic"]
+    return dropout(x, p, key, **renamed)
+
+
 class Jax(CoreBackend):
     """JAX with and without ``jax_enable_x64``, and under its transformations."""
 
@@ -102,6 +117,7 @@ class Jax(CoreBackend):
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "traces")),
+        **dict.fromkeys(("attention", "attention_gradient", "attention_windows")),
         "layer": "JAX has no layers; the flax backend has",
         "layer_gradient": "JAX has no layers; the flax backend has",
         "layouts": "JAX arrays have no strides",
@@ -109,6 +125,10 @@ class Jax(CoreBackend):
     derived_modes: Mapping[str, str] = {
         **dict.fromkeys(("vjp", "vmap-shared", "scan", "remat", "donated"), "jit"),
         "vmap-portable": "jit-portable",
+    }
+    mode_exclusions: Mapping[str, Mapping[str, str]] = {
+        "eager": {"attention": "it compiles the same programs as jit-portable"},
+        "fused-x64": {"attention": "it compiles the same programs as jit-x64"},
     }
 
     def __init__(self) -> None:
@@ -146,17 +166,22 @@ class Jax(CoreBackend):
                 x = jnp.array(x)
             return self._compile(mode, p, options)(x, *make_step(seed, step))
 
-    def _compile(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
-        static = (mode, p, type(p), tuple(options.items()))
+    def _compile(
+        self, mode: str, p: Any, options: Mapping[str, Any], function: Function = call
+    ) -> Function:
+        static = (mode, p, type(p), tuple(options.items()), function)
         if static not in self._compiled:
             jit_options = {"donate_argnums": 0} if mode == "donated" else {}
-            self._compiled[static] = jax.jit(self._transform(mode, p, options), **jit_options)
+            transformed = self._transform(mode, p, options, function)
+            self._compiled[static] = jax.jit(transformed, **jit_options)
         return self._compiled[static]
 
-    def _transform(self, mode: str, p: Any, options: Mapping[str, Any]) -> Function:
+    def _transform(
+        self, mode: str, p: Any, options: Mapping[str, Any], function: Function
+    ) -> Function:
         def drop(x: Any, key: Key, step: Any) -> Any:
             key = key if step is None else key.fold_in(step)
-            return call(x, p, key, _trace_start(options, key, mode))
+            return function(x, p, key, _trace_start(options, key, mode))
 
         transformed = _TRANSFORMED[mode](drop)
 
@@ -172,12 +197,14 @@ class Jax(CoreBackend):
             if mode not in _TRANSFORMED:
                 key = Key(seed).fold_in(step)
                 return jax.vjp(lambda v: dropout(v, p, key), x)[1](upstream)[0]
-            return self._compile_gradient(mode, p)(x, upstream, *make_step(seed, step))
+            return self._compile_gradient(mode, p, {})(x, upstream, *make_step(seed, step))
 
-    def _compile_gradient(self, mode: str, p: float) -> Function:
-        static = ("gradient", mode, p, type(p))
+    def _compile_gradient(
+        self, mode: str, p: float, options: Mapping[str, Any], function: Function = call
+    ) -> Function:
+        static = ("gradient", mode, p, type(p), tuple(options.items()), function)
         if static not in self._compiled:
-            f = self._transform(mode, p, {})
+            f = self._transform(mode, p, options, function)
 
             def pull_back(x: Any, upstream: Any, key: Any, step: Any) -> Any:
                 return jax.vjp(lambda v: f(v, key, step), x)[1](upstream)[0]
@@ -185,6 +212,51 @@ class Jax(CoreBackend):
             jit_options = {"donate_argnums": 0} if mode == "donated" else {}
             self._compiled[static] = jax.jit(pull_back, **jit_options)
         return self._compiled[static]
+
+    def attention(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        mask: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Call the function in a mode."""
+        inputs, function = (query, key, value), _make_attend(mask)
+        with _x64(mode), _path(mode):
+            if mode not in _TRANSFORMED:
+                return function(inputs, p, Key(seed).fold_in(step), options)
+            if mode == "donated":
+                inputs = jax.tree.map(jnp.array, inputs)
+            return self._compile(mode, p, options, function)(inputs, *make_step(seed, step))
+
+    def attention_gradient(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        upstream: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        mask: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Pull the upstream gradient back through the mode's transformation."""
+        inputs, function = (query, key, value), _make_attend(mask)
+        with _x64(mode), _path(mode):
+            if mode not in _TRANSFORMED:
+                name = Key(seed).fold_in(step)
+                return jax.vjp(lambda v: function(v, p, name, options), inputs)[1](upstream)[0]
+            pull_back = self._compile_gradient(mode, p, options, function)
+            return pull_back(inputs, upstream, *make_step(seed, step))
 
     def traces(self, mode: str) -> int:
         """Return the number of traces; the adapter counts them in eager mode."""
@@ -251,13 +323,18 @@ def _trace_start(options: Mapping[str, Any], key: Key, mode: str) -> Mapping[str
     return {**options, "start": tuple(start)}
 
 
-def call(x: Any, p: Any, key: Key, options: Mapping[str, Any]) -> Any:
-    """Call the JAX function, with its own names for the core's options."""
-    names = {"broadcast_axes": "broadcast_dims", "training": "deterministic"}
-    renamed = {names.get(name, name): value for name, value in options.items()}
-    if "deterministic" in renamed:
-        renamed["deterministic"] = not renamed["deterministic"]
-    return dropout(x, p, key, **renamed)
+def _attend(inputs: Any, p: float, key: Key, options: Mapping[str, Any], mask: Any = None) -> Any:
+    """Call attention on arrays with the axes batch, head, position and feature."""
+    query, keys, values = (jnp.swapaxes(x, 1, 2) for x in inputs)
+    y = dot_product_attention(
+        query, keys, values, mask=mask, dropout_rate=p, dropout_key=key, **options
+    )
+    return jnp.swapaxes(y, 1, 2)
+
+
+def _make_attend(mask: Any) -> Function:
+    """Return the call of attention with a mask, which is a constant of compiled programs."""
+    return _attend if mask is None else partial(_attend, mask=mask)
 
 
 def make_step(seed: int, step: int) -> tuple[Key, Any]:

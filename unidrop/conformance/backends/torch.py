@@ -1,7 +1,7 @@
 """Run the PyTorch function and module in every mode of PyTorch."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from unidrop import Key
-from unidrop.adapters.torch import Dropout, dropout
+from unidrop.adapters.torch import Dropout, dropout, scaled_dot_product_attention
 from unidrop.conformance import (
     FUSED,
     GENERAL,
@@ -42,6 +42,7 @@ class Torch(CoreBackend):
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient", "traces")),
+        **dict.fromkeys(("attention", "attention_gradient", "attention_windows")),
     }
     transforms: tuple[str, ...] = MODES
     compiled_modes: tuple[str, ...] = (*COMPILED, "export")
@@ -57,7 +58,14 @@ class Torch(CoreBackend):
         for mode in COMPILED
     } | {
         "export": {"threads": "torch.export has tracing state that threads share"},
-        "forward-mode": {"threads": "PyTorch has one dual level that threads share"},
+        "forward-mode": {
+            "threads": "PyTorch has one dual level that threads share",
+            "attention_gradient": "tangents are gradients only if the Jacobian is diagonal",
+        },
+        "autocast": dict.fromkeys(
+            ("attention-output", "attention-gradient", "attention-windows"),
+            "autocast rounds the inputs to bfloat16",
+        ),
     }
 
     def __init__(self) -> None:
@@ -66,7 +74,7 @@ class Torch(CoreBackend):
         general = (GENERAL,) if FUSED in eager and example.is_cpu else ()
         self.modes = (*eager, *general, *self.transforms)
         self.missing_modes = {**self.missing_modes, **missing_eager_modes(example)}
-        self._modules: dict[Any, _Function] = {}
+        self._modules: dict[Any, torch.nn.Module] = {}
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return PyTorch's floating-point and complex dtypes."""
@@ -116,10 +124,66 @@ class Torch(CoreBackend):
         """Return the number of traced graphs."""
         return count_graphs(mode)
 
-    def _module(self, p: Any, mode: str, options: Mapping[str, Any]) -> "_Function":
+    def _module(self, p: Any, mode: str, options: Mapping[str, Any]) -> torch.nn.Module:
         """Return a cached module, so that keys and steps share its graphs."""
         static = repr((p, mode, sorted(options.items())))
         return self._modules.setdefault(static, _Function(p, options))
+
+    def attention(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        **options: Any,
+    ) -> Any:
+        """Call the function, with one input in the modes that transform a module of one input."""
+        inputs = query, key, value
+        if mode in self.transforms:
+            module, others = self._attention_module(inputs, p, mode, options)
+            others = (*_key_and_step(seed, step, query.device), *others)
+            return call(module, _pack(inputs), mode, *others)
+        with use_mode_path(mode):
+            return _attend(*inputs, p, Key(seed).fold_in(step), **options)
+
+    def attention_gradient(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        upstream: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        **options: Any,
+    ) -> tuple[Any, Any, Any]:
+        """Differentiate with autograd, or with the mode's own transformation."""
+        inputs = query, key, value
+        if mode in self.transforms:
+            module, others = self._attention_module(inputs, p, mode, options)
+            others = (*_key_and_step(seed, step, query.device), *others)
+            packed = vjp(module, _pack(inputs), mode, *others)[1](upstream)
+            return _unpack(packed, [x.shape for x in inputs])
+        leaves = [x.requires_grad_() for x in inputs]
+        with use_mode_path(mode):
+            y = _attend(*leaves, p, Key(seed).fold_in(step), **options)
+            of_query, of_key, of_value = torch.autograd.grad(y, leaves, upstream)
+        return of_query, of_key, of_value
+
+    def _attention_module(
+        self, inputs: tuple[Any, ...], p: float, mode: str, options: dict[str, Any]
+    ) -> tuple[torch.nn.Module, tuple[Any, ...]]:
+        """Return a cached module for the shapes of its inputs, and its further inputs."""
+        others = (options.pop("mask"),) if "mask" in options else ()
+        shapes = [x.shape for x in inputs]
+        static = repr(("attention", shapes, p, mode, sorted(options.items())))
+        return self._modules.setdefault(static, _Attention(shapes, p, options)), others
 
     def layouts(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Return the layouts that PyTorch users meet."""
@@ -152,6 +216,46 @@ class _Function(torch.nn.Module):
         lo, hi = words.unbind()
         key = Key.from_words(lo, hi).fold_in(step)
         return dropout(x, self.p, key=key, **self.options)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, p: float, name: Key, **options: Any
+) -> torch.Tensor:
+    """Call the function with PyTorch's names of the options; ``name`` is the name of the mask."""
+    options["attn_mask"] = options.pop("mask", None)
+    options["enable_gqa"] = key.shape[1] != query.shape[1]
+    return scaled_dot_product_attention(query, key, value, dropout_p=p, dropout_key=name, **options)
+
+
+def _pack(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return one vector with the elements of several tensors."""
+    return torch.cat([x.reshape(-1) for x in inputs])
+
+
+def _unpack(
+    packed: torch.Tensor, shapes: Sequence[torch.Size]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the tensors of three shapes in a vector."""
+    parts = packed.split([shape.numel() for shape in shapes])
+    query, key, value = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    return query, key, value
+
+
+class _Attention(torch.nn.Module):
+    """Attention as a module of one vector, with the key and the step as further inputs."""
+
+    def __init__(self, shapes: Sequence[torch.Size], p: float, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.p = p
+        self.options = dict(options)
+
+    def forward(
+        self, x: torch.Tensor, words: torch.Tensor, step: torch.Tensor, mask: Any = None
+    ) -> torch.Tensor:
+        lo, hi = words.unbind()
+        key = Key.from_words(lo, hi).fold_in(step)
+        return _attend(*_unpack(x, self.shapes), self.p, key, mask=mask, **self.options)
 
 
 class _Layer:

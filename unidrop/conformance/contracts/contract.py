@@ -62,6 +62,8 @@ class Contract:
     in_derived_modes : bool
         If False, do not run in derived modes if the wrapped mode runs the contract. Contracts that
         only test the decision about an element set this, since a wrapper does not change it.
+    dtypes : collection of str
+        If not empty, run for each dtype of a mode that is one of these.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Contract:
     compiled_dtypes: Collection[str]
     compiled_only: bool
     in_derived_modes: bool
+    dtypes: Collection[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,7 @@ class Cell:
 _traced: list[tuple[Backend, tuple[str, str]]] = []
 
 # Contracts that require one of these capabilities do not call dropout.
-_WITHOUT_DROPOUT = frozenset(("words", "key", "traced_key"))
+_WITHOUT_DROPOUT = frozenset(("words", "key", "traced_key", "attention"))
 
 #: All contracts by name, in the order of the matrix.
 CONTRACTS: dict[str, Contract] = {}
@@ -192,6 +195,7 @@ def contract(
     compiled_dtypes: Collection[str] = (),
     compiled_only: bool = False,
     in_derived_modes: bool = True,
+    dtypes: Collection[str] = (),
 ) -> Callable[[Callable[[Cell], None]], Callable[[Cell], None]]:
     """Register a check as a contract; the parameters are the attributes of `Contract`.
 
@@ -213,6 +217,7 @@ def contract(
             compiled_dtypes,
             compiled_only,
             in_derived_modes,
+            dtypes,
         )
         return check
 

@@ -34,6 +34,10 @@ DEPENDENCIES: Mapping[str, tuple[str, ...]] = {
     "layer-resumes": ("layer-calls",),
     "layer-traces": ("layer-calls", "traces"),
     "layer-gradient": ("layer-calls", "gradient"),
+    "attention-mask": ("mask",),
+    "attention-output": ("attention-mask",),
+    "attention-gradient": ("attention-output",),
+    "attention-windows": ("attention-output", "windows-tile"),
     "rate": ("mask",),
     "independence": ("mask",),
 }

@@ -184,6 +184,11 @@ def _index_mutations(model: StreamModel) -> Mutations:
                 yield what, {"order": order}
     for multiple in (4, 8):
         yield f"rows are padded to a multiple of {multiple} elements", {"row_multiple": multiple}
+    is_whole = model.global_shape is None and not model.broadcast_axes
+    for tile in (16, 32, 64, 128):
+        if is_whole and len(axes) > 1 and tile < model.shape[-1]:
+            what = f"each tile of {tile} elements of a row is numbered like a whole array"
+            yield what, {"tile": tile}
     yield "element indices have 32 bits", {"index_bits": 32}
     if model.broadcast_axes:
         yield "the broadcast axes are ignored", {"broadcast_axes": ()}

@@ -69,6 +69,8 @@ class StreamModel:
         Map a word to the u of an odd and of an even element.
     row_multiple : int
         The last axis is padded to a multiple of this number before elements are numbered.
+    tile : int, or None
+        The last axis is cut into tiles of this length, and each is numbered like a whole array.
     index_bits : int
         Number of bits of an element's index.
     order : tuple of int, or None
@@ -105,6 +107,7 @@ class StreamModel:
     even: Callable[[Words], Words] = lambda word: word
     odd: Callable[[Words], Words] = lambda word: word * _ODD_MULTIPLIER & _MASK32
     row_multiple: int = 1
+    tile: int | None = None
     index_bits: int = 64
     order: tuple[int, ...] | None = None
     first_block: int = 0
@@ -174,6 +177,11 @@ class StreamModel:
         index = np.zeros(positions.shape, dtype=np.uint64)
         coordinates = np.unravel_index(positions, self.shape) if self.shape else ()
         for axis in self.order or range(len(lengths)):
+            if axis == len(lengths) - 1 and self.tile:
+                first = coordinates[axis] // self.tile * self.tile
+                index *= np.minimum(self.tile, lengths[axis] - first).astype(np.uint64)
+                index += (coordinates[axis] - first).astype(np.uint64)
+                continue
             index *= np.uint64(lengths[axis])
             if axis not in self.broadcast_axes:
                 index += coordinates[axis].astype(np.uint64) + np.uint64(start[axis])

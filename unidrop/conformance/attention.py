@@ -1,4 +1,7 @@
-"""Attention with dropout, materialized in float64: the definition that every adapter must equal."""
+"""Attention with dropout, with all weights in memory and in float64: the definition.
+
+Section 17 of the specification, docs/spec.md, describes it. Every implementation must equal it.
+"""
 
 from collections.abc import Callable
 from typing import Any
