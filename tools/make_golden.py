@@ -462,7 +462,7 @@ def digest_vectors() -> Iterator[Vector]:
 
 def attention_vectors() -> Iterator[Vector]:
     """Yield attention of few queries and keys. Its mask is an ordinary mask of its weights."""
-    yield attention_vector("groups", (2, 4, 3, 5), 2, groups=2)
+    yield attention_vector("groups", (2, 4, 3, 5), 4, groups=2)
     yield attention_vector("causal", (1, 2, 7, 9), 4, groups=2, is_causal=True)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx, serialization
 from numpy.typing import NDArray
 
-from unidrop.adapters.flax import Dropout
+from unidrop import Key
+from unidrop.adapters.flax import Dropout, dot_product_attention
 from unidrop.conformance import eager_modes, missing_eager_modes, use_mode_path
 
 __all__ = ["Flax"]
@@ -26,9 +27,10 @@ class Flax:
     devices = ("cpu",)
     step_limit = 1 << 32
     derived_modes: Mapping[str, str] = MappingProxyType({"nnx.remat": "nnx.jit"})
-    mode_exclusions: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     capabilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
+        **dict.fromkeys(("attention", "attention_gradient")),
+        "attention_windows": "Flax attention has no windows",
         "windows": "a Flax module has no windows",
         "mask": "a Flax module returns only its output",
         "words": "the jax backend tests the words",
@@ -40,12 +42,18 @@ class Flax:
     def __init__(self) -> None:
         fused = [mode for mode in eager_modes(jnp.ones(1)) if mode != "eager"]
         self.modes = (*(fused or ["eager"]), *_MODES)
+        # In these modes, JAX compiles attention for each shape as nnx.jit does.
+        eager = [mode for mode in self.modes if mode not in _MODES]
+        same = {"attention": "nnx.jit has the same programs"}
+        self.mode_exclusions = dict.fromkeys(eager, same)
         self.missing_modes = missing_eager_modes(jnp.ones(1))
         self._traces = 0
         self._functions = {
             "nnx.jit": nnx.jit(self._count_traces(_call)),
             "nnx.remat": nnx.jit(self._count_traces(nnx.remat(_call))),
         }
+        jit = nnx.jit(self._count_traces(_attend), static_argnums=(3, 7))
+        self._attend = dict.fromkeys(_MODES, jit)
 
     def dtypes(self, mode: str) -> tuple[str, ...]:
         """Return the floating-point dtypes of JAX without x64."""
@@ -100,6 +108,35 @@ class Flax:
         _, pullback = self.vjp(module, x, mode)
         return pullback(upstream)
 
+    def attention(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        mask: Any = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Call the function that attention modules of Flax accept."""
+        attend = self._attend.get(mode, _attend)
+        with use_mode_path(mode):
+            return attend(query, key, value, p, Key(seed), np.uint32(step), mask, is_causal)
+
+    def attention_gradient(
+        self, query: Any, key: Any, value: Any, upstream: Any, *arguments: Any, **options: Any
+    ) -> Any:
+        """Pull the upstream gradient back through the mode's transformation."""
+
+        def attend(*inputs: Any) -> Any:
+            return self.attention(*inputs, *arguments, **options)
+
+        with use_mode_path(options["mode"]):
+            return jax.vjp(attend, query, key, value)[1](upstream)
+
     def traces(self, mode: str) -> int:
         """Return the number of traces in all modes."""
         return self._traces
@@ -151,3 +188,21 @@ class _Layer:
 
 def _call(module: Dropout, x: Any) -> Any:
     return module(x)
+
+
+def _attend(
+    query: Any, key: Any, value: Any, p: float, seed: Key, step: Any, mask: Any, is_causal: bool
+) -> Any:
+    """Call the function on arrays with the axes batch, head, position and feature."""
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    y = dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=is_causal,
+        broadcast_dropout=False,
+        dropout_rate=p,
+        dropout_rng=seed.fold_in(step),
+    )
+    return jnp.swapaxes(y, 1, 2)

@@ -126,10 +126,6 @@ class Jax(CoreBackend):
         **dict.fromkeys(("vjp", "vmap-shared", "scan", "remat", "donated"), "jit"),
         "vmap-portable": "jit-portable",
     }
-    mode_exclusions: Mapping[str, Mapping[str, str]] = {
-        "eager": {"attention": "it compiles the same programs as jit-portable"},
-        "fused-x64": {"attention": "it compiles the same programs as jit-x64"},
-    }
 
     def __init__(self) -> None:
         ones = self.from_numpy(np.ones(1), self.devices[0], "eager")
@@ -137,6 +133,14 @@ class Jax(CoreBackend):
         x64 = [f"{mode}-x64" for mode in eager if mode != "eager"]
         general = (GENERAL,) if FUSED in eager else ()
         self.modes = (*eager, *general, *x64, *self.compiled_modes[1:])
+        # In these modes, JAX compiles attention for each shape as the named ones do.
+        others = {"eager": "jit-portable", **dict.fromkeys(x64, "jit-x64")}
+        self.mode_exclusions = {
+            mode: {"attention": f"{other} has the same programs"} for mode, other in others.items()
+        } | {
+            mode: {"attention_windows": "jit and jit-portable have them"}
+            for mode in ("jit-x64", "vmap")
+        }
         self.missing_modes = missing_eager_modes(ones)
         self._traces = 0
         self._compiled: dict[Any, Function] = {}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from unidrop.adapters.keras import Dropout
 from unidrop.conformance import eager_modes, missing_eager_modes, use_mode_path
+from unidrop.conformance.backends.keras_attention import AttentionOfVector, pack, unpack
 from unidrop.conformance.backends.keras_modes import (
     DERIVED,
     EXCLUSIONS,
@@ -43,6 +44,8 @@ class Keras:
     step_limit = 1 << 31
     capabilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
+        **dict.fromkeys(("attention", "attention_gradient")),
+        "attention_windows": "a Keras layer has no windows",
         "windows": "a Keras layer has no windows",
         "mask": "a Keras layer returns only its output",
         "words": "the backends of the frameworks test the words",
@@ -58,16 +61,15 @@ class Keras:
         fits = FIT_MODES[self._backend]
         ones = keras.ops.ones(1)
         self.modes = tuple(dict.fromkeys((*eager_modes(ones), *self.compiled_modes, *fits)))
-        self.mode_exclusions = {
-            **dict.fromkeys(fits, FIT_EXCLUSIONS),
-            **EXCLUSIONS.get(self._backend, {}),
-        }
         self.missing_modes = {**MISSING[self._backend], **missing_eager_modes(ones)}
         if self._backend == "numpy":
-            lacking = dict.fromkeys(("gradient", "layer_gradient"), _NO_GRADIENT)
+            names = "gradient", "layer_gradient", "attention_gradient"
+            lacking = dict.fromkeys(names, _NO_GRADIENT)
             self.capabilities = {**self.capabilities, **lacking}
         else:
             self.modes = (*self.modes, REMAT_SCOPE)
+        exclusions = dict.fromkeys(fits, FIT_EXCLUSIONS) | EXCLUSIONS[self._backend]
+        self.mode_exclusions = {mode: exclusions[mode] for mode in self.modes if mode in exclusions}
         if not self.compiled_modes:
             self.capabilities = {**self.capabilities, "traces": "no mode compiles"}
         self._traces = 0
@@ -156,6 +158,67 @@ class Keras:
         with use_mode_path(mode):
             _, pullback = runner.vjp(x)
             return pullback(upstream)
+
+    def attention(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        **options: Any,
+    ) -> Any:
+        """Call a layer whose projections are identities, with its call number set to the step."""
+        inputs = query, key, value
+        runner = self._attention_runner(inputs, p, seed, mode, **options)
+        runner.calls = step
+        with use_mode_path(mode):
+            return runner(pack(inputs), training=True)
+
+    def attention_gradient(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        upstream: Any,
+        p: float,
+        seed: int,
+        step: int,
+        *,
+        mode: str,
+        **options: Any,
+    ) -> Any:
+        """Differentiate a call of the layer."""
+        inputs = query, key, value
+        runner = self._attention_runner(inputs, p, seed, mode, **options)
+        runner.calls = step
+        with use_mode_path(mode):
+            _, pullback = runner.vjp(pack(inputs))
+            return unpack(pullback(upstream), [tuple(x.shape) for x in inputs])
+
+    def _attention_runner(
+        self,
+        inputs: tuple[Any, ...],
+        p: float,
+        seed: int,
+        mode: str,
+        mask: Any = None,
+        is_causal: bool = False,
+    ) -> Any:
+        dtype = keras.backend.standardize_dtype(inputs[0].dtype)
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        key = ("attention", shapes, p, seed, is_causal, dtype, mode)
+        if mask is not None or key not in self._runners:
+            pairs = None if mask is None else keras.ops.squeeze(mask, 1)
+            layer = AttentionOfVector(shapes, p, seed, pairs, is_causal, dtype)
+            runner = self.make_runner(layer, mode)
+            if mask is not None:
+                return runner
+            self._runners[key] = runner
+        return self._runners[key]
 
     def layer(self, p: float, seed: int, *, dtype: str, device: str, mode: str) -> "_Model":
         """Return a layer in a model that saves its weights."""

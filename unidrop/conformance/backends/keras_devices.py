@@ -4,7 +4,7 @@ TensorFlow configures its devices once per process, so `subprocess_backends` run
 its own process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +29,13 @@ class KerasOnTwoDevices(Keras):
     """
 
     name = "keras-2-devices"
+    capabilities: Mapping[str, str | None] = {
+        **Keras.capabilities,
+        **dict.fromkeys(
+            ("attention", "attention_gradient"),
+            "a part of a batch has other queries, which the matrix would have to split",
+        ),
+    }
 
     def __init__(self) -> None:
         (cpu,) = tf.config.list_physical_devices("CPU")

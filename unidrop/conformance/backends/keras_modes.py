@@ -39,9 +39,10 @@ FIT_MODES: Mapping[str, tuple[str, ...]] = {
 REMAT_SCOPE = "RematScope"
 
 #: Exclusions of modes that train a model.
-FIT_EXCLUSIONS: Mapping[str, str] = dict.fromkeys(
-    ("gradient", "layer_gradient"), "fit does not return gradients"
-)
+FIT_EXCLUSIONS: Mapping[str, str] = {
+    **dict.fromkeys(("gradient", "layer_gradient"), "fit does not return gradients"),
+    "attention": "the matrix fits models of one layer and one input",
+}
 
 # Each of these contracts trains one or two models, and XLA compiles a whole training step.
 _FIT_XLA_EXCLUSIONS = dict.fromkeys(
@@ -50,6 +51,10 @@ _FIT_XLA_EXCLUSIONS = dict.fromkeys(
 
 _WRAPPED_ERROR = "Dynamo cannot trace how Keras rewords errors of layers, and raises its own error"
 _LOST_STATE = "Keras on JAX detaches a model's state in fit, and an error leaves it detached"
+
+_SAME_PROGRAMS = {"attention": "it compiles the same operations as jit"}
+_FLOAT32_ATTENTION = {"attention-output": "Keras computes float64 attention in float32"}
+_OUTER_LAYER = {"attention": "the matrix creates the layer outside of the scope"}
 
 _OUTER_REMAT = "RematScope around a layer of layers"
 _UNKNOWN_RECOMPUTATION = (
@@ -80,14 +85,25 @@ DERIVED: Mapping[str, Mapping[str, str]] = {
 #: Exclusions of modes, by Keras backend.
 EXCLUSIONS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "tensorflow": {
+        "XLA": {"attention": "tf.function has the same graph"},
         "fit": FIT_EXCLUSIONS,
         "fit XLA": {**FIT_EXCLUSIONS, **_FIT_XLA_EXCLUSIONS},
+        REMAT_SCOPE: _OUTER_LAYER,
     },
     "jax": {
-        "eager": {"traces": "JAX compiles single operations in eager mode"},
+        "eager": {"traces": "JAX compiles single operations in eager mode", **_SAME_PROGRAMS},
+        "fused": _SAME_PROGRAMS,
+        REMAT_SCOPE: _OUTER_LAYER,
         "fit": {**FIT_EXCLUSIONS, "layer-error": _LOST_STATE},
     },
-    "torch": {"torch.compile": dict.fromkeys(("bad-dtype", "layer-error"), _WRAPPED_ERROR)},
+    "torch": {
+        "torch.compile": {
+            **dict.fromkeys(("bad-dtype", "layer-error"), _WRAPPED_ERROR),
+            "attention": "the torch backend compiles attention",
+        },
+        REMAT_SCOPE: _OUTER_LAYER,
+    },
+    "numpy": {"eager": _FLOAT32_ATTENTION, "fused": _FLOAT32_ATTENTION},
 }
 
 

@@ -87,11 +87,11 @@ class _Case:
 
 
 # Compiled modes, gradients, and all dtypes but one run this case only.
-_MAIN_CASE = _Case(heads=4, groups=2, queries=11, keys=27, is_causal=True)
+_MAIN_CASE = _Case(heads=4, groups=2, queries=11, keys=64, is_causal=True)
 
 # Few cases, since some libraries compile attention for each shape in every mode.
 _CASES = (
-    _Case(heads=4, groups=1, queries=8, keys=64),
+    _Case(heads=4, groups=1, queries=8, keys=27),
     _Case(heads=1, groups=1, queries=3, keys=1),
     _Case(heads=3, groups=3, queries=5, keys=45, is_masked=True),
     _MAIN_CASE,
@@ -133,9 +133,9 @@ def _check_attention_mask(cell: Cell, case: _Case, step: int, keep: NDArray[np.b
     in_derived_modes=False,
 )
 def _attention_output(cell: Cell) -> None:
-    for golden in golden_attention() if _runs_all_cases(cell) else ():
-        dtype = numpy_dtype(cell.dtype)
-        inputs = (x.astype(dtype) for x in (golden.query, golden.key, golden.value))
+    # The golden outputs are doubles, and a compiled mode would compile each shape.
+    for golden in golden_attention() if cell.dtype == "float64" and not cell.is_compiled else ():
+        inputs = golden.query, golden.key, golden.value
         options = {"is_causal": golden.is_causal}
         y = _attend(cell, *inputs, golden.step, options, p=golden.p, seed=golden.seed)
         _check_close(cell, y, golden.y, f"golden attention {golden.name!r}")
@@ -150,9 +150,8 @@ def _attention_output(cell: Cell) -> None:
     "attention-gradient",
     "The gradients of queries, keys and values use the mask of the forward pass, as in float64.",
     ("attention", "attention_gradient"),
-    # A 16-bit dtype has the mask of the others, and costs another compilation.
+    # The output shows that 16-bit dtypes have the mask, and each dtype costs a compilation.
     dtypes=("float32", "float64"),
-    compiled_dtypes=("float64",),
     in_derived_modes=False,
 )
 def _attention_gradient(cell: Cell) -> None:
@@ -166,9 +165,8 @@ def _attention_gradient(cell: Cell) -> None:
     _, pullback = _reference(cell, _MAIN_CASE, inputs)
     names = ("queries", "keys", "values")
     for name, array, expected in zip(names, actual, pullback(upstream), strict=True):
-        _check_close(
-            cell, cell.backend.to_numpy(array), expected, f"gradient of {name} of {_MAIN_CASE}"
-        )
+        gradient = cell.backend.to_numpy(array)
+        _check_close(cell, gradient, expected, f"gradient of {name} of {_MAIN_CASE}")
 
 
 @contract(
@@ -182,9 +180,8 @@ def _attention_windows(cell: Cell) -> None:
     query, key, value = case.make_inputs(cell)
     expected = reference_result(unidrop.keep_mask, case.shape, RATE, cell.key(_STEP))
     identity = np.broadcast_to(np.eye(case.keys, dtype=query.dtype), key.shape)
-    # Each window costs a compilation, and the causal one has the mask too.
-    blocks = np.s_[0:1, 0:2, 0:7, 10:27], np.s_[1:2, 2:3, 7:27, 0:10]
-    for block in () if cell.is_compiled else blocks:
+    if not cell.is_compiled:  # each window costs a compilation, and the causal one has a mask too
+        block = np.s_[1:2, 1:3, 7:27, 10:27]
         batch, heads, rows, columns = block
         of_keys = batch, heads, columns
         window = {"global_shape": case.shape, "start": tuple(axis.start for axis in block)}
