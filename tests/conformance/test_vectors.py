@@ -39,7 +39,13 @@ def test_accepts_the_vectors_by_schema(written):
 
 @pytest.mark.parametrize(
     ("section", "field", "value"),
-    [("masks", "keep", "102"), ("outputs", "dtype", "int8"), ("keys", "key", "2a"), (None, "", 2)],
+    [
+        ("masks", "keep", "102"),
+        ("outputs", "dtype", "int8"),
+        ("keys", "key", "2a"),
+        ("attention", "y", ["0"]),
+        (None, "", 2),
+    ],
 )
 def test_rejects_an_invalid_vector_by_schema(written, section, field, value):
     # One vector of each section, since validating the whole file takes seconds.

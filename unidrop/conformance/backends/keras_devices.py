@@ -33,7 +33,7 @@ class KerasOnTwoDevices(Keras):
         **Keras.capabilities,
         **dict.fromkeys(
             ("attention", "attention_gradient"),
-            "a part of a batch has other queries, which the matrix would have to split",
+            "the matrix holds queries, keys and values in one vector, which replicas would split",
         ),
     }
 
