@@ -89,9 +89,77 @@ _CALLS_TORCH = ("call numbers of PyTorch", "torch")
 _FRAME = ("custom call of JAX", "jax")
 _TENSORFLOW = ("routes of TensorFlow", "tensorflow")
 _KERAS = ("call numbers of Keras", "keras")
+_ATTENTION_TORCH = ("attention of PyTorch", "torch")
+_ATTENTION_JAX = ("attention of JAX", "jax")
 
 # By group and backend, then by file: the name, the contracts, the old and the new text.
 _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
+    _ATTENTION_TORCH: {
+        "adapters/torch/chunked.py": [
+            (
+                "the mask restarts in each tile of keys",
+                "attention-mask",
+                "start=(*first, row + rows.start, column + columns.start),",
+                "start=(*first, row + rows.start, column),",
+            ),
+            (
+                "the mask ignores the window's first query",
+                "attention-windows",
+                "start=(*first, row + rows.start, column + columns.start),",
+                "start=(*first, rows.start, column + columns.start),",
+            ),
+            (
+                "the softmax adds up the weights after dropout",
+                "attention-output",
+                """                total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+                weights = tiles.drop(weights, rows, columns, inplace=True)
+""",
+                """                weights = tiles.drop(weights, rows, columns, inplace=True)
+                total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+""",
+            ),
+            (
+                "the causal diagonal ignores the window",
+                "attention-windows",
+                "difference: Any = self.start[-2] - self.start[-1]",
+                "difference: Any = 0",
+            ),
+            (
+                "the gradient has the weights without dropout",
+                "attention-gradient",
+                "gradient = tiles.drop(weights, rows, columns, inplace=False)",
+                "gradient = weights.clone()",
+            ),
+        ],
+    },
+    _ATTENTION_JAX: {
+        "adapters/jax/attention.py": [
+            (
+                "the mask restarts in each block of keys",
+                "attention-mask",
+                "start=(*starts, start + first_of_block),",
+                "start=(*starts, start),",
+            ),
+            (
+                "the last block has the mask of the keys after it",
+                "attention-mask",
+                "start=(*starts, start + first_of_block),",
+                "start=(*starts, start + first),",
+            ),
+            (
+                "groups and heads change places in the mask",
+                "attention-mask",
+                "*(batch,) * settings.is_batched, groups * heads, length, count",
+                "*(batch,) * settings.is_batched, length, groups * heads, count",
+            ),
+            (
+                "the weights are dropped before they are normalized",
+                "attention-output",
+                "total = total * decay + weights.sum(-1)",
+                "total = total * decay + mixed.sum(-1)",
+            ),
+        ],
+    },
     _ROUNDS: {
         "unidrop/fused/generator.py": [
             (

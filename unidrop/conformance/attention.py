@@ -1,6 +1,6 @@
 """Attention with dropout, with all weights in memory and in float64: the definition.
 
-Section 17 of the specification, docs/spec.md, describes it. Every implementation must equal it.
+Section 18 of the specification, docs/spec.md, describes it. Every implementation must equal it.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = scale * q @ k.swapaxes(-1, -2) + bias
     if is_causal:
-        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
+        scores = np.where(np.tri(*scores.shape[-2:], dtype=np.bool), scores, -np.inf)
     top = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), np.finfo(np.float64).min)
     weights = np.exp(scores - top)
     weights /= np.maximum(weights.sum(-1, keepdims=True), np.finfo(np.float64).tiny)

@@ -68,7 +68,7 @@ class Keras:
             self.capabilities = {**self.capabilities, **lacking}
         else:
             self.modes = (*self.modes, REMAT_SCOPE)
-        exclusions = dict.fromkeys(fits, FIT_EXCLUSIONS) | EXCLUSIONS[self._backend]
+        exclusions = {**dict.fromkeys(fits, FIT_EXCLUSIONS), **EXCLUSIONS[self._backend]}
         self.mode_exclusions = {mode: exclusions[mode] for mode in self.modes if mode in exclusions}
         if not self.compiled_modes:
             self.capabilities = {**self.capabilities, "traces": "no mode compiles"}

@@ -170,7 +170,7 @@ class Torch(CoreBackend):
             others = (*_key_and_step(seed, step, query.device), *others)
             packed = vjp(module, _pack(inputs), mode, *others)[1](upstream)
             return _unpack(packed, [x.shape for x in inputs])
-        leaves = [x.requires_grad_() for x in inputs]
+        leaves = query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
         with use_mode_path(mode):
             y = _attend(*leaves, p, Key(seed).fold_in(step), **options)
             of_query, of_key, of_value = torch.autograd.grad(y, leaves, upstream)
@@ -224,7 +224,10 @@ def _attend(
     """Call the function with PyTorch's names of the options; ``name`` is the name of the mask."""
     options["attn_mask"] = options.pop("mask", None)
     options["enable_gqa"] = key.shape[1] != query.shape[1]
-    return scaled_dot_product_attention(query, key, value, dropout_p=p, dropout_key=name, **options)
+    y: torch.Tensor = scaled_dot_product_attention(
+        query, key, value, dropout_p=p, dropout_key=name, **options
+    )
+    return y
 
 
 def _pack(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -236,7 +239,7 @@ def _unpack(
     packed: torch.Tensor, shapes: Sequence[torch.Size]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the tensors of three shapes in a vector."""
-    parts = packed.split([shape.numel() for shape in shapes])
+    parts = torch.split(packed, [shape.numel() for shape in shapes])
     query, key, value = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
     return query, key, value
 
