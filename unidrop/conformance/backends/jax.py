@@ -133,13 +133,12 @@ class Jax(CoreBackend):
         x64 = [f"{mode}-x64" for mode in eager if mode != "eager"]
         general = (GENERAL,) if FUSED in eager else ()
         self.modes = (*eager, *general, *x64, *self.compiled_modes[1:])
-        # In these modes, JAX compiles attention for each shape as the named ones do.
-        others = {"eager": "jit-portable", **dict.fromkeys(x64, "jit-x64")}
+        # In these modes, JAX compiles attention for each shape, as if they were compiled ones.
+        same = {"attention": "compiled modes have the same programs"}
+        windows = {"attention_windows": "jit has them"}
         self.mode_exclusions = {
-            mode: {"attention": f"{other} has the same programs"} for mode, other in others.items()
-        } | {
-            mode: {"attention_windows": "jit and jit-portable have them"}
-            for mode in ("jit-x64", "vmap")
+            **dict.fromkeys(("eager", *x64), same),
+            **dict.fromkeys(("jit-x64", "vmap"), windows),
         }
         self.missing_modes = missing_eager_modes(ones)
         self._traces = 0

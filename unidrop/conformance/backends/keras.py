@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidrop.adapters.keras import Dropout
-from unidrop.conformance import eager_modes, missing_eager_modes, use_mode_path
+from unidrop.conformance import FUSED, eager_modes, missing_eager_modes, use_mode_path
 from unidrop.conformance.backends.keras_attention import AttentionOfVector, pack, unpack
 from unidrop.conformance.backends.keras_modes import (
     DERIVED,
@@ -69,6 +69,8 @@ class Keras:
         else:
             self.modes = (*self.modes, REMAT_SCOPE)
         exclusions = {**dict.fromkeys(fits, FIT_EXCLUSIONS), **EXCLUSIONS[self._backend]}
+        if FUSED in self.modes:
+            exclusions.setdefault("eager", {"attention": "it differs from fused in the mask only"})
         self.mode_exclusions = {mode: exclusions[mode] for mode in self.modes if mode in exclusions}
         if not self.compiled_modes:
             self.capabilities = {**self.capabilities, "traces": "no mode compiles"}
