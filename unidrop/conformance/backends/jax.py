@@ -329,9 +329,11 @@ def _trace_start(options: Mapping[str, Any], key: Key, mode: str) -> Mapping[str
 def _attend(inputs: Any, p: float, key: Key, options: Mapping[str, Any], mask: Any = None) -> Any:
     """Call attention on arrays with the axes batch, head, position and feature."""
     query, keys, values = (jnp.swapaxes(x, 1, 2) for x in inputs)
-    y = dot_product_attention(
-        query, keys, values, mask=mask, dropout_rate=p, dropout_key=key, **options
-    )
+    # By default, a GPU rounds the factors of products to 10 bits.
+    with jax.default_matmul_precision("highest"):
+        y = dot_product_attention(
+            query, keys, values, mask=mask, dropout_rate=p, dropout_key=key, **options
+        )
     return jnp.swapaxes(y, 1, 2)
 
 
