@@ -98,7 +98,7 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
         "adapters/torch/chunked.py": [
             (
                 "the mask restarts in each tile of keys",
-                "attention-mask",
+                "attention-output",
                 "start=(*first, row + rows.start, column + columns.start),",
                 "start=(*first, row + rows.start, column),",
             ),
@@ -136,13 +136,13 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
         "adapters/jax/attention.py": [
             (
                 "the mask restarts in each block of keys",
-                "attention-mask",
+                "attention-output",
                 "start=(*starts, start + first_of_block),",
                 "start=(*starts, start),",
             ),
             (
                 "the last block has the mask of the keys after it",
-                "attention-mask",
+                "attention-output",
                 "start=(*starts, start + first_of_block),",
                 "start=(*starts, start + first),",
             ),
