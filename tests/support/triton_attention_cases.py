@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 import triton_cases
-from attention_reference import attention as reference
 from triton_cases import KEY, as_tensor, get_dtype, get_strides, key_to_tensor
 
 import unidrop
 from unidrop import Key
+from unidrop.conformance.attention import attention as reference
 from unidrop.fused.triton import attention_launch
 from unidrop.fused.triton.attention_launch import Attention
 from unidrop.protocols import DeviceBuffer

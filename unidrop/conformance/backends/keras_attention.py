@@ -31,7 +31,7 @@ def unpack(packed: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
     ]
 
 
-class AttentionOfVector(keras.layers.Layer):  # type: ignore[misc]  # Keras has no annotations
+class AttentionOfVector(keras.layers.Layer):
     """An attention layer whose input is `pack` of queries, keys and values.
 
     Parameters
