@@ -94,6 +94,7 @@ class MlxBackend(CoreBackend):
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "layouts", "traces")),
+        "family": "this example calls dropout alone",
         "layer": "this example has no layer for mlx.nn",
         "layer_gradient": "this example has no layer for mlx.nn",
     }

@@ -206,6 +206,31 @@ MUTANTS = {
         "layer-gradient",
         "the step is 1 instead of 0",
     ),
+    "paths dropped by element": (
+        mutant.PathsDroppedByElement,
+        "family-output",
+        "output of {'member': 'drop_path'",
+    ),
+    "paths scaled always": (
+        mutant.PathsScaledAlways,
+        "family-output",
+        "output of {'member': 'drop_path', 'scale_by_keep': False}",
+    ),
+    "alpha dropout fills with 0": (
+        mutant.AlphaFilledWithZero,
+        "family-output",
+        "output of {'member': 'alpha_dropout'}",
+    ),
+    "alpha dropout by one product and one sum": (
+        mutant.AlphaWithOneProductAndSum,
+        "family-output",
+        "output of {'member': 'alpha_dropout'}",
+    ),
+    "gradient of a member without its scale": (
+        mutant.MemberGradientWithoutScale,
+        "family-gradient",
+        "gradient of {'member': 'alpha_dropout'}",
+    ),
     "attention with queries and keys swapped": (
         mutant.AttentionQueriesAndKeysSwapped,
         "attention-mask",

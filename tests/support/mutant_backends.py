@@ -119,6 +119,8 @@ class Correct(BaseBackend):
         self.validate(x, p)
         if mode == "compiled":
             self.programs.add(self.static_arguments(x, p, step, {"mask": return_mask, **options}))
+        if "member" in options:
+            return self.drop_member(x, p, seed, step, **options)
         y, keep = self.drop(x, p, seed, step, **options)
         return (y, keep.astype(self.mask_dtype)) if return_mask else y
 
@@ -142,8 +144,33 @@ class Correct(BaseBackend):
         products = self.scale(x, p) if p < 1 else np.zeros_like(x)
         return self.select(keep, products), keep
 
-    def gradient(self, x, upstream, p, seed, step, *, mode):
-        return self.dropout(upstream, p, seed, step, mode=mode)
+    def gradient(self, x, upstream, p, seed, step, *, mode, **options):
+        if "member" in options:
+            options["is_gradient"] = True
+        return self.dropout(upstream, p, seed, step, mode=mode, **options)
+
+    # Members of the family.
+
+    def member_axes(self, x, member):
+        first = {"drop_path": 1, "feature_alpha_dropout": 2}.get(member, x.ndim)
+        return tuple(range(first, x.ndim))
+
+    def constants(self, p, member, scale_by_keep):
+        """Return what a member adds to kept elements, multiplies them by, and fills others with."""
+        if member == "drop_path":
+            return 0, 1 / (1 - p) if scale_by_keep else 1, 0
+        limit = 1.6732632423543772 * 1.0507009873554805
+        a = 1 / math.sqrt((1 - p) * (1 + p * limit**2))
+        return limit * p, a, -limit * (1 - p) * a
+
+    def drop_member(self, x, p, seed, step, *, member, scale_by_keep=True, is_gradient=False):
+        index = self.indices(x, self.member_axes(x, member), x.shape, (0,) * x.ndim)
+        keep = self.keep_flags(self.u(index, self.call_key(seed, step)), p)
+        shift, scale, fill = self.constants(p, member, scale_by_keep)
+        shift, fill = (0, 0) if is_gradient else (shift, fill)
+        compute = np.promote_types(x.dtype, np.float32).type
+        kept = (x.astype(compute) + compute(shift)) * compute(scale)
+        return np.where(keep, kept, compute(fill)).astype(x.dtype)
 
     # Attention.
 
@@ -472,6 +499,37 @@ class GradientUsesLatestCall(Correct):
                 )
 
         return Forgetful(self, p, seed, mode)
+
+
+class PathsDroppedByElement(Correct):
+    def member_axes(self, x, member):
+        return () if member == "drop_path" else super().member_axes(x, member)
+
+
+class PathsScaledAlways(Correct):
+    def constants(self, p, member, scale_by_keep):
+        return super().constants(p, member, True)
+
+
+class AlphaFilledWithZero(Correct):
+    def constants(self, p, member, scale_by_keep):
+        return (*super().constants(p, member, scale_by_keep)[:2], 0)
+
+
+class AlphaWithOneProductAndSum(Correct):
+    def drop_member(self, x, p, seed, step, *, member, is_gradient=False, **options):
+        y = super().drop_member(x, p, seed, step, member=member, is_gradient=is_gradient, **options)
+        if is_gradient or member == "drop_path" or x.dtype == np.float64:
+            return y
+        shift, scale, fill = self.constants(p, member, True)
+        products = (x * np.float32(scale) + np.float32(shift * scale)).astype(x.dtype)
+        return np.where(y == x.dtype.type(np.float32(fill)), y, products)
+
+
+class MemberGradientWithoutScale(Correct):
+    def drop_member(self, x, *arguments, is_gradient=False, **options):
+        y = super().drop_member(x, *arguments, is_gradient=is_gradient, **options)
+        return np.where(y == 0, y, x) if is_gradient else y
 
 
 class AttentionQueriesAndKeysSwapped(Correct):

@@ -48,6 +48,8 @@ CAPABILITIES: Mapping[str, str] = {
     "traced_key": "traced_key(...) folds an array into a key",
     "layer": "layer(...) creates a layer that counts its calls",
     "layer_gradient": "the layer's vjp(...) differentiates a training call",
+    "family": "dropout accepts member and scale_by_keep",
+    "family_gradient": "gradient accepts member and scale_by_keep",
     "attention": "attention(...) drops attention weights",
     "attention_gradient": "attention_gradient(...) differentiates attention",
     "attention_windows": "attention accepts global_shape and start",
@@ -138,8 +140,10 @@ class Backend(Protocol):
         """Apply dropout to x with the key ``Key(seed).fold_in(step)``.
 
         ``options`` follow `unidrop.dropout`: ``training=`` and, if the capabilities allow them,
-        ``broadcast_axes=``, ``global_shape=`` with ``start=``, and ``return_mask=``. In
-        compiled modes, the step must be an argument of the compiled function, not a constant.
+        ``broadcast_axes=``, ``global_shape=`` with ``start=``, and ``return_mask=``. With the
+        capability "family", ``member=`` is the name of another function of `unidrop.family`, and
+        ``scale_by_keep=`` an option of `unidrop.family.drop_path`. In compiled modes, the step must
+        be an argument of the compiled function, not a constant.
         """
 
 
@@ -189,8 +193,13 @@ class BaseBackend:
 class CapableBackend(Backend, Protocol):
     """The methods of a backend with every capability, each named after its capability."""
 
-    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
-        """Return the gradient of dropout with respect to x, for ``Key(seed).fold_in(step)``."""
+    def gradient(
+        self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str, **options: Any
+    ) -> Any:
+        """Return the gradient of dropout with respect to x, for ``Key(seed).fold_in(step)``.
+
+        With the capability "family_gradient", ``options`` are ``member=`` and ``scale_by_keep=``.
+        """
 
     def layouts(self, x: Any) -> Mapping[str, Any]:
         """Return arrays that equal x and have other strides, by the name of the layout."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import unidrop
+from unidrop import family
 from unidrop.conformance.backend import BaseBackend
 from unidrop.dispatch import forbid_plain_calls
 from unidrop.library import get_namespace_library
@@ -48,6 +49,12 @@ def use_mode_path(mode: str) -> AbstractContextManager[None]:
     return forbid_plain_calls() if mode == GENERAL else nullcontext()
 
 
+def _call(x: Any, p: Any, key: unidrop.Key, *, member: str = "dropout", **options: Any) -> Any:
+    """Call `unidrop.dropout`, or another member of the family."""
+    function = unidrop.dropout if member == "dropout" else getattr(family, member)
+    return function(x, p, key, **options)
+
+
 class CoreBackend(BaseBackend):
     """A backend that calls `unidrop.dropout` eagerly; a subclass converts its arrays.
 
@@ -58,7 +65,8 @@ class CoreBackend(BaseBackend):
     xp: Any
 
     core_capabilities: ClassVar[dict[str, str | None]] = {
-        **dict.fromkeys(("broadcast_axes", "windows", "mask", "words", "key", "traced_key")),
+        **dict.fromkeys(("broadcast_axes", "windows", "mask", "family")),
+        **dict.fromkeys(("words", "key", "traced_key")),
         **dict.fromkeys(
             ("attention", "attention_gradient", "attention_windows"),
             "unidrop has no attention for this library",
@@ -81,7 +89,7 @@ class CoreBackend(BaseBackend):
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call `unidrop.dropout` on the mode's path."""
         with use_mode_path(mode):
-            return unidrop.dropout(x, p, unidrop.Key(seed).fold_in(step), **options)
+            return _call(x, p, unidrop.Key(seed).fold_in(step), **options)
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator on arrays, as masks and keys do."""

@@ -20,7 +20,7 @@ class ArrayApiStrict(CoreBackend):
     devices = ("CPU_DEVICE", "device1")
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
-        "gradient": "the standard has no gradients",
+        **dict.fromkeys(("gradient", "family_gradient"), "the standard has no gradients"),
         "layer": "the standard has no layers",
         "layouts": "the standard has no memory layouts",
     }

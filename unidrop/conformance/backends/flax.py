@@ -11,7 +11,7 @@ from flax import nnx, serialization
 from numpy.typing import NDArray
 
 from unidrop import Key
-from unidrop.adapters.flax import Dropout, dot_product_attention
+from unidrop.adapters.flax import AlphaDropout, Dropout, DropPath, dot_product_attention
 from unidrop.conformance import eager_modes, missing_eager_modes, use_mode_path
 
 __all__ = ["Flax"]
@@ -29,6 +29,7 @@ class Flax:
     derived_modes: Mapping[str, str] = MappingProxyType({"nnx.remat": "nnx.jit"})
     capabilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
+        **dict.fromkeys(("family", "family_gradient")),
         **dict.fromkeys(("attention", "attention_gradient")),
         "attention_windows": "Flax attention has no windows",
         "windows": "a Flax module has no windows",
@@ -74,14 +75,7 @@ class Flax:
 
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call a new module with its call number set to the step."""
-        module = Dropout(
-            p,
-            broadcast_dims=options.get("broadcast_axes", ()),
-            deterministic=not options.get("training", True),
-            seed=seed,
-        )
-        module.calls = step
-        return self.run(module, x, mode)
+        return self.run(_make_module(p, seed, step, **options), x, mode)
 
     def run(self, module: Dropout, x: Any, mode: str) -> Any:
         """Call a module in a mode."""
@@ -101,11 +95,11 @@ class Flax:
         nnx.update(module, after)
         return y, lambda upstream: pullback(upstream)[0]
 
-    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+    def gradient(
+        self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str, **options: Any
+    ) -> Any:
         """Pull the upstream gradient back through a new module with its call number set."""
-        module = Dropout(p, seed=seed)
-        module.calls = step
-        _, pullback = self.vjp(module, x, mode)
+        _, pullback = self.vjp(_make_module(p, seed, step, **options), x, mode)
         return pullback(upstream)
 
     def attention(
@@ -184,6 +178,29 @@ class _Layer:
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         self._module.train()
         return self._backend.vjp(self._module, x, self._mode)
+
+
+def _make_module(
+    p: Any,
+    seed: int,
+    step: int,
+    *,
+    member: str = "dropout",
+    training: bool = True,
+    broadcast_axes: tuple[int, ...] = (),
+    **options: Any,
+) -> Dropout:
+    """Return a new module of a member with its call number set to the step."""
+    kinds: dict[str, Any] = {"dropout": Dropout, "drop_path": DropPath}
+    if member == "feature_alpha_dropout":
+        broadcast_axes = (2,)  # of three
+    if member != "drop_path":
+        options["broadcast_dims"] = broadcast_axes
+    module: Dropout = kinds.get(member, AlphaDropout)(
+        p, deterministic=not training, seed=seed, **options
+    )
+    module.calls = step
+    return module
 
 
 def _call(module: Dropout, x: Any) -> Any:

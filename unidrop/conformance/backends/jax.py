@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.jax import dot_product_attention, dropout
+from unidrop.adapters.jax import (
+    alpha_dropout,
+    dot_product_attention,
+    drop_path,
+    dropout,
+    feature_alpha_dropout,
+)
 from unidrop.adapters.jax.generator import generate_block
 from unidrop.adapters.jax.primitive import count_programs
 from unidrop.conformance import (
@@ -104,7 +110,15 @@ def call(x: Any, p: Any, key: Key, options: Mapping[str, Any]) -> Any:
     renamed = {names.get(name, name): value for name, value in options.items()}
     if "deterministic" in renamed:
         renamed["deterministic"] = not renamed["deterministic"]
-    return dropout(x, p, key, **renamed)
+    return _MEMBERS[renamed.pop("member", "dropout")](x, p, key, **renamed)
+
+
+_MEMBERS: Mapping[str, Function] = {
+    "dropout": dropout,
+    "alpha_dropout": alpha_dropout,
+    "drop_path": drop_path,
+    "feature_alpha_dropout": feature_alpha_dropout,
+}
 
 
 class Jax(CoreBackend):
@@ -116,7 +130,7 @@ class Jax(CoreBackend):
     compiled_modes = ("eager", *_TRANSFORMED)
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
-        **dict.fromkeys(("gradient", "traces")),
+        **dict.fromkeys(("gradient", "family_gradient", "traces")),
         **dict.fromkeys(("attention", "attention_gradient", "attention_windows")),
         "layer": "JAX has no layers; the flax backend has",
         "layer_gradient": "JAX has no layers; the flax backend has",
@@ -194,13 +208,15 @@ class Jax(CoreBackend):
 
         return traced
 
-    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+    def gradient(
+        self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str, **options: Any
+    ) -> Any:
         """Pull the upstream gradient back through the mode's transformation."""
         with _x64(mode), _path(mode):
             if mode not in _TRANSFORMED:
                 key = Key(seed).fold_in(step)
-                return jax.vjp(lambda v: dropout(v, p, key), x)[1](upstream)[0]
-            return self._compile_gradient(mode, p, {})(x, upstream, *make_step(seed, step))
+                return jax.vjp(lambda v: call(v, p, key, options), x)[1](upstream)[0]
+            return self._compile_gradient(mode, p, options)(x, upstream, *make_step(seed, step))
 
     def _compile_gradient(
         self, mode: str, p: float, options: Mapping[str, Any], function: Function = call

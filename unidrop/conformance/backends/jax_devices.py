@@ -36,6 +36,7 @@ class JaxOnTwoDevices(CoreBackend):
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "traces")),
+        "family_gradient": "the jax backend tests the gradients of members",
         "layer": "JAX has no layers; the flax backend has",
         "layer_gradient": "JAX has no layers; the flax backend has",
         "layouts": "JAX arrays have no strides",

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.adapters.keras import Dropout
+from unidrop.adapters.keras import AlphaDropout, Dropout, DropPath
 from unidrop.conformance import FUSED, eager_modes, missing_eager_modes, use_mode_path
 from unidrop.conformance.backends.keras_attention import AttentionOfVector, pack, unpack
 from unidrop.conformance.backends.keras_modes import (
@@ -44,6 +44,7 @@ class Keras:
     step_limit = 1 << 31
     capabilities: Mapping[str, str | None] = {
         **dict.fromkeys(("broadcast_axes", "gradient", "layer", "layer_gradient", "traces")),
+        **dict.fromkeys(("family", "family_gradient")),
         **dict.fromkeys(("attention", "attention_gradient")),
         "attention_windows": "a Keras layer has no windows",
         "windows": "a Keras layer has no windows",
@@ -63,7 +64,7 @@ class Keras:
         self.modes = tuple(dict.fromkeys((*eager_modes(ones), *self.compiled_modes, *fits)))
         self.missing_modes = {**MISSING[self._backend], **missing_eager_modes(ones)}
         if self._backend == "numpy":
-            names = "gradient", "layer_gradient", "attention_gradient"
+            names = "gradient", "layer_gradient", "attention_gradient", "family_gradient"
             lacking = dict.fromkeys(names, _NO_GRADIENT)
             self.capabilities = {**self.capabilities, **lacking}
         else:
@@ -111,12 +112,14 @@ class Keras:
         mode: str,
         training: bool = True,
         broadcast_axes: tuple[int, ...] = (),
+        **options: Any,
     ) -> Any:
         """Call a layer with its call number set to the step."""
         rank = len(x.shape)
         shared = {axis % rank for axis in broadcast_axes}
-        noise_shape = tuple(1 if axis in shared else None for axis in range(rank))
-        runner = self._cached_runner(p, seed, noise_shape if shared else None, x, mode)
+        if shared:
+            options["noise_shape"] = tuple(1 if axis in shared else None for axis in range(rank))
+        runner = self._cached_runner(p, seed, x, mode, **options)
         runner.calls = step
         try:
             with use_mode_path(mode):
@@ -126,14 +129,17 @@ class Keras:
             self._runners = {key: r for key, r in self._runners.items() if r is not runner}
             raise
 
-    def _cached_runner(self, p: Any, seed: int, noise_shape: Any, x: Any, mode: str) -> Any:
+    def _cached_runner(
+        self, p: Any, seed: int, x: Any, mode: str, *, member: str = "dropout", **options: Any
+    ) -> Any:
         # The call number is state of a layer, so threads must not share layers.
         dtype = keras.backend.standardize_dtype(x.dtype)
-        key = (p, type(p), seed, noise_shape, dtype, mode, get_ident())
+        key = (p, type(p), seed, member, tuple(options.items()), dtype, mode, get_ident())
         if key not in self._runners:
             policy = dtype if dtype in self.dtypes("eager") else "float32"
             with self.scope(mode):
-                layer = Dropout(p, noise_shape, seed=seed, dtype=policy, autocast=False)
+                options |= {"seed": seed, "dtype": policy, "autocast": False}
+                layer = _make_layer(member, p, options)
             self._runners[key] = self.make_runner(layer, mode)
         return self._runners[key]
 
@@ -153,9 +159,11 @@ class Keras:
         """Return the number of traces in all modes."""
         return torch_graphs() if self._backend == "torch" else self._traces
 
-    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+    def gradient(
+        self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str, **options: Any
+    ) -> Any:
         """Differentiate a call of the layer."""
-        runner = self._cached_runner(p, seed, None, x, mode)
+        runner = self._cached_runner(p, seed, x, mode, **options)
         runner.calls = step
         with use_mode_path(mode):
             _, pullback = runner.vjp(x)
@@ -227,6 +235,15 @@ class Keras:
         with self.scope(mode):
             layer = Dropout(p, seed=seed, dtype=dtype, autocast=False)
         return _Model(layer, self.make_runner(layer, mode), mode)
+
+
+def _make_layer(member: str, p: Any, options: dict[str, Any]) -> Dropout | AlphaDropout:
+    """Return a layer of a member of the family."""
+    if member == "feature_alpha_dropout":
+        options["noise_shape"] = (None, None, 1)  # of three axes
+    kinds: dict[str, Any] = {"dropout": Dropout, "drop_path": DropPath}
+    layer: Dropout | AlphaDropout = kinds.get(member, AlphaDropout)(p, **options)
+    return layer
 
 
 class _Model:

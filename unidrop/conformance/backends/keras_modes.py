@@ -40,6 +40,7 @@ REMAT_SCOPE = "RematScope"
 
 #: Exclusions of modes that train a model.
 FIT_EXCLUSIONS: Mapping[str, str] = {
+    "family": "the only example of a batch has one decision",
     **dict.fromkeys(("gradient", "layer_gradient"), "fit does not return gradients"),
     "attention": "the matrix fits models of one layer and one input",
 }

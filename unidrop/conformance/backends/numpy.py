@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import unidrop.adapters.numpy as adapter
 from unidrop import Key
-from unidrop.adapters.numpy import dropout, dropout_backward
 from unidrop.conformance import (
     FUSED,
     GENERAL,
@@ -27,7 +27,7 @@ class Numpy(CoreBackend):
     xp = np
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
-        **dict.fromkeys(("gradient", "layouts")),
+        **dict.fromkeys(("gradient", "family_gradient", "layouts")),
         "layer": "NumPy has no layers",
         "traced_key": "NumPy has no traced arrays",
     }
@@ -56,12 +56,16 @@ class Numpy(CoreBackend):
     def dropout(self, x: Any, p: Any, seed: int, step: int, *, mode: str, **options: Any) -> Any:
         """Call the adapter."""
         with use_mode_path(mode):
-            return dropout(x, p, key=Key(seed).fold_in(step), **options)
+            function = getattr(adapter, options.pop("member", "dropout"))
+            return function(x, p, key=Key(seed).fold_in(step), **options)
 
-    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+    def gradient(
+        self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str, **options: Any
+    ) -> Any:
         """Call the backward function."""
         with use_mode_path(mode):
-            return dropout_backward(upstream, p, key=Key(seed).fold_in(step))
+            function = getattr(adapter, options.pop("member", "dropout") + "_backward")
+            return function(upstream, p, key=Key(seed).fold_in(step), **options)
 
     def layouts(self, x: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Return the layouts that NumPy users meet."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop import dropout as core_dropout
-from unidrop.adapters.tensorflow import dropout, xla
+from unidrop.adapters.tensorflow import alpha_dropout, drop_path, dropout, xla
 from unidrop.conformance import (
     CoreBackend,
     eager_modes,
@@ -43,7 +43,7 @@ class TensorFlow(CoreBackend):
     compiled_modes = _COMPILED
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
-        **dict.fromkeys(("gradient", "traces")),
+        **dict.fromkeys(("gradient", "family_gradient", "traces")),
         "layer": "TensorFlow has no layers; the keras backend has",
         "layouts": "TensorFlow tensors have no strides",
     }
@@ -167,24 +167,26 @@ class TensorFlow(CoreBackend):
         """Return the number of traces in all modes."""
         return self._traces
 
-    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+    def gradient(
+        self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str, **options: Any
+    ) -> Any:
         """Differentiate with a tape: around a SavedModel, inside the function in other modes."""
         if mode == _SAVED:
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                y = self.dropout(x, p, seed, step, mode=mode)
+                y = self.dropout(x, p, seed, step, mode=mode, **options)
             return tape.gradient(y, x, upstream)
 
         def run(x: Any, upstream: Any, seed: Any, step: Any) -> Any:
             def forward(x: Any) -> Any:
-                return dropout(x, p, key=Key.from_words(seed[0], seed[1]).fold_in(step))
+                return _call(x, p, Key.from_words(seed[0], seed[1]).fold_in(step), options)
 
             with tf.GradientTape() as tape:
                 tape.watch(x)
                 y = (tf.recompute_grad(forward) if mode == _RECOMPUTED else forward)(x)
             return tape.gradient(y, x, upstream)
 
-        static = ("gradient", mode, p, x.dtype, tuple(x.shape))
+        static = ("gradient", mode, p, tuple(options.items()), x.dtype, tuple(x.shape))
         if static not in self._compiled:
             self._compiled[static] = self._function(run, mode)
         with use_mode_path(mode), _use_programs(mode):
@@ -224,6 +226,14 @@ def _save_and_load(function: Callable[..., Any], gradients: bool) -> Callable[..
 
 
 def _call(x: Any, p: Any, key: Key, options: dict[str, Any]) -> Any:
+    """Call a function of the family, or the core for options that it lacks."""
+    options = dict(options)
+    member = options.pop("member", "dropout")
+    if member == "feature_alpha_dropout":
+        return alpha_dropout(x, p, (None, None, *(1,) * (x.shape.rank - 2)), key=key)
+    if member != "dropout":
+        function: Callable[..., Any] = alpha_dropout if member == "alpha_dropout" else drop_path
+        return function(x, p, key=key, **options)
     if options.keys() & {"broadcast_axes", "training"}:
         return core_dropout(x, p, key, **options)
     return dropout(x, p, key=key, **options)

@@ -10,7 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from unidrop import Key
-from unidrop.adapters.torch import Dropout, dropout, scaled_dot_product_attention
+from unidrop.adapters.torch import (
+    Dropout,
+    alpha_dropout,
+    drop_path,
+    dropout,
+    feature_alpha_dropout,
+    scaled_dot_product_attention,
+)
 from unidrop.conformance import (
     FUSED,
     GENERAL,
@@ -41,7 +48,8 @@ class Torch(CoreBackend):
     xp = torch
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
-        **dict.fromkeys(("gradient", "layouts", "layer", "layer_gradient", "traces")),
+        **dict.fromkeys(("gradient", "family_gradient", "layouts", "traces")),
+        **dict.fromkeys(("layer", "layer_gradient")),
         **dict.fromkeys(("attention", "attention_gradient", "attention_windows")),
     }
     transforms: tuple[str, ...] = MODES
@@ -108,16 +116,18 @@ class Torch(CoreBackend):
             key_and_step = _key_and_step(seed, step, x.device)
             return call(self._module(p, mode, options), x, mode, *key_and_step)
         with use_mode_path(mode):
-            return dropout(x, p, key=Key(seed).fold_in(step), **options)
+            return _drop(x, p, Key(seed).fold_in(step), **options)
 
-    def gradient(self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str) -> Any:
+    def gradient(
+        self, x: Any, upstream: Any, p: float, seed: int, step: int, *, mode: str, **options: Any
+    ) -> Any:
         """Differentiate with autograd, or with the mode's own transformation."""
         if mode in self.transforms:
             key_and_step = _key_and_step(seed, step, x.device)
-            return vjp(self._module(p, mode, {}), x, mode, *key_and_step)[1](upstream)
+            return vjp(self._module(p, mode, options), x, mode, *key_and_step)[1](upstream)
         x = x.requires_grad_()
         with use_mode_path(mode):
-            y = dropout(x, p, key=Key(seed).fold_in(step))
+            y = _drop(x, p, Key(seed).fold_in(step), **options)
             return torch.autograd.grad(y, x, upstream)[0]
 
     def traces(self, mode: str) -> int:
@@ -215,7 +225,20 @@ class _Function(torch.nn.Module):
     def forward(self, x: torch.Tensor, words: torch.Tensor, step: torch.Tensor) -> Any:
         lo, hi = words.unbind()
         key = Key.from_words(lo, hi).fold_in(step)
-        return dropout(x, self.p, key=key, **self.options)
+        return _drop(x, self.p, key, **self.options)
+
+
+_MEMBERS: Mapping[str, Callable[..., Any]] = {
+    "dropout": dropout,
+    "alpha_dropout": alpha_dropout,
+    "drop_path": drop_path,
+    "feature_alpha_dropout": feature_alpha_dropout,
+}
+
+
+def _drop(x: torch.Tensor, p: Any, key: Key, *, member: str = "dropout", **options: Any) -> Any:
+    """Call a function of the family, in training unless the options say otherwise."""
+    return _MEMBERS[member](x, p, **{"training": True, **options}, key=key)
 
 
 def _attend(

@@ -6,7 +6,11 @@ capabilities instead. A contract that depends on the dtype runs for every dtype,
 """
 
 # Importing a module registers its contracts. The matrix shows them in this order.
-from unidrop.conformance.contracts import generator, masks, outputs, layers, attention, statistics  # noqa: F401, I001
+# ruff: isort: off
+from unidrop.conformance.contracts import generator, masks, outputs, layers  # noqa: F401
+from unidrop.conformance.contracts import family, attention, statistics  # noqa: F401
+
+# ruff: isort: on
 from unidrop.conformance.contracts.contract import CONTRACTS, SEED, Cell, Contract
 
 __all__ = ["CONTRACTS", "SEED", "Cell", "Contract"]

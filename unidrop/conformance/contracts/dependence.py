@@ -34,6 +34,8 @@ DEPENDENCIES: Mapping[str, tuple[str, ...]] = {
     "layer-resumes": ("layer-calls",),
     "layer-traces": ("layer-calls", "traces"),
     "layer-gradient": ("layer-calls", "gradient"),
+    "family-output": ("output", "broadcast-axes"),
+    "family-gradient": ("family-output", "gradient"),
     "attention-mask": ("mask",),
     "attention-output": ("attention-mask",),
     "attention-gradient": ("attention-output",),
