@@ -42,8 +42,9 @@ def test_trains_on_two_devices_as_on_one():
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_passes_keras_own_tests_of_dropout(backend):
-    tests = [str(KERAS_OWN / f"{name}_test.py") for name in ("dropout", "spatial_dropout")]
-    run_foreign_tests(backend, KERAS_OWN, "-p", "keras_own_tests", *tests, expected=14 + 9)
+    names = "alpha_dropout", "dropout", "spatial_dropout"
+    tests = [str(KERAS_OWN / f"{name}_test.py") for name in names]
+    run_foreign_tests(backend, KERAS_OWN, "-p", "keras_own_tests", *tests, expected=6 + 14 + 9)
 
 
 def test_runs_foreign_tests_without_configuration(tmp_path):
