@@ -303,7 +303,7 @@ def _drop(x: jax.Array, plan: DropoutPlan, key: Key) -> jax.Array:
 
 
 class AlphaDropout(Dropout):
-    """Set elements to the negative limit of SELU in training; keep mean and variance.
+    """Set elements to the negative limit of SELU in training; keep mean 0 and variance 1.
 
     Parameters, attributes, calls and errors are as in `Dropout`; complex inputs raise TypeError.
     With ``broadcast_dims``, whole channels are dropped. `unidrop.family.alpha_dropout` has the

@@ -437,7 +437,7 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
 
 @keras.saving.register_keras_serializable(package="unidrop")
 class AlphaDropout(_SeededLayerMixin, keras.layers.AlphaDropout):
-    """Set inputs to the negative limit of SELU at random; keep mean and variance.
+    """Set inputs to the negative limit of SELU at random; keep mean 0 and variance 1.
 
     Replaces `keras.layers.AlphaDropout`, with its ``noise_shape``; seed, calls and errors are as in
     `Dropout`. At rate 1, all outputs are 0. `unidrop.family.alpha_dropout` has the formula.

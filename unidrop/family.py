@@ -205,7 +205,7 @@ def alpha_dropout(
     start: Sequence[Any] | None = None,
     return_mask: bool = False,
 ) -> Any:
-    """Set elements to the negative limit of SELU with probability p; keep mean and variance.
+    """Set elements to the negative limit of SELU with probability p; keep mean 0 and variance 1.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ def alpha_dropout(
     start: Sequence[Any] | None = None,
     return_mask: bool = False,
 ) -> Any:
-    """Set elements to the negative limit of SELU with probability rate; keep mean and variance.
+    """Set elements to the negative limit of SELU with probability rate; keep mean 0 and variance 1.
 
     `unidrop.family.alpha_dropout` has the formula. Parameters, returns and errors are as in
     `dropout`; a complex x raises TypeError.

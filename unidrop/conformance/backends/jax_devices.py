@@ -36,6 +36,10 @@ class JaxOnTwoDevices(CoreBackend):
     capabilities: Mapping[str, str | None] = {
         **CoreBackend.core_capabilities,
         **dict.fromkeys(("gradient", "traces")),
+        **dict.fromkeys(
+            ("attention", "attention_gradient", "attention_windows"),
+            "the jax backend tests attention, and this one does not shard it",
+        ),
         "family_gradient": "the jax backend tests the gradients of members",
         "layer": "JAX has no layers; the flax backend has",
         "layer_gradient": "JAX has no layers; the flax backend has",
