@@ -101,7 +101,8 @@ def scaled_dot_product_attention(
     return_lse : bool, default False
         If True, the logarithm of the sum of the exponentials of each query's scores is returned
         too, of shape ``(*batch, heads, queries)``. It is differentiable. Blocks of keys merge to
-        the whole by ``softmax(lse)``, over blocks.
+        the whole by ``softmax(lse)``, over blocks. Not so for a query whose mask adds a number such
+        as -1e9 to all scores: its lse has no digits left for the number of keys.
 
     Returns
     -------
@@ -171,6 +172,10 @@ def scaled_dot_product_attention(
         _raise_own(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     if enable_gqa:
         heads = query.shape[-3]
+        if heads and 0 in (key.shape[-3], value.shape[-3]):
+            raise RuntimeError(
+                "Number of heads in key and value must divide the number of heads in query, got 0"
+            )
         key, value = (
             x if x.shape[-3] == heads else x.repeat_interleave(heads // x.shape[-3], -3)
             for x in (key, value)
@@ -250,6 +255,8 @@ def _is_usual(
 ) -> bool:
     """Return whether the arguments are valid, and the tensors have one batch."""
     if not all(isinstance(x, Tensor) for x in (query, key, value)):
+        return False
+    if not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool)):
         return False
     rank = query.dim()
     if rank < 2 + bool(enable_gqa) or key.dim() != rank or value.dim() != rank:
@@ -432,6 +439,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not isinstance(query, Tensor):
             proxy: tuple[Tensor, Tensor | None] = record_module(self, query, key, value, **options)
             return proxy
+        if self.training and query.is_nested:
+            raise TypeError("query must be a dense tensor, got a nested tensor")
         if not self.training or self.dropout == 0:
             return super().forward(query, key, value, **options)
         if not self._is_usual(query, key, value, key_padding_mask, attn_mask, is_causal):
@@ -568,7 +577,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         ):
             if mask is None:
                 continue
-            if not (mask.dtype is torch.bool or mask.is_floating_point()):
+            if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, query.dtype):
                 return False
             if tuple(mask.shape) not in shapes:
                 return False

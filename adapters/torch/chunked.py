@@ -227,13 +227,17 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
             return results
     with _without_autocast(query.device):
         tiles = _Tiles(query, key, value, *rest)
-        output = tiles.query.new_empty(tiles.count, tiles.queries, value.shape[-1])
+        # No views: a user may write to the output in place, and autograd lets nobody write to a
+        # view that a function of two outputs returns.
+        output = tiles.query.new_empty(*query.shape[:-1], value.shape[-1])
+        flat_output = output.view(tiles.count, tiles.queries, value.shape[-1])
         # The highest score, and the logarithm of the total of all differences to it. Their sum
         # would lose the second where scores are large, for example by a mask that adds -1e9.
-        sizes = tiles.query.new_empty(tiles.count, tiles.queries, 2)
+        sizes = tiles.query.new_empty(*query.shape[:-1], 2)
+        flat_sizes = sizes.view(tiles.count, tiles.queries, 2)
         for rows in tiles.blocks_of_queries():
-            sums = torch.zeros_like(output[:, rows])
-            total = torch.zeros_like(sizes[:, rows, :1])
+            sums = torch.zeros_like(flat_output[:, rows])
+            total = torch.zeros_like(flat_sizes[:, rows, :1])
             # Unlike -inf, the lowest number has a difference to scores of -inf.
             top = torch.full_like(total, torch.finfo(total.dtype).min)
             for columns in tiles.blocks_of_keys(rows):
@@ -245,10 +249,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
                 weights = tiles.drop(weights, rows, columns, inplace=True)
                 sums.mul_(shrink).baddbmm_(weights, tiles.value[:, columns])
             # The total of a query without keys is 0, and all others are at least 1.
-            torch.div(sums, total.clamp_min(0.5), out=output[:, rows])
-            sizes[:, rows] = torch.cat([top, total.log_()], -1)
-        shape = query.shape[:-1]
-        return output.to(query.dtype).view(*shape, value.shape[-1]), sizes.view(*shape, 2)
+            torch.div(sums, total.clamp_min(0.5), out=flat_output[:, rows])
+            flat_sizes[:, rows] = torch.cat([top, total.log_()], -1)
+        return output.to(query.dtype), sizes
 
 
 def _attention_backward(
@@ -349,14 +352,21 @@ def materialize(
         scores = scores.masked_fill(is_alone, 0.0)  # a gradient of -inf alone would be NaN
         weights = scores.softmax(-1).masked_fill(is_alone, 0.0)
         weights = dropout(weights, p, key=dropout_key, global_shape=global_shape, start=start)
-        lse = scores.logsumexp(-1).masked_fill(is_alone.squeeze(-1), -math.inf)
+        # The gradient of `logsumexp` would subtract a rounded sum: see `_attention`.
+        top = scores.detach().amax(-1, keepdim=True)
+        lse = (scores - top).exp().sum(-1).log() + top.squeeze(-1)
+        lse = lse.masked_fill(is_alone.squeeze(-1), -math.inf)
         return (weights @ value).to(dtype), lse
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, mask, dropout_key, p, is_causal, scale, global_shape, start = inputs
     ctx.is_operator = isinstance(dropout_key, Tensor)
-    tensors = query, key, value, mask, *output
+    saved, sizes = output
+    if any(ctx.needs_input_grad) and not must_stay(query):
+        # A user may write to the output, as to the one of PyTorch on a CPU. On a GPU, both raise.
+        saved = saved.clone()
+    tensors = query, key, value, mask, saved, sizes
     ctx.constants = p, is_causal, scale, global_shape
     if ctx.is_operator:
         ctx.save_for_backward(*tensors, dropout_key, start)
@@ -371,27 +381,23 @@ def _differentiate(ctx: Any, upstream: Tensor, upstream_sizes: Tensor) -> tuple[
     dropout_key, start = rest if ctx.is_operator else ctx.mask
     p, is_causal, scale, global_shape = ctx.constants
     needs_mask = mask is not None and ctx.needs_input_grad[3]
-    if torch.is_grad_enabled():
-        # Views, because the history of one tensor may contain another.
-        inputs = [x.view_as(x) for x in (query, key, value)]
-        inputs += [mask.view_as(mask)] if needs_mask else []
+    is_differentiated = torch.is_grad_enabled()
+    # Tiles write to tensors, and a batch of gradients of an older kind cannot be written.
+    if is_differentiated or torch._C._functorch.is_legacy_batchedtensor(upstream):
         first_key, first = _read(dropout_key, start, query.device)
-        outputs = materialize(
-            inputs[0],
-            inputs[1],
-            inputs[2],
-            inputs[3] if needs_mask else mask,
-            first_key,
-            p,
-            is_causal,
-            scale,
-            global_shape,
-            first,
-        )
+        constants = p, is_causal, scale, global_shape, first
+        with torch.enable_grad():
+            # Views, because the history of one tensor may contain another.
+            inputs = [x.view_as(x) for x in (query, key, value)]
+            inputs += [mask.view_as(mask)] if mask is not None and needs_mask else []
+            own_mask = inputs[3] if needs_mask else mask
+            outputs = materialize(inputs[0], inputs[1], inputs[2], own_mask, first_key, *constants)
         wanted = [x for x in inputs if x.requires_grad]
         count = 2 if outputs[1].requires_grad else 1  # values do not change the totals
         upstreams = (upstream, upstream_sizes[..., 0])[:count]
-        found = iter(torch.autograd.grad(outputs[:count], wanted, upstreams, create_graph=True))
+        found = iter(
+            torch.autograd.grad(outputs[:count], wanted, upstreams, create_graph=is_differentiated)
+        )
         gradients = [next(found) if x.requires_grad else None for x in inputs]
         gradients += [] if needs_mask else [None]
     else:

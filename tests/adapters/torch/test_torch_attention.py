@@ -257,6 +257,8 @@ REFUSED = {
     "groups": ((Q, K[:, :3], K[:, :3], None, P), {"enable_gqa": True}),
     "groups without heads": ((Q[0, 0], K[0, 0], K[0, 0], None, P), {"enable_gqa": True}),
     "scale": ((Q, K, K, None, P), {"scale": "1"}),
+    "number as is_causal": ((Q, K, K, None, P, 1), {}),
+    "none as enable_gqa": ((Q, K, K, None, P), {"enable_gqa": None}),
     "list": (([1], K, K, None, P), {}),
     "list of keys": ((Q, [1], K, None, P), {}),
 }
@@ -580,10 +582,50 @@ def test_has_the_gradient_of_a_query_with_a_mask_of_large_numbers(number):
     gradients = []
     for create_graph in (False, True):  # by tiles, and by all weights
         tensors = [x.clone().requires_grad_() for x in (query, key, value)]
-        y = scaled_dot_product_attention(*tensors, mask, 0.3, dropout_key=Key(7))
-        gradients.append(torch.autograd.grad(y.sum(), tensors, create_graph=create_graph))
+        y, lse = scaled_dot_product_attention(
+            *tensors, mask, 0.3, dropout_key=Key(7), return_lse=True
+        )
+        total = y.sum() + lse.clamp_min(number).sum()
+        gradients.append(torch.autograd.grad(total, tensors, create_graph=create_graph))
     for by_tiles, by_weights in zip(*gradients, strict=True):
         torch.testing.assert_close(by_tiles, by_weights, rtol=0, atol=1e-5)
+
+
+def test_lets_a_user_write_to_the_output():
+    def run(write, dtype):
+        (x,) = randoms((2, 5, 4), dtype=dtype)
+        y = write(ours(x, x, x))
+        return y, *torch.autograd.grad(y.square().sum(), x)
+
+    for dtype in (torch.float32, torch.float16):
+        in_place, new = run(lambda y: y.add_(1), dtype), run(lambda y: y + 1, dtype)
+        assert all(map(torch.equal, in_place, new))
+
+
+def test_lets_a_compiled_function_write_to_the_output():
+    (x,) = randoms((2, 5, 4))
+    y = torch.compile(lambda x: ours(x, x, x).add_(1), fullgraph=True, backend="aot_eager")(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    expected = ours(x, x, x) + 1
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), x)[0])
+
+
+def test_differentiates_a_batch_of_upstream_gradients():
+    query, key, value = inputs()
+    upstreams = torch.randn(3, *ours(query, key, value).shape, dtype=query.dtype)
+    y = ours(query, key, value)
+    found = torch.autograd.grad(y, (query, key, value), upstreams, is_grads_batched=True)
+    for i, upstream in enumerate(upstreams):
+        y = ours(query, key, value)
+        expected = torch.autograd.grad(y, (query, key, value), upstream)
+        torch.testing.assert_close(tuple(x[i] for x in found), expected)
+
+
+def test_names_the_heads_that_groups_lack():
+    none = torch.ones(2, 0, 7, 8)
+    with pytest.raises(RuntimeError, match="must divide the number of heads in query, got 0"):
+        scaled_dot_product_attention(Q, none, none, dropout_p=P, enable_gqa=True)
 
 
 def test_differentiates_the_gradient_of_values_alone():

@@ -171,6 +171,8 @@ REFUSED = {
     "mask": ((X, X, X), {"attn_mask": torch.zeros(5, 4)}),
     "mask of heads": ((X, X, X), {"attn_mask": torch.zeros(3, 5, 5)}),
     "dtype of mask": ((X, X, X), {"attn_mask": torch.zeros(5, 5, dtype=torch.int)}),
+    "half mask": ((X, X, X), {"attn_mask": torch.zeros(5, 5, dtype=torch.float16)}),
+    "float64 padding": ((X, X, X), {"key_padding_mask": torch.zeros(3, 5, dtype=torch.float64)}),
     "hint without mask": ((X, X, X), {"is_causal": True}),
     "dtype": ((X.double(), X.double(), X.double()), {}),
 }
