@@ -227,7 +227,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
             return results
     with _without_autocast(query.device):
         tiles = _Tiles(query, key, value, *rest)
-        # No views: a user may write to the output in place, and autograd lets nobody write to a
+        # No views: a user may write to the output in place, and autograd refuses writes to a
         # view that a function of two outputs returns.
         output = tiles.query.new_empty(*query.shape[:-1], value.shape[-1])
         flat_output = output.view(tiles.count, tiles.queries, value.shape[-1])
