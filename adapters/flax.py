@@ -24,7 +24,7 @@ from unidrop.adapters.jax.functional import as_array, as_key, check_lengths
 from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.arguments import checked_integer
-from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_path
+from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_key, plan_drop_path
 from unidrop.key import Key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
@@ -32,6 +32,7 @@ from unidrop.rate import Rate
 
 __all__ = [
     "AlphaDropout",
+    "DropKey",
     "DropPath",
     "Dropout",
     "DropoutCalls",
@@ -319,6 +320,24 @@ class AlphaDropout(Dropout):
 
     def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
         return plan_alpha_dropout(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
+
+
+class DropKey(Dropout):
+    """Set scores of attention to minus infinity in training, before the softmax.
+
+    Parameters, attributes, calls and errors are as in `Dropout`; complex inputs raise TypeError.
+    `unidrop.family.drop_key` has the details.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import DropKey
+    >>> DropKey(0.5)(jax.numpy.ones(6), rngs=jax.random.key(42))
+    Array([  1., -inf, -inf, -inf, -inf,   1.], dtype=float32)
+    """
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        return plan_drop_key(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
 
 
 class DropPath(Dropout):

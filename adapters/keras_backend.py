@@ -2,6 +2,7 @@
 
 import math
 import sys
+import threading
 from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ __all__ = [
     "check_loop",
     "find_replica",
     "forget_programs",
+    "get_replica_thread",
     "make_increment",
     "restore_value",
     "writes_legacy_file",
@@ -78,6 +80,11 @@ def advance_eagerly(state: Any) -> Any | None:
 @cache
 def _make_eager_increment(dtype: Any) -> Any:
     return tf.constant([0, 1], dtype)
+
+
+def get_replica_thread() -> int:
+    """Return the thread, which is the replica's own on TensorFlow; 0 on other backends."""
+    return threading.get_ident() if keras.backend.backend() == "tensorflow" else 0
 
 
 def forget_programs() -> None:

@@ -24,6 +24,12 @@ _REPLACED = (
     keras.layers.MultiHeadAttention,
     keras.layers.GroupQueryAttention,
     keras.layers.Attention,
+    keras.layers.LSTM,
+    keras.layers.GRU,
+    keras.layers.SimpleRNN,
+    keras.layers.LSTMCell,
+    keras.layers.GRUCell,
+    keras.layers.SimpleRNNCell,
 )
 # Types that may hold layers.
 _HOLDERS = (keras.layers.Layer, dict, list, tuple)

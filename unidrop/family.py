@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, Self
 
 from unidrop.dtypes import compute_dtype, dtype_name
 from unidrop.key import Key, check_key
+from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
@@ -20,11 +21,15 @@ __all__ = [
     "Mode",
     "alpha_dropout",
     "check_mode",
+    "drop_key",
     "drop_path",
     "feature_alpha_dropout",
+    "locked_dropout",
     "plan_alpha_dropout",
+    "plan_drop_key",
     "plan_drop_path",
     "plan_feature_alpha_dropout",
+    "plan_locked_dropout",
 ]
 
 #: What shares one decision in `drop_path`: a row is an element of the first axis.
@@ -89,9 +94,10 @@ def plan_drop_path(
 ) -> DropoutPlan:
     """Return the plan of `drop_path`; ``options`` are as in `DropoutPlan.from_args`."""
     check_mode(mode)
+    name = options.get("name", "x")
+    get_library(x, name)  # raises TypeError if x is not an array
     first = 1 if mode == "row" else 0
     if len(x.shape) < first:
-        name = options.get("name", "x")
         raise ValueError(f"{name} must have an axis of rows for drop_path, got shape ()")
     rate = rate if scale_by_keep else rate.with_scale(1.0)
     axes = tuple(range(first, len(x.shape)))
@@ -100,10 +106,7 @@ def plan_drop_path(
 
 def plan_alpha_dropout(x: Any, rate: Rate, **options: Any) -> DropoutPlan:
     """Return the plan of `alpha_dropout`; ``options`` are as in `DropoutPlan.from_args`."""
-    plan = DropoutPlan.from_args(x, rate, **options)
-    if dtype_name(x.dtype).startswith("complex"):
-        name = options.get("name", "x")
-        raise TypeError(f"{name} must be of a real dtype for alpha dropout, got {x.dtype}")
+    plan = _plan_real("alpha dropout", x, rate, **options)
     p = rate.p
     if p in (0, 1):  # the limit of the formula at 1 is 0
         return plan
@@ -115,14 +118,41 @@ def plan_alpha_dropout(x: Any, rate: Rate, **options: Any) -> DropoutPlan:
 
 def plan_feature_alpha_dropout(x: Any, rate: Rate, **options: Any) -> DropoutPlan:
     """Return the plan of `feature_alpha_dropout`; ``options`` as in `plan_alpha_dropout`."""
+    name = options.get("name", "x")
+    get_library(x, name)
     if len(x.shape) < 2:
-        name = options.get("name", "x")
         raise ValueError(
             f"{name} must have axes of rows and channels for feature alpha dropout, got shape "
             f"{tuple(x.shape)}"
         )
     axes = tuple(range(2, len(x.shape)))
     return plan_alpha_dropout(x, rate, broadcast_axes=axes, **options)
+
+
+def plan_drop_key(x: Any, rate: Rate, **options: Any) -> DropoutPlan:
+    """Return the plan of `drop_key`; ``options`` are as in `DropoutPlan.from_args`."""
+    plan = _plan_real("drop_key", x, rate, **options)
+    return AffinePlan.from_plan(plan, scale=1.0, shift=0.0, fill=-math.inf)
+
+
+def plan_locked_dropout(x: Any, rate: Rate, *, axis: int, **options: Any) -> DropoutPlan:
+    """Return the plan of `locked_dropout`; ``options`` are as in `DropoutPlan.from_args`."""
+    get_library(x, options.get("name", "x"))
+    ndim = len(x.shape)
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis must be an integer, got {axis!r}")
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis must be an axis of an array of shape {tuple(x.shape)}, got {axis}")
+    return DropoutPlan.from_args(x, rate, broadcast_axes=(axis,), **options)
+
+
+def _plan_real(member: str, x: Any, rate: Rate, **options: Any) -> DropoutPlan:
+    """Return the plan of `dropout`; raises TypeError if x is complex."""
+    plan = DropoutPlan.from_args(x, rate, **options)
+    if dtype_name(x.dtype).startswith("complex"):
+        name = options.get("name", "x")
+        raise TypeError(f"{name} must be of a real dtype for {member}, got {x.dtype}")
+    return plan
 
 
 def drop_path(
@@ -282,5 +312,129 @@ def feature_alpha_dropout(
     check_key(key)
     plan = plan_feature_alpha_dropout(
         x, Rate.from_p(p), training=training, global_shape=global_shape, start=start
+    )
+    return plan.call(x, key, return_mask)
+
+
+def drop_key(
+    x: Any,
+    p: float,
+    key: Key,
+    *,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Set scores of attention to minus infinity with probability p, before the softmax.
+
+    Parameters
+    ----------
+    x : array
+        The scores, such as of shape ``(batch, heads, queries, keys)``; float16, bfloat16, float32
+        or float64; libraries as in `dropout`.
+    p : int or float
+        The probability of dropping a score, in [0, 1].
+    key : Key
+        The name of the mask. The mask is the one of `dropout`.
+    training, broadcast_axes, global_shape, start, return_mask
+        As in `dropout`.
+
+    Returns
+    -------
+    y : array
+        Of x's shape and dtype. Kept scores are unchanged, and dropped ones are minus infinity.
+        After the softmax, dropped keys have the weight 0, and the weights of a query add up to 1.
+    mask : array of bool
+        Only with ``return_mask``: True for kept scores.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; TypeError if x is complex.
+
+    Notes
+    -----
+    A query that loses its n keys, with probability ``p**n``, has no finite score. The softmax then
+    returns NaN in most libraries.
+
+    B. Li et al., "DropKey for vision transformer", CVPR 2023.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from unidrop import Key
+    >>> from unidrop.family import drop_key
+    >>> drop_key(numpy.ones(6), 0.5, Key(42))
+    array([  1., -inf, -inf, -inf, -inf,   1.])
+    """
+    check_key(key)
+    plan = plan_drop_key(
+        x,
+        Rate.from_p(p),
+        training=training,
+        broadcast_axes=broadcast_axes,
+        global_shape=global_shape,
+        start=start,
+    )
+    return plan.call(x, key, return_mask)
+
+
+def locked_dropout(
+    x: Any,
+    p: float,
+    key: Key,
+    *,
+    axis: int,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Apply dropout with one mask for all timesteps of a sequence: variational dropout.
+
+    Parameters
+    ----------
+    x : array
+        The sequences; dtypes and libraries as in `dropout`.
+    p : int or float
+        The probability of dropping a feature of a sequence, in [0, 1].
+    key : Key
+        The name of the mask. The mask is the one of `dropout` with ``broadcast_axes=(axis,)``.
+    axis : int
+        The axis of time: 0 for ``(time, batch, features)``, and 1 for ``(batch, time, features)``.
+    training, global_shape, start, return_mask
+        As in `dropout`.
+
+    Returns
+    -------
+    y, mask
+        As in `dropout`; the mask has length 1 along the axis.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; TypeError if axis is not an integer, ValueError if x has no such axis.
+
+    Notes
+    -----
+    Y. Gal, Z. Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+    networks", NeurIPS 2016; S. Merity et al., "Regularizing and optimizing LSTM language models",
+    ICLR 2018.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from unidrop import Key
+    >>> from unidrop.family import locked_dropout
+    >>> locked_dropout(numpy.ones((3, 1, 6)), 0.5, Key(42), axis=0)[:, 0]
+    array([[2., 0., 0., 0., 0., 2.],
+           [2., 0., 0., 0., 0., 2.],
+           [2., 0., 0., 0., 0., 2.]])
+    """
+    check_key(key)
+    plan = plan_locked_dropout(
+        x, Rate.from_p(p), axis=axis, training=training, global_shape=global_shape, start=start
     )
     return plan.call(x, key, return_mask)

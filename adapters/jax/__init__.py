@@ -1,14 +1,22 @@
 """Dropout for JAX: a pure function of an array, a rate and a key, under every transformation."""
 
 from unidrop.adapters.jax.attention import dot_product_attention
-from unidrop.adapters.jax.family import alpha_dropout, drop_path, feature_alpha_dropout
+from unidrop.adapters.jax.family import (
+    alpha_dropout,
+    drop_key,
+    drop_path,
+    feature_alpha_dropout,
+    locked_dropout,
+)
 from unidrop.adapters.jax.functional import as_key, dropout
 
 __all__ = [
     "alpha_dropout",
     "as_key",
     "dot_product_attention",
+    "drop_key",
     "drop_path",
     "dropout",
     "feature_alpha_dropout",
+    "locked_dropout",
 ]

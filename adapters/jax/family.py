@@ -10,12 +10,14 @@ from unidrop.adapters.jax.functional import run
 from unidrop.family import (
     Mode,
     plan_alpha_dropout,
+    plan_drop_key,
     plan_drop_path,
     plan_feature_alpha_dropout,
+    plan_locked_dropout,
 )
 from unidrop.key import Key
 
-__all__ = ["alpha_dropout", "drop_path", "feature_alpha_dropout"]
+__all__ = ["alpha_dropout", "drop_key", "drop_path", "feature_alpha_dropout", "locked_dropout"]
 
 
 def alpha_dropout(
@@ -68,6 +70,38 @@ def feature_alpha_dropout(
     return run(plan_feature_alpha_dropout, x, rate, key, deterministic, return_mask, **options)
 
 
+def drop_key(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
+    *,
+    deterministic: bool = False,
+    broadcast_dims: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Set scores of attention to minus infinity with probability rate, before the softmax.
+
+    `unidrop.family.drop_key` has the details. Parameters, returns and errors are as in `dropout`; a
+    complex x raises TypeError.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import drop_key
+    >>> drop_key(jax.numpy.ones(6), 0.5, Key(42))
+    Array([  1., -inf, -inf, -inf, -inf,   1.], dtype=float32)
+    """
+    options: dict[str, Any] = {
+        "broadcast_axes": broadcast_dims,
+        "global_shape": global_shape,
+        "start": start,
+    }
+    return run(plan_drop_key, x, rate, key, deterministic, return_mask, **options)
+
+
 def drop_path(
     x: ArrayLike,
     rate: float,
@@ -112,3 +146,32 @@ def drop_path(
     options: dict[str, Any] = {"mode": mode, "scale_by_keep": scale_by_keep}
     options |= {"global_shape": global_shape, "start": start}
     return run(plan_drop_path, x, rate, key, deterministic, return_mask, **options)
+
+
+def locked_dropout(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
+    *,
+    axis: int,
+    deterministic: bool = False,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Apply dropout with one mask for all timesteps, which are the elements along an axis.
+
+    `unidrop.family.locked_dropout` has the details. The other parameters, returns and errors are as
+    in `dropout`; ValueError if x has no such axis.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import locked_dropout
+    >>> locked_dropout(jax.numpy.ones((2, 1, 6)), 0.5, Key(42), axis=0)[:, 0]
+    Array([[2., 0., 0., 0., 0., 2.],
+           [2., 0., 0., 0., 0., 2.]], dtype=float32)
+    """
+    options: dict[str, Any] = {"axis": axis, "global_shape": global_shape, "start": start}
+    return run(plan_locked_dropout, x, rate, key, deterministic, return_mask, **options)

@@ -3,20 +3,28 @@
 from unidrop.adapters.numpy.family import (
     alpha_dropout,
     alpha_dropout_backward,
+    drop_key,
+    drop_key_backward,
     drop_path,
     drop_path_backward,
     feature_alpha_dropout,
     feature_alpha_dropout_backward,
+    locked_dropout,
+    locked_dropout_backward,
 )
 from unidrop.adapters.numpy.functional import dropout, dropout_backward
 
 __all__ = [
     "alpha_dropout",
     "alpha_dropout_backward",
+    "drop_key",
+    "drop_key_backward",
     "drop_path",
     "drop_path_backward",
     "dropout",
     "dropout_backward",
     "feature_alpha_dropout",
     "feature_alpha_dropout_backward",
+    "locked_dropout",
+    "locked_dropout_backward",
 ]

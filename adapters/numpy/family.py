@@ -16,8 +16,10 @@ from unidrop.adapters.numpy.functional import (
 from unidrop.family import (
     Mode,
     plan_alpha_dropout,
+    plan_drop_key,
     plan_drop_path,
     plan_feature_alpha_dropout,
+    plan_locked_dropout,
 )
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
@@ -26,10 +28,14 @@ from unidrop.rate import Rate
 __all__ = [
     "alpha_dropout",
     "alpha_dropout_backward",
+    "drop_key",
+    "drop_key_backward",
     "drop_path",
     "drop_path_backward",
     "feature_alpha_dropout",
     "feature_alpha_dropout_backward",
+    "locked_dropout",
+    "locked_dropout_backward",
 ]
 
 
@@ -192,6 +198,103 @@ def drop_path_backward(
     options: dict[str, Any] = {"mode": mode, "scale_by_keep": scale_by_keep, "training": training}
     options |= {"global_shape": global_shape, "start": start}
     return _run_backward(plan_drop_path, grad, p, key, out, **options)
+
+
+def drop_key(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Set scores of attention to minus infinity with probability p, before the softmax.
+
+    `unidrop.family.drop_key` has the details. Parameters, returns and errors are as in `dropout`; a
+    complex x raises TypeError.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import drop_key
+    >>> drop_key(np.ones(6), 0.5, key=Key(42))
+    array([  1., -inf, -inf, -inf, -inf,   1.])
+    """
+    options: dict[str, Any] = {"training": training, "broadcast_axes": broadcast_axes}
+    options |= {"global_shape": global_shape, "start": start}
+    return _run(plan_drop_key, x, p, key, rng, return_mask, out, **options)
+
+
+def drop_key_backward(
+    grad: ArrayLike,
+    p: float = 0.5,
+    *,
+    key: Key | None = None,
+    training: bool = True,
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return the gradient of `drop_key`; arguments and errors as in `dropout_backward`."""
+    options: dict[str, Any] = {"training": training, "broadcast_axes": broadcast_axes}
+    options |= {"global_shape": global_shape, "start": start}
+    return _run_backward(plan_drop_key, grad, p, key, out, **options)
+
+
+def locked_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    axis: int,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Apply dropout with one mask for all timesteps, which are the elements along an axis.
+
+    `unidrop.family.locked_dropout` has the details. The other parameters, returns and errors are as
+    in `dropout`; ValueError if x has no such axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import locked_dropout
+    >>> locked_dropout(np.ones((2, 1, 6)), 0.5, axis=0, key=Key(42))[:, 0]
+    array([[2., 0., 0., 0., 0., 2.],
+           [2., 0., 0., 0., 0., 2.]])
+    """
+    options: dict[str, Any] = {"axis": axis, "training": training}
+    options |= {"global_shape": global_shape, "start": start}
+    return _run(plan_locked_dropout, x, p, key, rng, return_mask, out, **options)
+
+
+def locked_dropout_backward(
+    grad: ArrayLike,
+    p: float = 0.5,
+    *,
+    axis: int,
+    key: Key | None = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return the gradient of `locked_dropout`; arguments as there and in `dropout_backward`."""
+    options: dict[str, Any] = {"axis": axis, "training": training}
+    options |= {"global_shape": global_shape, "start": start}
+    return _run_backward(plan_locked_dropout, grad, p, key, out, **options)
 
 
 def _run(

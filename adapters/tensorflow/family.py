@@ -7,12 +7,18 @@ from typing import Any
 import tensorflow as tf
 
 from unidrop.adapters.tensorflow.functional import as_tensor, get_axes
-from unidrop.family import Mode, plan_alpha_dropout, plan_drop_path
+from unidrop.family import (
+    Mode,
+    plan_alpha_dropout,
+    plan_drop_key,
+    plan_drop_path,
+    plan_locked_dropout,
+)
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["alpha_dropout", "drop_path"]
+__all__ = ["alpha_dropout", "drop_key", "drop_path", "locked_dropout"]
 
 
 def alpha_dropout(
@@ -43,6 +49,38 @@ def alpha_dropout(
     def make_plan(x: Any, rate: Rate) -> DropoutPlan:
         options: dict[str, Any] = {"global_shape": global_shape, "start": start}
         return plan_alpha_dropout(x, rate, broadcast_axes=get_axes(noise_shape, x), **options)
+
+    return _run(make_plan, x, rate, key, return_mask, name)
+
+
+def drop_key(
+    x: Any,
+    rate: float,
+    noise_shape: Sequence[int | None] | None = None,
+    *,
+    key: Key,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+    name: str | None = None,
+) -> Any:
+    """Set scores of attention to minus infinity with probability rate, before the softmax.
+
+    `unidrop.family.drop_key` has the details. Parameters, returns and errors are as in `dropout`; a
+    complex x raises TypeError.
+
+    Examples
+    --------
+    >>> import tensorflow as tf
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.tensorflow import drop_key
+    >>> drop_key(tf.ones(6), 0.5, key=Key(42)).numpy()
+    array([  1., -inf, -inf, -inf, -inf,   1.], dtype=float32)
+    """
+
+    def make_plan(x: Any, rate: Rate) -> DropoutPlan:
+        options: dict[str, Any] = {"global_shape": global_shape, "start": start}
+        return plan_drop_key(x, rate, broadcast_axes=get_axes(noise_shape, x), **options)
 
     return _run(make_plan, x, rate, key, return_mask, name)
 
@@ -96,6 +134,39 @@ def drop_path(
             "scale_by_keep": scale_by_keep,
         }
         return plan_drop_path(x, rate, mode=mode, **options)
+
+    return _run(make_plan, x, rate, key, return_mask, name)
+
+
+def locked_dropout(
+    x: Any,
+    rate: float,
+    *,
+    axis: int,
+    key: Key,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+    name: str | None = None,
+) -> Any:
+    """Apply dropout with one mask for all timesteps, which are the elements along an axis.
+
+    `unidrop.family.locked_dropout` has the details. The other parameters, returns and errors are as
+    in `dropout`; ValueError if x has no such axis.
+
+    Examples
+    --------
+    >>> import tensorflow as tf
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.tensorflow import locked_dropout
+    >>> locked_dropout(tf.ones((1, 2, 6)), 0.5, axis=1, key=Key(42))[0].numpy()
+    array([[2., 0., 0., 0., 0., 2.],
+           [2., 0., 0., 0., 0., 2.]], dtype=float32)
+    """
+
+    def make_plan(x: Any, rate: Rate) -> DropoutPlan:
+        options: dict[str, Any] = {"global_shape": global_shape, "start": start}
+        return plan_locked_dropout(x, rate, axis=axis, **options)
 
     return _run(make_plan, x, rate, key, return_mask, name)
 

@@ -7,12 +7,16 @@ scaled_dot_product_attention, MultiheadAttention (2.13).
 from unidrop.adapters.torch.attention import MultiheadAttention, scaled_dot_product_attention
 from unidrop.adapters.torch.family import (
     AlphaDropout,
+    DropKey,
     DropPath,
     FeatureAlphaDropout,
+    LockedDropout,
     StochasticDepth,
     alpha_dropout,
+    drop_key,
     drop_path,
     feature_alpha_dropout,
+    locked_dropout,
     stochastic_depth,
 )
 from unidrop.adapters.torch.functional import dropout, dropout1d, dropout2d, dropout3d
@@ -21,22 +25,26 @@ from unidrop.adapters.torch.seeds import assign_seeds
 
 __all__ = [
     "AlphaDropout",
+    "DropKey",
     "DropPath",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
     "FeatureAlphaDropout",
+    "LockedDropout",
     "MultiheadAttention",
     "StochasticDepth",
     "alpha_dropout",
     "assign_seeds",
+    "drop_key",
     "drop_path",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
     "feature_alpha_dropout",
+    "locked_dropout",
     "scaled_dot_product_attention",
     "stochastic_depth",
 ]

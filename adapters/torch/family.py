@@ -1,7 +1,8 @@
 """Members of the family of dropout, under the names of `torch.nn`, timm and torchvision.
 
 PyTorch documentation: torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout (2.13); timm:
-timm.layers.DropPath (1.0); torchvision: torchvision.ops.StochasticDepth (0.28).
+timm.layers.DropPath (1.0); torchvision: torchvision.ops.StochasticDepth (0.28); PyTorch-NLP:
+torchnlp.nn.LockedDropout (0.5).
 """
 
 from abc import abstractmethod
@@ -18,8 +19,10 @@ from unidrop.family import (
     Mode,
     check_mode,
     plan_alpha_dropout,
+    plan_drop_key,
     plan_drop_path,
     plan_feature_alpha_dropout,
+    plan_locked_dropout,
 )
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
@@ -27,12 +30,16 @@ from unidrop.rate import Rate
 
 __all__ = [
     "AlphaDropout",
+    "DropKey",
     "DropPath",
     "FeatureAlphaDropout",
+    "LockedDropout",
     "StochasticDepth",
     "alpha_dropout",
+    "drop_key",
     "drop_path",
     "feature_alpha_dropout",
+    "locked_dropout",
     "stochastic_depth",
 ]
 
@@ -169,6 +176,98 @@ def stochastic_depth(
     if not isinstance(input, Tensor):
         return call_override(stochastic_depth, input, p, mode, training, **options)
     return _run(plan_drop_path, input, Rate.from_p(p), training, False, mode=mode, **options)
+
+
+def drop_key(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+    broadcast_axes: Sequence[int] = (),
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Set scores of attention to minus infinity with probability p, before the softmax.
+
+    `unidrop.family.drop_key` has the details. Parameters, returns and errors are as in `dropout`;
+    complex inputs raise TypeError.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.torch import drop_key
+    >>> drop_key(torch.ones(6), 0.5, key=Key(42))
+    tensor([1., -inf, -inf, -inf, -inf, 1.])
+    """
+    options: dict[str, Any] = {"key": key, "global_shape": global_shape, "start": start}
+    options |= {"broadcast_axes": broadcast_axes, "return_mask": return_mask}
+    if not isinstance(input, Tensor):
+        return call_override(drop_key, input, p, training, inplace, **options)
+    return _run(plan_drop_key, input, Rate.from_p(p), training, inplace, **options)
+
+
+def locked_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    batch_first: bool = False,
+    *,
+    key: Key | None = None,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_mask: bool = False,
+) -> Any:
+    """Apply dropout with one mask for all timesteps of a sequence: variational dropout.
+
+    Parameters
+    ----------
+    input : torch.Tensor
+        Sequences as in `torch.nn.LSTM`: (L, N, H), or (N, L, H) with batch_first, or (L, H).
+    p : int or float, default 0.5
+        The probability of zeroing a feature of a sequence, in [0, 1].
+    training : bool, default True
+        If False, the input is returned unchanged.
+    batch_first : bool, default False
+        If True, the batch is the first of three axes.
+    key, global_shape, start, return_mask
+        As in `dropout`.
+
+    Returns
+    -------
+    output, mask
+        As in `dropout`; the mask has length 1 along the axis of time.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; ValueError if the input has neither two nor three axes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.torch import locked_dropout
+    >>> locked_dropout(torch.ones(2, 1, 6), 0.5, key=Key(42))[:, 0]
+    tensor([[2., 0., 0., 0., 0., 2.],
+            [2., 0., 0., 0., 0., 2.]])
+    """
+    options: dict[str, Any] = {"key": key, "global_shape": global_shape, "start": start}
+    options["return_mask"] = return_mask
+    if not isinstance(input, Tensor):
+        return call_override(locked_dropout, input, p, training, batch_first, **options)
+    options["axis"] = _get_time_axis(input, batch_first)
+    return _run(plan_locked_dropout, input, Rate.from_p(p), training, False, **options)
+
+
+def _get_time_axis(input: Tensor, batch_first: bool) -> int:
+    """Return the axis of time, where `torch.nn.LSTM` has it."""
+    if input.dim() not in (2, 3):
+        raise ValueError(f"input must have 2 or 3 axes, got shape {tuple(input.shape)}")
+    return 1 if batch_first and input.dim() == 3 else 0
 
 
 def _run(
@@ -338,4 +437,70 @@ class StochasticDepth(_Member):
     def extra_repr(self) -> str:
         """Return the text of torchvision, and the seed if there is one."""
         text = f"p={self.p}, mode={self.mode}"
+        return text if self.seed is None else f"{text}, seed={self.seed}"
+
+
+class DropKey(_Member):
+    """Set scores of attention to minus infinity in training, before the softmax.
+
+    Parameters, attributes and errors are as in `Dropout`; complex inputs raise TypeError.
+    `unidrop.family.drop_key` has the details.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop.adapters.torch import DropKey
+    >>> DropKey(0.5, seed=42)(torch.ones(4))
+    tensor([1., 1., -inf, -inf])
+    """
+
+    def _plan(self, input: Tensor) -> DropoutPlan:
+        return plan_drop_key(input, Rate.from_p(self.p), training=self.training, name="input")
+
+
+class LockedDropout(_Member):
+    """Apply dropout with one mask for all timesteps in training, as `torchnlp.nn.LockedDropout`.
+
+    Parameters
+    ----------
+    p : int or float, default 0.5
+        The probability of zeroing a feature of a sequence, in [0, 1].
+    batch_first : bool, default False
+        If True, inputs have the shape (N, L, H), and otherwise (L, N, H), as in `torch.nn.LSTM`.
+        (L, H) has no batch.
+    seed : int or unidrop.Key, optional
+        As in `Dropout`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Dropout`; ValueError if an input has neither two nor three axes.
+
+    Notes
+    -----
+    S. Merity et al., "Regularizing and optimizing LSTM language models", ICLR 2018.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop.adapters.torch import LockedDropout
+    >>> LockedDropout(0.5, seed=42)(torch.ones(2, 1, 4))[:, 0]
+    tensor([[2., 2., 0., 0.],
+            [2., 2., 0., 0.]])
+    """
+
+    def __init__(
+        self, p: float = 0.5, batch_first: bool = False, *, seed: int | Key | None = None
+    ) -> None:
+        super().__init__(p, seed=seed)
+        self.batch_first = batch_first
+
+    def _plan(self, input: Tensor) -> DropoutPlan:
+        axis = _get_time_axis(input, self.batch_first)
+        rate = Rate.from_p(self.p)
+        return plan_locked_dropout(input, rate, axis=axis, training=self.training, name="input")
+
+    def extra_repr(self) -> str:
+        """Return the text of PyTorch-NLP, and other arguments than its own."""
+        text = f"p={self.p}" + (", batch_first=True" if self.batch_first else "")
         return text if self.seed is None else f"{text}, seed={self.seed}"

@@ -36,6 +36,8 @@ def call_numpy(name, x, key, **options):
 
 def call_torch(name, x, key, **options):
     function = getattr(for_torch, name)
+    if "axis" in options:
+        options = {"batch_first": options["axis"] == 1}
     return function(x, P, training=True, key=key, **options)
 
 
@@ -52,6 +54,8 @@ def call_tensorflow(name, x, key, **options):
 MEMBERS = {
     "alpha": ("alpha_dropout", {}),
     "feature alpha": ("feature_alpha_dropout", {}),
+    "key": ("drop_key", {}),
+    "locked": ("locked_dropout", {"axis": 1}),
     "path": ("drop_path", {}),
     "path unscaled": ("drop_path", {"scale_by_keep": False}),
 }
@@ -138,7 +142,8 @@ def gradient_of_numpy(name, options):
 def test_gives_the_gradient_of_the_formula(name, options):
     y, mask = call_core(name, X, KEY, **options, return_mask=True)
     shifted = call_core(name, X + np.float32(1), KEY, **options)
-    slope = np.where(mask, shifted - y, 0)
+    slope = np.zeros_like(X)
+    np.subtract(shifted, y, out=slope, where=np.broadcast_to(mask, X.shape))
     np.testing.assert_allclose(
         gradient_of_numpy(name, options), UPSTREAM * slope, rtol=1e-5, atol=1e-5
     )
@@ -178,11 +183,14 @@ LAYERS = {
         lambda: for_torch.FeatureAlphaDropout(P, seed=KEY),
         "feature_alpha_dropout",
     ),
+    "torch key": (lambda: for_torch.DropKey(P, seed=KEY), "drop_key"),
     "torch path": (lambda: for_torch.DropPath(P, seed=KEY), "drop_path"),
     "torch depth": (lambda: for_torch.StochasticDepth(P, "row", seed=KEY), "drop_path"),
     "keras alpha": (lambda: for_keras.AlphaDropout(P, seed=KEY), "alpha_dropout"),
+    "keras key": (lambda: for_keras.DropKey(P, seed=KEY), "drop_key"),
     "keras path": (lambda: for_keras.DropPath(P, seed=KEY), "drop_path"),
     "flax alpha": (lambda: for_flax.AlphaDropout(P, seed=KEY), "alpha_dropout"),
+    "flax key": (lambda: for_flax.DropKey(P, seed=KEY), "drop_key"),
     "flax path": (lambda: for_flax.DropPath(P, seed=KEY), "drop_path"),
 }
 
@@ -236,6 +244,10 @@ def test_describes_modules_as_their_libraries():
     assert repr(for_torch.DropPath(0.1)) == "DropPath(drop_prob=0.100)"
     assert repr(for_torch.StochasticDepth(0.1, "row")) == "StochasticDepth(p=0.1, mode=row)"
     assert repr(for_torch.AlphaDropout(0.1)) == repr(torch.nn.AlphaDropout(0.1))
+    assert repr(for_torch.DropKey(0.1)) == "DropKey(p=0.1, inplace=False)"
+    assert repr(for_torch.LockedDropout(0.1)) == "LockedDropout(p=0.1)"
+    module = for_torch.LockedDropout(0.1, True, seed=1)
+    assert repr(module) == f"LockedDropout(p=0.1, batch_first=True, seed={module.seed})"
     assert isinstance(for_torch.FeatureAlphaDropout(), torch.nn.FeatureAlphaDropout)
 
 
@@ -248,12 +260,59 @@ def test_lets_schedules_set_the_rate_of_a_path():
     assert module.drop_prob == P
 
 
-@pytest.mark.parametrize("layer", ["keras alpha", "keras path"])
+@pytest.mark.parametrize("layer", ["keras alpha", "keras key", "keras path"])
 def test_rebuilds_keras_layers_of_their_configuration(layer):
     module = LAYERS[layer][0]()
     copy = type(module).from_config(module.get_config())
     assert copy.get_config() == module.get_config()
     assert_bits(call_layer(copy), call_layer(module))
+
+
+def test_shares_scores_along_axes():
+    expected = family.drop_key(X, P, KEY, broadcast_axes=(1,))
+    y = for_torch.drop_key(torch.from_numpy(X), P, key=KEY, broadcast_axes=(1,))
+    assert_bits(y.numpy(), expected)
+    assert_bits(for_numpy.drop_key(X, P, key=KEY, broadcast_axes=(1,)), expected)
+    y = for_tensorflow.drop_key(tf.constant(X), P, (None, 1, None), key=KEY)
+    assert_bits(y.numpy(), expected)
+    y = for_jax.drop_key(jnp.asarray(X), P, KEY, broadcast_dims=(1,))
+    assert_bits(np.asarray(y), expected)
+    expected = family.drop_key(X, P, KEY.fold_in(0), broadcast_axes=(1,))
+    assert_bits(call_layer(for_keras.DropKey(P, (None, 1, None), seed=KEY)), expected)
+    assert_bits(call_layer(for_flax.DropKey(P, broadcast_dims=(1,), seed=KEY)), expected)
+
+
+def test_locks_masks_of_layers():
+    first, second = (call_core("locked_dropout", X, KEY.fold_in(0), axis=axis) for axis in (0, 1))
+    for layer, expected in [
+        (for_torch.LockedDropout(P, seed=KEY), first),
+        (for_torch.LockedDropout(P, batch_first=True, seed=KEY), second),
+        (for_keras.SpatialDropout1D(P, seed=KEY), second),
+        (for_keras.Dropout(P, (None, 1, None), seed=KEY), second),
+        (for_flax.Dropout(P, broadcast_dims=(1,), seed=KEY), second),
+    ]:
+        assert_bits(call_layer(layer), expected)
+
+
+def test_locks_masks_of_sequences_without_a_batch():
+    for batch_first in (False, True):
+        module = for_torch.LockedDropout(P, batch_first, seed=KEY)
+        y = module(torch.from_numpy(X[0])).numpy()
+        assert_bits(y, call_core("locked_dropout", X[0], KEY.fold_in(0), axis=0))
+    with pytest.raises(ValueError, match=r"input must have 2 or 3 axes, got shape \(3,\)"):
+        module(torch.ones(3))
+    assert int(module.calls) == 1
+
+
+def test_gives_softmax_finite_gradients():
+    scores = torch.from_numpy(X).requires_grad_()
+    weights = torch.softmax(for_torch.drop_key(scores, P, key=KEY), -1)
+    kept = np.isfinite(call_core("drop_key", X, KEY))
+    assert np.array_equal(weights.detach().numpy() > 0, kept)
+    np.testing.assert_allclose(weights.detach().sum(-1), 1, rtol=1e-6)
+    (weights**2).sum().backward()
+    assert torch.isfinite(scores.grad).all()
+    assert np.array_equal(scores.grad.numpy() != 0, kept)
 
 
 def test_gives_zeros_at_rate_one_in_keras():

@@ -49,7 +49,7 @@ MIRRORS = {
     "adapters/dask.py": (["adapters/dask"], "numpy"),
     "adapters/torch/": (["adapters/torch"], "torch"),
     "adapters/tensorflow/": (["adapters/tensorflow"], "tensorflow"),
-    "adapters/keras.py": (["adapters/keras"], "keras"),
+    "adapters/keras/": (["adapters/keras"], "keras"),
     "adapters/keras_backend.py": (["adapters/keras"], "keras-2-devices"),
     "adapters/noise_shape.py": (["adapters/tensorflow", "adapters/keras"], "keras"),
     "adapters/jax/primitive.py": (["adapters/jax"], "jax-2-devices"),

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_models import SITE, dropped
 
 from unidrop import Key, keep_mask
-from unidrop.adapters.keras import Attention, Dropout, SpatialDropout1D
+from unidrop.adapters.keras import LSTM, Attention, Dropout, SpatialDropout1D
 
 CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -146,3 +146,19 @@ def test_gives_each_replica_its_window_of_attention_weights():
 
     actual = np.concatenate(run(attend, (x[:3], x[3:]), compiled=True))
     assert np.array_equal(actual != 0, keep_mask((5, 6, 6), 0.5, SITE.fold_in(0)))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
+def test_gives_sequences_their_windows(compiled):
+    x = RNG.standard_normal((4, 3, 5)).astype("float32")
+    with TWO.scope():
+        two = LSTM(2, dropout=0.3, recurrent_dropout=0.4, seed=SITE)
+        two.build(x.shape)
+    one = LSTM.from_config(two.get_config())
+    one.build(x.shape)
+    one.set_weights(two.get_weights())
+    for _ in range(2):
+        expected = one(x, training=True)
+        actual = np.concatenate(run(two, (x[:1], x[1:]), compiled))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    assert (one.calls, two.calls) == (2, 2)

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 LAYERS, TRAINING = str(HERE / "test_keras_layers.py"), str(HERE / "test_keras_training.py")
 CONTROL_FLOW = str(HERE / "test_keras_control_flow.py")
 ATTENTION = str(HERE / "test_keras_attention.py")
+RNN, RNN_TRAINING = str(HERE / "test_keras_rnn.py"), str(HERE / "test_keras_rnn_training.py")
 WARNS = """
 import warnings
 
@@ -19,7 +20,7 @@ def test_warns(request):
     warnings.warn("an error in our configuration")
     assert request.config.rootpath == request.path.parent
 """
-KERAS_OWN = Path(find_spec("keras").origin).parent / "src" / "layers" / "regularization"
+KERAS_OWN = Path(find_spec("keras").origin).parent / "src" / "layers"
 
 # How many tests there are, so that none gets lost on the way to another process. Keras's torch
 # backend lacks one way to fit, and its NumPy backend all training.
@@ -36,15 +37,34 @@ def test_passes_tests_of_layers_on_numpy():
     run_tests("numpy", LAYERS, ATTENTION, expected=30 + 12)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_passes_tests_of_recurrent_layers(backend):
+    run_tests(backend, RNN, expected=59)
+
+
+@pytest.mark.parametrize(("backend", "fit"), [("jax", "LSTM-True"), ("torch", "GRU-False")])
+def test_passes_some_tests_of_recurrent_layers_in_training(backend, fit):
+    loops = [f"{RNN}::test_agrees_with_loop_in_numpy[0.3-0.4-{kind}]" for kind in ("LSTM", "GRU")]
+    fits = f"{RNN_TRAINING}::test_has_masks_of_loop_in_each_step_of_fit[{fit}]"
+    run_tests(backend, *loops, fits, expected=3)
+
+
 def test_trains_on_two_devices_as_on_one():
-    run_tests("tensorflow", "keras_on_two_devices.py", expected=26)
+    run_tests("tensorflow", "keras_on_two_devices.py", expected=28)
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_passes_keras_own_tests_of_dropout(backend):
+    root = KERAS_OWN / "regularization"
     names = "alpha_dropout", "dropout", "spatial_dropout"
-    tests = [str(KERAS_OWN / f"{name}_test.py") for name in names]
-    run_foreign_tests(backend, KERAS_OWN, "-p", "keras_own_tests", *tests, expected=6 + 14 + 9)
+    tests = [str(root / f"{name}_test.py") for name in names]
+    run_foreign_tests(backend, root, "-p", "keras_own_tests", *tests, expected=6 + 14 + 9)
+
+
+def test_passes_keras_own_tests_of_recurrent_layers():
+    root = KERAS_OWN / "rnn"
+    tests = [f"{root}/lstm_test.py::LSTMTest", f"{root}/simple_rnn_test.py::SimpleRNNTest"]
+    run_foreign_tests("torch", root, "-p", "keras_own_tests", *tests, expected=11)
 
 
 def test_runs_foreign_tests_without_configuration(tmp_path):

@@ -12,6 +12,7 @@ from keras_models import LAYERS, SITE, SPATIAL_SHAPES, X, assert_bits, dropped, 
 import unidrop
 from unidrop import Key
 from unidrop.adapters.keras import Dropout, SpatialDropout1D, SpatialDropout2D, SpatialDropout3D
+from unidrop.plan import DropoutPlan
 
 # --- The layer by itself --------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ def test_rolls_back_call_that_fails(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(unidrop.adapters.keras.DropoutPlan, "apply", out_of_memory)
+        patch.setattr(DropoutPlan, "apply", out_of_memory)
         with pytest.raises(MemoryError):
             layer(np.ones((4, 4), np.float32), training=True)
     assert layer.calls == 0

@@ -4,7 +4,6 @@ Keras's NumPy backend has no gradient, so it trains nothing.
 """
 
 import gc
-import warnings
 import weakref
 
 import keras
@@ -19,24 +18,6 @@ from unidrop.adapters.keras import Dropout, assign_seeds
 FITS = [{}, {"run_eagerly": True}, {"jit_compile": True}, {"jit_compile": False}]
 if BACKEND != "torch":  # where Keras refuses it
     FITS.append({"steps_per_execution": 3})
-
-
-@pytest.fixture
-def quick_torch_compile(monkeypatch):
-    """Let torch.compile skip code generation, which takes Inductor a minute.
-
-    Dynamo warns that Keras reads gradients, which it cannot trace.
-    """
-    if BACKEND != "torch":
-        yield
-        return
-    import torch
-
-    own = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: own(*a, **k, backend="aot_eager"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.mark.parametrize("options", FITS, ids=str)

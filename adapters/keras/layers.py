@@ -31,7 +31,7 @@ from unidrop.adapters.keras_seeds import (
 )
 from unidrop.adapters.noise_shape import noise_shape_axes
 from unidrop.arguments import checked_integer
-from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_path
+from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_key, plan_drop_path
 from unidrop.key import Key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
@@ -40,6 +40,7 @@ from unidrop.rate import Rate
 __all__ = [
     "AlphaDropout",
     "Attention",
+    "DropKey",
     "DropPath",
     "Dropout",
     "GroupQueryAttention",
@@ -461,6 +462,33 @@ class AlphaDropout(_SeededLayerMixin, keras.layers.AlphaDropout):
         self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
     ) -> DropoutPlan:
         return plan_alpha_dropout(inputs, rate, broadcast_axes=axes, **options)
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class DropKey(_SeededLayerMixin, keras.layers.Dropout):
+    """Set scores of attention to minus infinity in training, before the softmax.
+
+    Keras itself has no such layer. Kept scores are unchanged. Parameters and errors are as in
+    `Dropout`. `unidrop.family.drop_key` has the details.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import DropKey
+    >>> np.asarray(DropKey(0.5, seed=42)(np.ones((1, 4), "float32"), training=True))
+    array([[  1.,   1., -inf, -inf]], dtype=float32)
+    """
+
+    def __init__(
+        self, rate: float, noise_shape: Any = None, seed: int | Key | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(_checked_rate(rate), noise_shape, _narrow_seed(seed), **kwargs)
+        self._set_seed(seed)
+
+    def _make_plan(
+        self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
+    ) -> DropoutPlan:
+        return plan_drop_key(inputs, rate, broadcast_axes=axes, **options)
 
 
 @keras.saving.register_keras_serializable(package="unidrop")
