@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidrop.adapters.numpy.arrays import check_plain
+from unidrop.gaussian import NormalPlan
 from unidrop.key import Key
 from unidrop.mask import keep_mask
 from unidrop.plan import DropoutPlan
@@ -27,14 +28,15 @@ class DaskOperator(Operator):
     def dropout(self, x: Any, key: Key, plan: Any, mask: Any = None) -> Any:
         """Return the output, chunk by chunk; or by Dask's operations if key or start is an array.
 
-        Ignores ``mask``, because each chunk computes its own.
+        Ignores ``mask``, because each chunk computes its own. A plan that needs the whole mask runs
+        by Dask's operations too.
         """
         options = _options(key, plan.window, x.shape)
-        if options is None:
+        if options is None or not plan.is_elementwise:
             return plan.run(x, key, mask)
-        return dask.array.map_blocks(
-            _drop_chunk, x, dtype=x.dtype, meta=x._meta, rate=plan.rate, **options
-        )
+        normal = (plan.mean, plan.stddev) if isinstance(plan, NormalPlan) else None
+        options |= {"rate": plan.rate, "normal": normal}
+        return dask.array.map_blocks(_drop_chunk, x, dtype=x.dtype, meta=x._meta, **options)
 
     def traced_mask(self, like: Any, key: Key, window: Window, rate: Rate) -> Any:
         """Return the mask, in the chunks of ``like`` or in chunks of Dask's choice."""
@@ -91,9 +93,13 @@ def _options(key: Key, window: Window, shape: Sequence[int]) -> dict[str, Any] |
     }
 
 
-def _drop_chunk(chunk: Any, *, block_info: Any, rate: Rate, key: Key, **options: Any) -> Any:
-    window = _find_window(block_info[0], **options)
-    return DropoutPlan.from_args(chunk, rate, **window).apply(chunk, key)
+def _drop_chunk(
+    chunk: Any, *, block_info: Any, rate: Rate, normal: Any, key: Key, **options: Any
+) -> Any:
+    plan = DropoutPlan.from_args(chunk, rate, **_find_window(block_info[0], **options))
+    if normal is not None:
+        plan = NormalPlan.from_plan(plan, *normal)
+    return plan.apply(chunk, key)
 
 
 def _mask_chunk(*, block_info: Any, rate: Rate, key: Key, **options: Any) -> Any:

@@ -24,19 +24,26 @@ from unidrop.adapters.jax.functional import as_array, as_key, check_lengths
 from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.arguments import checked_integer
+from unidrop.drop_block import check_block_size, plan_drop_block
 from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_key, plan_drop_path
+from unidrop.gaussian import NOISE_RATE, check_stddev, plan_gaussian_dropout, plan_gaussian_noise
 from unidrop.key import Key
 from unidrop.library import get_library
+from unidrop.permutation import check_patch_rate, check_prefix, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
 __all__ = [
     "AlphaDropout",
+    "DropBlock",
     "DropKey",
     "DropPath",
     "Dropout",
     "DropoutCalls",
+    "GaussianDropout",
+    "GaussianNoise",
     "MultiHeadAttention",
+    "PatchDropout",
     "assign_seeds",
     "dot_product_attention",
 ]
@@ -338,6 +345,166 @@ class DropKey(Dropout):
 
     def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
         return plan_drop_key(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
+
+
+class GaussianDropout(Dropout):
+    """In training, multiply inputs by normal numbers of mean 1 and variance rate / (1 - rate).
+
+    Parameters, attributes, calls and errors are as in `Dropout`; complex inputs raise TypeError,
+    and a rate of 1 raises ValueError. `unidrop.family.gaussian_dropout` has the formula.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import GaussianDropout
+    >>> GaussianDropout(0.5)(jax.numpy.ones(3), rngs=jax.random.key(42)).round(2)
+    Array([1.37, 1.04, 0.5 ], dtype=float32)
+    """
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        axes = self.broadcast_dims
+        return plan_gaussian_dropout(x, rate, broadcast_axes=axes, name="inputs")
+
+
+class GaussianNoise(Dropout):
+    """In training, add normal numbers of mean 0 and standard deviation stddev to inputs.
+
+    Parameters
+    ----------
+    stddev : int or float
+        The standard deviation, at least 0. A schedule may set the attribute.
+    deterministic, rng_collection, rngs, seed
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import GaussianNoise
+    >>> GaussianNoise(0.1)(jax.numpy.zeros(3), rngs=jax.random.key(42)).round(2)
+    Array([ 0.04,  0.  , -0.05], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        stddev: float,
+        *,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        super().__init__(
+            NOISE_RATE,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+        self.stddev = stddev
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "stddev":  # at rate 0, a call does nothing
+            self.rate = NOISE_RATE if check_stddev(value) > 0 else 0.0
+        super().__setattr__(name, value)
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        return plan_gaussian_noise(x, rate, stddev=self.stddev, name="inputs")
+
+
+class DropBlock(Dropout):
+    """Drop blocks of feature maps in training, and scale by the count of the rest.
+
+    Parameters
+    ----------
+    rate : int or float
+        The share of elements to drop, in [0, 1]. Blocks overlap, so the share is a little smaller.
+    block_size : int
+        The length of a block along each of the axes.
+    axes : sequence of int
+        The axes of a block, such as ``(1, 2)`` for images of shape ``(N, H, W, C)``.
+    deterministic, rng_collection, rngs, seed
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import DropBlock
+    >>> module = DropBlock(0.5, block_size=2, axes=(1,))
+    >>> module(jax.numpy.ones((1, 6)), rngs=jax.random.key(42)).round(4)
+    Array([[3., 0., 0., 3., 0., 0.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        block_size: int,
+        axes: Sequence[int],
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        super().__init__(
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+        self.block_size, self.axes = check_block_size(block_size), tuple(axes)
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        return plan_drop_block(x, rate, block_size=self.block_size, axes=self.axes, name="inputs")
+
+
+class PatchDropout(Dropout):
+    """Remove tokens of each example in training, so that the modules after it take less time.
+
+    Parameters
+    ----------
+    rate : int or float, default 0.5
+        The share of tokens to remove, in [0, 1).
+    num_prefix_tokens : int, default 1
+        The number of first tokens to keep, such as a class token.
+    ordered : bool, default False
+        If True, kept tokens stay in order; otherwise their order is random.
+    deterministic, rng_collection, rngs, seed
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import PatchDropout
+    >>> module = PatchDropout(0.5, ordered=True)
+    >>> module(jax.numpy.arange(9.0)[None], rngs=jax.random.key(42))
+    Array([[0., 1., 3., 5., 7.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.5,
+        *,
+        num_prefix_tokens: int = 1,
+        ordered: bool = False,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        check_patch_rate(rate, "rate")
+        super().__init__(
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+        self.num_prefix_tokens, self.ordered = check_prefix(num_prefix_tokens), ordered
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        options: dict[str, Any] = {"num_prefix_tokens": self.num_prefix_tokens, "name": "inputs"}
+        return plan_patch_dropout(x, rate, ordered=self.ordered, **options)
 
 
 class DropPath(Dropout):

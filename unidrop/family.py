@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
+from unidrop.drop_block import drop_block
 from unidrop.dtypes import compute_dtype, dtype_name
+from unidrop.gaussian import gaussian_dropout, gaussian_noise
 from unidrop.key import Key, check_key
 from unidrop.library import get_library
+from unidrop.permutation import patch_dropout, permutation
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
@@ -21,10 +24,15 @@ __all__ = [
     "Mode",
     "alpha_dropout",
     "check_mode",
+    "drop_block",
     "drop_key",
     "drop_path",
     "feature_alpha_dropout",
+    "gaussian_dropout",
+    "gaussian_noise",
     "locked_dropout",
+    "patch_dropout",
+    "permutation",
     "plan_alpha_dropout",
     "plan_drop_key",
     "plan_drop_path",

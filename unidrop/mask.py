@@ -8,7 +8,7 @@ The number u of the even element is the word; the number u of the odd one is the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STREAM_VERSION",
+    "compute_window",
     "constant_mask",
     "keep_mask",
     "make_mask",
@@ -172,30 +173,62 @@ def portable_mask(
     The rate keeps some elements and drops some.
     """
     xp = library.arrays.namespace(like)
+
+    def decide(first: SplitInteger, count: Any) -> Any:
+        words: tuple[Any, Any] = tuple(key._words)
+        return library.words.keep_flags(xp, device, first, count, words, rate.threshold)
+
+    return compute_window(library, like, key, window, device, 8, decide, xp.bool)
+
+
+def compute_window(
+    library: ArrayLibrary,
+    like: Any,
+    key: Key,
+    window: Window,
+    device: Any,
+    per_block: int,
+    compute: Callable[[SplitInteger, Any], Any],
+    dtype: Any,
+) -> Any:
+    """Return an array of a window that is not empty, from values of blocks of the generator.
+
+    Parameters
+    ----------
+    library, like, key, window, device
+        As in `portable_mask`.
+    per_block : int
+        The number of elements of a block, a power of two.
+    compute : callable
+        Returns the values of ``count`` blocks from ``first`` on, flat; the arguments are as in
+        `unidrop.protocols.Words.generate`.
+    dtype : dtype
+        The dtype of the values.
+    """
+    xp = library.arrays.namespace(like)
     words = library.words.arithmetic(xp, device)
-    lo, hi = key._words
-    key_words = (lo, hi)
     offsets = () if window.start is None else window.offsets
 
-    def decide(piece: Piece) -> Any:
-        return _piece_mask(library, xp, words, piece, offsets, rate.threshold, key_words, device)
+    def fill(piece: Piece) -> Any:
+        return _piece_values(library, xp, words, piece, offsets, per_block, compute, device)
 
     is_traced = library.arrays.is_traced
-    arrays = (*key_words, *(start for start, _ in offsets))
+    lo, hi = key._words
+    arrays = (lo, hi, *(start for start, _ in offsets))
     if is_traced(like) or any(is_traced(a) for a in arrays if not isinstance(a, int)):
-        return xp.reshape(decide(window.whole), window.shape)
+        return xp.reshape(fill(window.whole), window.shape)
     most = piece_size(library, like, window.size)
     pieces = list(window.pieces(_row_piece_size(window, most)))
     if len(pieces) == 1:
-        return xp.reshape(decide(pieces[0]), window.shape)
+        return xp.reshape(fill(pieces[0]), window.shape)
     if not library.arrays.is_mutable(xp.empty((0,))):
-        return xp.reshape(xp.concat([decide(piece) for piece in pieces]), window.shape)
-    flat = xp.empty((window.size,), dtype=xp.bool, device=device)
+        return xp.reshape(xp.concat([fill(piece) for piece in pieces]), window.shape)
+    flat = xp.empty((window.size,), dtype=dtype, device=device)
     done = 0
     for piece in pieces:
-        keep = decide(piece)
-        flat[done : done + keep.shape[0]] = keep
-        done += keep.shape[0]
+        values = fill(piece)
+        flat[done : done + values.shape[0]] = values
+        done += values.shape[0]
     return xp.reshape(flat, window.shape)
 
 
@@ -227,39 +260,40 @@ def _is_zero(size: Any) -> bool:
     return isinstance(size, int) and size == 0
 
 
-def _piece_mask(
+def _piece_values(
     library: ArrayLibrary,
     xp: Any,
     words: WordArithmetic,
     piece: Piece,
     offsets: tuple[tuple[Any, int], ...],
-    threshold: int,
-    key: tuple[Any, Any],
+    per_block: int,
+    compute: Callable[[SplitInteger, Any], Any],
     device: Any,
 ) -> Any:
-    """Return whether each element of a piece is kept, flat."""
+    """Return the values of the elements of a piece, flat."""
     *rows, (length, _) = piece.axes
     strides = (*(row.stride for row in rows), *(stride for _, stride in offsets))
-    aligned = all(stride % 8 == 0 for stride in strides)
-    skip = piece.base % 8
-    count = (skip + length + 7) // 8 if aligned else (length + 14) // 8
+    aligned = all(stride % per_block == 0 for stride in strides)
+    skip, last = piece.base % per_block, per_block - 1
+    count = (skip + length + last) // per_block if aligned else (length + 2 * last) // per_block
     index: SplitInteger = (piece.base >> 32, piece.base & MASK32)
-    block: SplitInteger = (piece.base >> 35, piece.base >> 3 & MASK32)
+    block: SplitInteger = split64(piece.base // per_block)
     if rows or offsets:
         index = _row_indices(library, xp, words, piece.base, rows, offsets, device)
-        block = shift_split(words, index, 3)
-    keep = library.words.keep_flags(xp, device, block, count, key, threshold)
+        block = shift_split(words, index, last.bit_length())
+    values = compute(block, count)
     if aligned and not rows:
-        return keep[skip : skip + length]
+        return values[skip : skip + length]
     if aligned:
-        return xp.reshape(xp.reshape(keep, (-1, count * 8))[:, skip : skip + length], (-1,))
-    # Rows begin anywhere in a block: each row takes its own part of the flags of its blocks.
+        table = xp.reshape(values, (-1, count * per_block))
+        return xp.reshape(table[:, skip : skip + length], (-1,))
+    # Rows begin anywhere in a block: each row takes its own part of the values of its blocks.
     _, column = arange64(words, length, device)
-    taken = (index[1] & 7) + column
+    taken = (index[1] & last) + column
     if rows:
         _, number = arange64(words, math.prod(row.length for row in rows), device)
-        taken = xp.reshape(number, (-1, 1)) * (count * 8) + taken
-    return xp.take(keep, xp.reshape(taken, (-1,)), axis=0)
+        taken = xp.reshape(number, (-1, 1)) * (count * per_block) + taken
+    return xp.take(values, xp.reshape(taken, (-1,)), axis=0)
 
 
 def _row_indices(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from unidrop.dispatch import fused_dropout
 from unidrop.dtypes import compute_dtype
@@ -41,6 +41,12 @@ class DropoutPlan:
     window: Window
     rate: Rate
     drops: bool
+
+    #: Whether kernels and generators of a library may run the plan in place of `run_portable`.
+    has_kernels: ClassVar[bool] = True
+
+    #: Whether an element of the output depends on one element of the input and of the mask alone.
+    is_elementwise: ClassVar[bool] = True
 
     @classmethod
     def from_args(
@@ -134,13 +140,12 @@ class DropoutPlan:
         y = self.run_fused(x, key, out)
         if y is not None:
             return y
-        if mask is None:
-            if self.rate.threshold == 0 or self.is_trivial(x):
-                mask = self.mask(x, key)
-            else:  # kernels that cannot run for x cannot run for its mask either
-                device = self.library.arrays.device(x)
-                mask = portable_mask(self.library, x, key, self.window, self.rate, device)
-        y = self.select(x, mask)
+        if mask is not None:
+            y = self.select(x, mask)
+        elif self.rate.threshold == 0 or self.is_trivial(x):
+            y = self.select(x, self.mask(x, key))
+        else:  # kernels that cannot run for x cannot run for its mask either
+            y = self.run_portable(x, key)
         if out is None:
             return y
         self.library.buffers.copy_into(out, y)
@@ -151,6 +156,12 @@ class DropoutPlan:
         if self.is_trivial(x):
             return None
         return fused_dropout(self.library, x, key, self.window, self.rate, out)
+
+    def run_portable(self, x: Any, key: Key) -> Any:
+        """Compute the output of an array that is not empty by the operations of its library."""
+        device = self.library.arrays.device(x)
+        mask = portable_mask(self.library, x, key, self.window, self.rate, device)
+        return self.select(x, mask)
 
     def is_trivial(self, x: Any) -> bool:
         """Return whether the output needs no generator: nothing is kept, or x is empty."""

@@ -164,11 +164,17 @@ class Words:
         threshold : int
             0 < threshold < 2^32.
         """
+        block = self.generate_runs(xp, device, first, count, key, 0)
+        return keep_flags(xp, self.arithmetic(xp, device), block, threshold)
+
+    def generate_runs(
+        self, xp: Any, device: Any, first: SplitInteger, count: Any, key: tuple[Any, Any], tag: int
+    ) -> PhiloxBlock:
+        """Run `generate` for one run of blocks, or for one of each row."""
         # A native generator of the library accepts one run of consecutive blocks.
         is_one_run = isinstance(first[0], int) or tuple(first[0].shape) == ()
-        arguments = (xp, device, first, count, key, 0)
-        block = self.generate(*arguments) if is_one_run else Words.generate(self, *arguments)
-        return keep_flags(xp, self.arithmetic(xp, device), block, threshold)
+        arguments = (xp, device, first, count, key, tag)
+        return self.generate(*arguments) if is_one_run else Words.generate(self, *arguments)
 
     def width(self, value: Any, name: str) -> int:
         """Return the number of bits of a 0-d integer array.
@@ -218,6 +224,10 @@ class Operator:
 
     def traced_mask(self, like: Any, key: "Key", window: "Window", rate: "Rate") -> Any | None:
         """Return the mask as one operator of the trace that ``like`` belongs to, or None."""
+        return None
+
+    def traced_permutation(self, like: Any, key: "Key", window: "Window") -> Any | None:
+        """Return permutations as one operator of the trace that ``like`` belongs to, or None."""
         return None
 
     def pack_key(self, lo: Any, hi: Any) -> Any | None:

@@ -3,10 +3,14 @@
 from unidrop.adapters.jax.attention import dot_product_attention
 from unidrop.adapters.jax.family import (
     alpha_dropout,
+    drop_block,
     drop_key,
     drop_path,
     feature_alpha_dropout,
+    gaussian_dropout,
+    gaussian_noise,
     locked_dropout,
+    patch_dropout,
 )
 from unidrop.adapters.jax.functional import as_key, dropout
 
@@ -14,9 +18,13 @@ __all__ = [
     "alpha_dropout",
     "as_key",
     "dot_product_attention",
+    "drop_block",
     "drop_key",
     "drop_path",
     "dropout",
     "feature_alpha_dropout",
+    "gaussian_dropout",
+    "gaussian_noise",
     "locked_dropout",
+    "patch_dropout",
 ]

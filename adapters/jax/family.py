@@ -7,6 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 from unidrop.adapters.jax.functional import run
+from unidrop.drop_block import plan_drop_block
 from unidrop.family import (
     Mode,
     plan_alpha_dropout,
@@ -15,9 +16,21 @@ from unidrop.family import (
     plan_feature_alpha_dropout,
     plan_locked_dropout,
 )
+from unidrop.gaussian import NOISE_RATE, plan_gaussian_dropout, plan_gaussian_noise
 from unidrop.key import Key
+from unidrop.permutation import check_patch_rate, plan_patch_dropout
 
-__all__ = ["alpha_dropout", "drop_key", "drop_path", "feature_alpha_dropout", "locked_dropout"]
+__all__ = [
+    "alpha_dropout",
+    "drop_block",
+    "drop_key",
+    "drop_path",
+    "feature_alpha_dropout",
+    "gaussian_dropout",
+    "gaussian_noise",
+    "locked_dropout",
+    "patch_dropout",
+]
 
 
 def alpha_dropout(
@@ -100,6 +113,122 @@ def drop_key(
         "start": start,
     }
     return run(plan_drop_key, x, rate, key, deterministic, return_mask, **options)
+
+
+def drop_block(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
+    *,
+    block_size: int,
+    axes: Sequence[int],
+    deterministic: bool = False,
+    return_mask: bool = False,
+) -> Any:
+    """Drop blocks of neighboring elements, such that a share of about rate is dropped.
+
+    Parameters
+    ----------
+    block_size : int
+        The length of a block along each of the axes.
+    axes : sequence of int
+        The axes of a block, such as ``(1, 2)`` for images of shape ``(N, H, W, C)``.
+    x, rate, key, deterministic, return_mask
+        As in `dropout`.
+
+    Returns
+    -------
+    y, mask
+        As in `unidrop.family.drop_block`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; ValueError if a block does not fit, or an axis does not exist.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import drop_block
+    >>> drop_block(jax.numpy.ones((1, 6)), 0.5, Key(42), block_size=2, axes=(1,)).round(4)
+    Array([[3., 0., 0., 3., 0., 0.]], dtype=float32)
+    """
+    options: dict[str, Any] = {"block_size": block_size, "axes": axes}
+    return run(plan_drop_block, x, rate, key, deterministic, return_mask, **options)
+
+
+def gaussian_dropout(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
+    *,
+    deterministic: bool = False,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+) -> Any:
+    """Multiply each element by a normal number of mean 1 and variance rate / (1 - rate).
+
+    `unidrop.family.gaussian_dropout` has the formula. Parameters and errors are as in `dropout`; a
+    complex x raises TypeError, and a rate of 1 raises ValueError.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import gaussian_dropout
+    >>> gaussian_dropout(jax.numpy.ones(3), 0.5, Key(42)).round(2)
+    Array([1.37, 1.04, 0.5 ], dtype=float32)
+    """
+    options: dict[str, Any] = {"global_shape": global_shape, "start": start}
+    return run(plan_gaussian_dropout, x, rate, key, deterministic, False, **options)
+
+
+def gaussian_noise(
+    x: ArrayLike,
+    stddev: float,
+    key: Key | jax.Array | None = None,
+    *,
+    deterministic: bool = False,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+) -> Any:
+    """Add a normal number of mean 0 and standard deviation stddev to each element.
+
+    The other parameters and the errors are as in `gaussian_dropout`.
+    """
+    options: dict[str, Any] = {"stddev": stddev, "global_shape": global_shape, "start": start}
+    return run(plan_gaussian_noise, x, NOISE_RATE, key, deterministic, False, **options)
+
+
+def patch_dropout(
+    x: ArrayLike,
+    rate: float,
+    key: Key | jax.Array | None = None,
+    *,
+    num_prefix_tokens: int = 1,
+    ordered: bool = False,
+    deterministic: bool = False,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_indices: bool = False,
+) -> Any:
+    """Remove a share of the tokens of each example, the second axis of an array.
+
+    `unidrop.family.patch_dropout` describes the parameters and the results.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.jax import patch_dropout
+    >>> patch_dropout(jax.numpy.arange(9.0)[None], 0.5, Key(42), ordered=True)
+    Array([[0., 1., 3., 5., 7.]], dtype=float32)
+    """
+    check_patch_rate(rate, "rate")
+    options: dict[str, Any] = {"num_prefix_tokens": num_prefix_tokens, "ordered": ordered}
+    options |= {"global_shape": global_shape, "start": start}
+    return run(plan_patch_dropout, x, rate, key, deterministic, return_indices, **options)
 
 
 def drop_path(

@@ -29,7 +29,6 @@ from unidrop.adapters.jax.generator import pointwise_mask
 from unidrop.dispatch import get_kernels
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key
-from unidrop.mask import portable_mask
 from unidrop.output import select
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
@@ -139,7 +138,7 @@ def _rule(
     # The result must not depend on the user's setting, and 64-bit integers make the generator
     # faster. No transformation sees them, because they stay inside the rule.
     with jax.enable_x64(True):
-        if not is_for_cpu:
+        if not is_for_cpu and plan.has_kernels:
             # XLA must not see that a backward pass computes the same mask: it would keep the mask.
             if is_transposed:
                 words = jax.lax.optimization_barrier(words)
@@ -157,10 +156,8 @@ _shared_rule = jax.jit(_rule, static_argnames=(*_STATIC, "is_transposed"))
 def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
     """Return the core's dropout of one example."""
     starts = zip(words[::2], words[1::2], strict=True)
-    window = _with_starts(plan.window, starts)
-    key = Key._from_raw_words((lo, hi))
-    mask = portable_mask(plan.library, x, key, window, plan.rate, None)
-    return select(plan.library, x, mask, plan.rate)
+    plan = replace(plan, window=_with_starts(plan.window, starts))
+    return plan.run_portable(x, Key._from_raw_words((lo, hi)))
 
 
 def _pointwise_rule(x: Any, *words: Any, plan: DropoutPlan, batch: tuple[Any, ...]) -> Any:
@@ -223,12 +220,14 @@ def _run_eagerly(
     """Compute dropout of an array that is not traced, such as a tangent."""
     # A user's transfer guard is for arrays. A call transfers the numbers of a key and a rate.
     with jax.transfer_guard_host_to_device("allow"):
-        if not is_portable and isinstance(x, jax.Array):
+        if not is_portable and plan.has_kernels and isinstance(x, jax.Array):
             y = _run_kernels(x, words, plan, batch)
             if y is not None:
                 return y
         dtype, rate = compute_dtype(x.dtype), plan.rate
         numbers = np.uint32(rate.threshold), np.dtype(dtype).type(rate.scale_in(dtype))
+        if not plan.has_kernels:
+            return _shared_rule(x, *words, plan=plan, batch=batch, is_for_cpu=is_on_cpu(x))
         settings = {"plan": replace(plan, rate=_ANY_RATE), "batch": batch}
         return _run(*numbers, x, *words, **settings, is_for_cpu=is_on_cpu(x))
 
@@ -278,7 +277,7 @@ def _lower(
 ) -> Any:
     """Lower to a call of kernels in a program for one CPU, otherwise to operations of JAX."""
     call = None
-    if is_for_cpu and not is_portable and _is_for_one_cpu(context):
+    if is_for_cpu and not is_portable and plan.has_kernels and _is_for_one_cpu(context):
         call = _make_call(context.avals_in[0], plan.window, batch)
     if call is None:
         settings = {"is_for_cpu": is_for_cpu, "is_transposed": is_transposed and not is_for_cpu}

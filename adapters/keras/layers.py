@@ -1,6 +1,7 @@
 """Dropout layers for Keras: `keras.layers` under keys, with runs that resume.
 
 Keras documentation: keras.layers.Dropout, keras.layers.AlphaDropout,
+keras.layers.GaussianDropout, keras.layers.GaussianNoise,
 keras.layers.SpatialDropout1D/2D/3D,
 keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.Attention (Keras 3).
 """
@@ -31,20 +32,28 @@ from unidrop.adapters.keras_seeds import (
 )
 from unidrop.adapters.noise_shape import noise_shape_axes
 from unidrop.arguments import checked_integer
+from unidrop.drop_block import check_block_size, plan_drop_block
 from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_key, plan_drop_path
+from unidrop.gaussian import plan_gaussian_dropout, plan_gaussian_noise
 from unidrop.key import Key
 from unidrop.library import get_library
+from unidrop.permutation import check_patch_rate, check_prefix, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
 __all__ = [
     "AlphaDropout",
     "Attention",
+    "DropBlock2D",
+    "DropBlock3D",
     "DropKey",
     "DropPath",
     "Dropout",
+    "GaussianDropout",
+    "GaussianNoise",
     "GroupQueryAttention",
     "MultiHeadAttention",
+    "PatchDropout",
     "SpatialDropout1D",
     "SpatialDropout2D",
     "SpatialDropout3D",
@@ -462,6 +471,202 @@ class AlphaDropout(_SeededLayerMixin, keras.layers.AlphaDropout):
         self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
     ) -> DropoutPlan:
         return plan_alpha_dropout(inputs, rate, broadcast_axes=axes, **options)
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class GaussianDropout(_SeededLayerMixin, keras.layers.GaussianDropout):
+    """Multiply inputs by normal numbers of mean 1 and variance ``rate / (1 - rate)`` in training.
+
+    Replaces `keras.layers.GaussianDropout`; seed, calls and errors are as in `Dropout`. At rate 1,
+    a training call raises ValueError. `unidrop.family.gaussian_dropout` has the formula.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import GaussianDropout
+    >>> layer = GaussianDropout(0.5, seed=42)
+    >>> np.asarray(layer(np.ones((1, 3), "float32"), training=True)).round(4)
+    array([[1.7105, 0.737 , 1.3253]], dtype=float32)
+    """
+
+    noise_shape = None
+
+    def __init__(self, rate: float, seed: int | Key | None = None, **kwargs: Any) -> None:
+        super().__init__(_checked_rate(rate), _narrow_seed(seed), **kwargs)
+        self._set_seed(seed)
+
+    def _make_plan(
+        self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
+    ) -> DropoutPlan:
+        return plan_gaussian_dropout(inputs, rate, **options)
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class GaussianNoise(_SeededLayerMixin, keras.layers.GaussianNoise):
+    """Add normal numbers of mean 0 and standard deviation ``stddev`` to inputs in training.
+
+    Replaces `keras.layers.GaussianNoise`, whose ``stddev`` is between 0 and 1; seed, calls and
+    errors are as in `Dropout`. `unidrop.family.gaussian_noise` has the formula.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import GaussianNoise
+    >>> layer = GaussianNoise(0.1, seed=42)
+    >>> np.asarray(layer(np.zeros((1, 3), "float32"), training=True)).round(4)
+    array([[ 0.071 , -0.0263,  0.0325]], dtype=float32)
+    """
+
+    noise_shape = None
+
+    def __init__(self, stddev: float, seed: int | Key | None = None, **kwargs: Any) -> None:
+        super().__init__(_checked_rate(stddev, "stddev"), _narrow_seed(seed), **kwargs)
+        self._set_seed(seed)
+
+    @property
+    def stddev(self) -> Any:
+        """The standard deviation of the noise."""
+        return self.rate
+
+    @stddev.setter
+    def stddev(self, value: float) -> None:
+        self._set_rate(value, "stddev")
+
+    def _make_plan(
+        self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
+    ) -> DropoutPlan:
+        return plan_gaussian_noise(inputs, rate, stddev=rate.p, **options)
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class DropBlock2D(_SeededLayerMixin, keras.layers.Dropout):
+    """Drop square blocks of feature maps in training, and scale by the count of the rest.
+
+    Keras itself has no such layer. seed, calls and errors are as in `Dropout`.
+
+    Parameters
+    ----------
+    rate : int or float
+        The share of elements to drop, in [0, 1]. Blocks overlap, so the share is a little smaller.
+    block_size : int
+        The length of a block, at most the smallest length of a feature map.
+    data_format : {"channels_last", "channels_first"}, optional
+        The order of axes; Keras's ``image_data_format`` by default.
+    seed : int or unidrop.Key, optional
+        As in `Dropout`.
+    **kwargs
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import DropBlock2D
+    >>> x = np.ones((1, 3, 3, 1), "float32")
+    >>> np.asarray(DropBlock2D(0.3, 2, seed=42)(x, training=True))[0, :, :, 0]
+    array([[1.8, 1.8, 1.8],
+           [1.8, 0. , 0. ],
+           [1.8, 0. , 0. ]], dtype=float32)
+    """
+
+    _SPATIAL = 2
+
+    def __init__(
+        self,
+        rate: float,
+        block_size: int,
+        data_format: str | None = None,
+        seed: int | Key | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(_checked_rate(rate), seed=_narrow_seed(seed), **kwargs)
+        self.block_size = check_block_size(block_size)
+        self.data_format = keras.config.image_data_format() if data_format is None else data_format
+        if self.data_format not in ("channels_last", "channels_first"):
+            raise ValueError(
+                f"data_format must be 'channels_last' or 'channels_first', got {data_format!r}"
+            )
+        self.input_spec = keras.layers.InputSpec(ndim=self._SPATIAL + 2)
+        self._set_seed(seed)
+
+    def _make_plan(
+        self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
+    ) -> DropoutPlan:
+        first = 1 if self.data_format == "channels_last" else 2
+        options |= {"block_size": self.block_size, "axes": range(first, first + self._SPATIAL)}
+        return plan_drop_block(inputs, rate, **options)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the configuration, with the seed as an integer."""
+        config = super().get_config()
+        del config["noise_shape"]
+        return {**config, "block_size": self.block_size, "data_format": self.data_format}
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class DropBlock3D(DropBlock2D):
+    """Drop cubic blocks of feature maps in training, and scale by the count of the rest.
+
+    Inputs have three spatial axes. Everything else is as in `DropBlock2D`.
+    """
+
+    _SPATIAL = 3
+
+
+@keras.saving.register_keras_serializable(package="unidrop")
+class PatchDropout(_SeededLayerMixin, keras.layers.Dropout):
+    """Remove tokens of each example in training, so that the layers after it take less time.
+
+    Keras itself has no such layer. The output of a training call has fewer tokens than the input,
+    and the symbolic output of a functional model has all. seed, calls and errors are as in
+    `Dropout`.
+
+    Parameters
+    ----------
+    rate : int or float, default 0.5
+        The share of tokens to remove, in [0, 1).
+    num_prefix_tokens : int, default 1
+        The number of first tokens to keep, such as a class token.
+    ordered : bool, default False
+        If True, kept tokens stay in order; otherwise their order is random.
+    seed : int or unidrop.Key, optional
+        As in `Dropout`.
+    **kwargs
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop.adapters.keras import PatchDropout
+    >>> layer = PatchDropout(0.5, ordered=True, seed=42)
+    >>> np.asarray(layer(np.arange(9.0)[None], training=True))
+    array([[0., 1., 2., 4., 7.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.5,
+        num_prefix_tokens: int = 1,
+        ordered: bool = False,
+        seed: int | Key | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(_checked_rate(rate), seed=_narrow_seed(seed), **kwargs)
+        check_patch_rate(rate, "rate")
+        self.num_prefix_tokens, self.ordered = check_prefix(num_prefix_tokens), ordered
+        self._set_seed(seed)
+
+    def _make_plan(
+        self, inputs: Any, rate: Rate, axes: tuple[int, ...], **options: Any
+    ) -> DropoutPlan:
+        options |= {"num_prefix_tokens": self.num_prefix_tokens, "ordered": self.ordered}
+        return plan_patch_dropout(inputs, rate, **options)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the configuration, with the seed as an integer."""
+        config = super().get_config()
+        del config["noise_shape"]
+        own = {"num_prefix_tokens": self.num_prefix_tokens, "ordered": self.ordered}
+        return {**config, **own}
 
 
 @keras.saving.register_keras_serializable(package="unidrop")

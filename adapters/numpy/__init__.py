@@ -3,20 +3,29 @@
 from unidrop.adapters.numpy.family import (
     alpha_dropout,
     alpha_dropout_backward,
+    drop_block,
+    drop_block_backward,
     drop_key,
     drop_key_backward,
     drop_path,
     drop_path_backward,
     feature_alpha_dropout,
     feature_alpha_dropout_backward,
+    gaussian_dropout,
+    gaussian_dropout_backward,
+    gaussian_noise,
     locked_dropout,
     locked_dropout_backward,
+    patch_dropout,
+    patch_dropout_backward,
 )
 from unidrop.adapters.numpy.functional import dropout, dropout_backward
 
 __all__ = [
     "alpha_dropout",
     "alpha_dropout_backward",
+    "drop_block",
+    "drop_block_backward",
     "drop_key",
     "drop_key_backward",
     "drop_path",
@@ -25,6 +34,11 @@ __all__ = [
     "dropout_backward",
     "feature_alpha_dropout",
     "feature_alpha_dropout_backward",
+    "gaussian_dropout",
+    "gaussian_dropout_backward",
+    "gaussian_noise",
     "locked_dropout",
     "locked_dropout_backward",
+    "patch_dropout",
+    "patch_dropout_backward",
 ]

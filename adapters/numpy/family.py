@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from unidrop.adapters.numpy.functional import (
@@ -13,6 +14,7 @@ from unidrop.adapters.numpy.functional import (
     copy_to,
     draw_key,
 )
+from unidrop.drop_block import plan_drop_block
 from unidrop.family import (
     Mode,
     plan_alpha_dropout,
@@ -21,21 +23,30 @@ from unidrop.family import (
     plan_feature_alpha_dropout,
     plan_locked_dropout,
 )
+from unidrop.gaussian import NOISE_RATE, plan_gaussian_dropout, plan_gaussian_noise
 from unidrop.key import Key, check_key
+from unidrop.permutation import check_patch_rate, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
 __all__ = [
     "alpha_dropout",
     "alpha_dropout_backward",
+    "drop_block",
+    "drop_block_backward",
     "drop_key",
     "drop_key_backward",
     "drop_path",
     "drop_path_backward",
     "feature_alpha_dropout",
     "feature_alpha_dropout_backward",
+    "gaussian_dropout",
+    "gaussian_dropout_backward",
+    "gaussian_noise",
     "locked_dropout",
     "locked_dropout_backward",
+    "patch_dropout",
+    "patch_dropout_backward",
 ]
 
 
@@ -129,6 +140,212 @@ def feature_alpha_dropout_backward(
     """Return the gradient of `feature_alpha_dropout`; arguments as in `dropout_backward`."""
     options: dict[str, Any] = {"training": training, "global_shape": global_shape, "start": start}
     return _run_backward(plan_feature_alpha_dropout, grad, p, key, out, **options)
+
+
+def drop_block(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    block_size: int,
+    axes: Sequence[int],
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    return_mask: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Drop blocks of neighboring elements, such that a share of about p is dropped.
+
+    Parameters
+    ----------
+    block_size : int
+        The length of a block along each of the axes.
+    axes : sequence of int
+        The axes of a block, such as ``(2, 3)`` for images of shape ``(N, C, H, W)``.
+    x, p, key, rng, training, return_mask, out
+        As in `dropout`.
+
+    Returns
+    -------
+    output, mask
+        As in `unidrop.family.drop_block`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; ValueError if a block does not fit, or an axis does not exist.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import drop_block
+    >>> drop_block(np.ones((1, 6)), 0.5, block_size=2, axes=(1,), key=Key(42)).round(4)
+    array([[3., 0., 0., 3., 0., 0.]])
+    """
+    options: dict[str, Any] = {"block_size": block_size, "axes": axes, "training": training}
+    return _run(plan_drop_block, x, p, key, rng, return_mask, out, **options)
+
+
+def drop_block_backward(
+    grad: ArrayLike,
+    p: float = 0.5,
+    *,
+    block_size: int,
+    axes: Sequence[int],
+    key: Key | None = None,
+    training: bool = True,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return the gradient of `drop_block`; arguments as there and in `dropout_backward`."""
+    options: dict[str, Any] = {"block_size": block_size, "axes": axes, "training": training}
+    return _run_backward(plan_drop_block, grad, p, key, out, **options)
+
+
+def gaussian_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Multiply each element by a normal number of mean 1 and variance p / (1 - p).
+
+    `unidrop.family.gaussian_dropout` has the formula. Parameters and errors are as in `dropout`; a
+    complex x raises TypeError, and a p of 1 raises ValueError.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import gaussian_dropout
+    >>> gaussian_dropout(np.ones(3), 0.5, key=Key(42)).round(4)
+    array([1.3708, 1.0438, 0.4998])
+    """
+    options: dict[str, Any] = {"training": training, "global_shape": global_shape, "start": start}
+    return _run(plan_gaussian_dropout, x, p, key, rng, False, out, **options)
+
+
+def gaussian_dropout_backward(
+    grad: ArrayLike,
+    p: float = 0.5,
+    *,
+    key: Key | None = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return the gradient of `gaussian_dropout`; arguments as in `dropout_backward`."""
+    options: dict[str, Any] = {"training": training, "global_shape": global_shape, "start": start}
+    return _run_backward(plan_gaussian_dropout, grad, p, key, out, **options)
+
+
+def gaussian_noise(
+    x: ArrayLike,
+    stddev: float,
+    *,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Add a normal number of mean 0 and standard deviation stddev to each element.
+
+    The other parameters and the errors are as in `gaussian_dropout`. The gradient is the upstream
+    gradient itself.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import gaussian_noise
+    >>> gaussian_noise(np.zeros(3), 0.1, key=Key(42)).round(4)
+    array([ 0.0371,  0.0044, -0.05  ])
+    """
+    options: dict[str, Any] = {"training": training, "global_shape": global_shape, "start": start}
+    options["stddev"] = stddev
+    return _run(plan_gaussian_noise, x, NOISE_RATE, key, rng, False, out, **options)
+
+
+def patch_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    num_prefix_tokens: int = 1,
+    ordered: bool = False,
+    key: Key | None = None,
+    rng: Rng = None,
+    training: bool = True,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_indices: bool = False,
+) -> Any:
+    """Remove a share p of the tokens of each example, the second axis of an array.
+
+    `unidrop.family.patch_dropout` describes the parameters and the results; key and rng are as in
+    `dropout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.numpy import patch_dropout
+    >>> patch_dropout(np.arange(9.0)[None], 0.5, key=Key(42), ordered=True)
+    array([[0., 1., 3., 5., 7.]])
+    """
+    check_patch_rate(p)
+    options: dict[str, Any] = {"num_prefix_tokens": num_prefix_tokens, "ordered": ordered}
+    options |= {"training": training, "global_shape": global_shape, "start": start}
+    return _run(plan_patch_dropout, x, p, key, rng, return_indices, None, **options)
+
+
+def patch_dropout_backward(
+    grad: ArrayLike,
+    p: float = 0.5,
+    *,
+    length: int,
+    num_prefix_tokens: int = 1,
+    ordered: bool = False,
+    key: Key,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+) -> NDArray[Any]:
+    """Return the gradient of `patch_dropout` in training.
+
+    Parameters
+    ----------
+    grad : array_like
+        The upstream gradient, of the output's shape.
+    length : int
+        The number of tokens of x.
+    p, num_prefix_tokens, ordered, key, global_shape, start
+        As in the forward call.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of x's shape; +0 for the removed tokens.
+    """
+    grad = as_array(grad, "grad")
+    check_key(key)
+    x = np.zeros((*grad.shape[:1], length, *grad.shape[2:]), grad.dtype)
+    options: dict[str, Any] = {"num_prefix_tokens": num_prefix_tokens, "ordered": ordered}
+    options |= {"global_shape": global_shape, "start": start, "return_indices": True}
+    y, indices = patch_dropout(x, p, key=key, **options)
+    if y.shape != grad.shape:
+        raise ValueError(f"grad must be of the output's shape {y.shape}, got {grad.shape}")
+    if indices is None:
+        return grad
+    x[:, :num_prefix_tokens] = grad[:, :num_prefix_tokens]
+    x[np.arange(len(x))[:, None], num_prefix_tokens + indices] = grad[:, num_prefix_tokens:]
+    return x
 
 
 def drop_path(

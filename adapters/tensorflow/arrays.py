@@ -73,8 +73,11 @@ _NAMESPACE = SimpleNamespace(
     reshape=tf.reshape,
     expand_dims=tf.expand_dims,
     stack=tf.stack,
+    sum=tf.reduce_sum,
     concat=lambda arrays, *, axis=0: tf.concat(arrays, axis),
     take=tf.gather,
+    argsort=lambda x, *, axis, stable: tf.argsort(x, axis=axis, stable=stable),
+    sort=lambda x, *, axis: tf.sort(x, axis=axis),
     where=tf.where,
     real=tf.math.real,
     imag=tf.math.imag,
@@ -207,7 +210,7 @@ class TensorFlowOperator(Operator):
                 return plan.apply(upstream, key)
 
         def with_gradient(v: Any) -> tuple[Any, Any]:
-            if is_large and mask is None and xla.can_compile(plan):
+            if is_large and mask is None and plan.has_kernels and xla.can_compile(plan):
                 return xla.dropout(v, _join_key(*key._words), plan), backward
             return plan.run(v, key, mask), backward
 

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from unidrop.adapters.tensorflow.functional import as_tensor, get_axes
+from unidrop.drop_block import plan_drop_block
 from unidrop.family import (
     Mode,
     plan_alpha_dropout,
@@ -14,11 +15,22 @@ from unidrop.family import (
     plan_drop_path,
     plan_locked_dropout,
 )
+from unidrop.gaussian import NOISE_RATE, plan_gaussian_dropout, plan_gaussian_noise
 from unidrop.key import Key, check_key
+from unidrop.permutation import check_patch_rate, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["alpha_dropout", "drop_key", "drop_path", "locked_dropout"]
+__all__ = [
+    "alpha_dropout",
+    "drop_block",
+    "drop_key",
+    "drop_path",
+    "gaussian_dropout",
+    "gaussian_noise",
+    "locked_dropout",
+    "patch_dropout",
+]
 
 
 def alpha_dropout(
@@ -51,6 +63,137 @@ def alpha_dropout(
         return plan_alpha_dropout(x, rate, broadcast_axes=get_axes(noise_shape, x), **options)
 
     return _run(make_plan, x, rate, key, return_mask, name)
+
+
+def drop_block(
+    x: Any,
+    rate: float,
+    *,
+    block_size: int,
+    axes: Sequence[int],
+    key: Key,
+    return_mask: bool = False,
+    name: str | None = None,
+) -> Any:
+    """Drop blocks of neighboring elements, such that a share of about rate is dropped.
+
+    Parameters
+    ----------
+    block_size : int
+        The length of a block along each of the axes.
+    axes : sequence of int
+        The axes of a block, such as ``(1, 2)`` for images of shape ``(N, H, W, C)``. Their lengths
+        must be known.
+    x, rate, key, return_mask, name
+        As in `dropout`.
+
+    Returns
+    -------
+    y, mask
+        As in `unidrop.family.drop_block`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `dropout`; ValueError if a block does not fit, or an axis does not exist.
+
+    Examples
+    --------
+    >>> import tensorflow as tf
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.tensorflow import drop_block
+    >>> drop_block(tf.ones((1, 6)), 0.5, block_size=2, axes=(1,), key=Key(42)).numpy().round(4)
+    array([[3., 0., 0., 3., 0., 0.]], dtype=float32)
+    """
+
+    def make_plan(x: Any, rate: Rate) -> DropoutPlan:
+        return plan_drop_block(x, rate, block_size=block_size, axes=axes)
+
+    return _run(make_plan, x, rate, key, return_mask, name)
+
+
+def gaussian_dropout(
+    x: Any,
+    rate: float,
+    *,
+    key: Key,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    name: str | None = None,
+) -> Any:
+    """Multiply each element by a normal number of mean 1 and variance rate / (1 - rate).
+
+    `unidrop.family.gaussian_dropout` has the formula. Parameters and errors are as in `dropout`; a
+    complex x raises TypeError, and a rate of 1 raises ValueError.
+
+    Examples
+    --------
+    >>> import tensorflow as tf
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.tensorflow import gaussian_dropout
+    >>> gaussian_dropout(tf.ones(3), 0.5, key=Key(42)).numpy().round(4)
+    array([1.3708, 1.0438, 0.4998], dtype=float32)
+    """
+
+    def make_plan(x: Any, rate: Rate) -> DropoutPlan:
+        return plan_gaussian_dropout(x, rate, global_shape=global_shape, start=start)
+
+    return _run(make_plan, x, rate, key, False, name)
+
+
+def gaussian_noise(
+    x: Any,
+    stddev: float,
+    *,
+    key: Key,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    name: str | None = None,
+) -> Any:
+    """Add a normal number of mean 0 and standard deviation stddev to each element.
+
+    The other parameters and the errors are as in `gaussian_dropout`.
+    """
+
+    def make_plan(x: Any, rate: Rate) -> DropoutPlan:
+        options: dict[str, Any] = {"global_shape": global_shape, "start": start}
+        return plan_gaussian_noise(x, rate, stddev=stddev, **options)
+
+    return _run(make_plan, x, NOISE_RATE, key, False, name)
+
+
+def patch_dropout(
+    x: Any,
+    rate: float,
+    *,
+    num_prefix_tokens: int = 1,
+    ordered: bool = False,
+    key: Key,
+    global_shape: Sequence[int] | None = None,
+    start: Sequence[Any] | None = None,
+    return_indices: bool = False,
+    name: str | None = None,
+) -> Any:
+    """Remove a share of the tokens of each example, the second axis of a tensor.
+
+    `unidrop.family.patch_dropout` describes the parameters and the results; the number of tokens
+    must be known.
+
+    Examples
+    --------
+    >>> import tensorflow as tf
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.tensorflow import patch_dropout
+    >>> patch_dropout(tf.range(9.0)[None], 0.5, key=Key(42), ordered=True).numpy()
+    array([[0., 1., 3., 5., 7.]], dtype=float32)
+    """
+    check_patch_rate(rate, "rate")
+
+    def make_plan(x: Any, rate: Rate) -> DropoutPlan:
+        options: dict[str, Any] = {"num_prefix_tokens": num_prefix_tokens, "ordered": ordered}
+        return plan_patch_dropout(x, rate, global_shape=global_shape, start=start, **options)
+
+    return _run(make_plan, x, rate, key, return_indices, name)
 
 
 def drop_key(

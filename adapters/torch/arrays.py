@@ -6,6 +6,7 @@ import array_api_compat.torch
 import torch
 
 from unidrop.adapters.torch.buffers import BUFFERS, is_tracing, must_stay
+from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.onnx import is_exporting, run_exported
 from unidrop.adapters.torch.operators import (
     as_constant,
@@ -18,6 +19,7 @@ from unidrop.adapters.torch.operators import (
 )
 from unidrop.adapters.torch.plain import run_plain
 from unidrop.arguments import register_symbolic_integer
+from unidrop.gaussian import NormalPlan
 from unidrop.key import Key, fold_number, string_data
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Operator, Words
@@ -128,10 +130,13 @@ class TorchOperator(Operator):
         if is_tracing():
             if is_exporting():
                 return run_exported(plan, x, key, mask)
+            if not plan.is_elementwise:
+                return plan.run(x, key, mask)
             window = window_arguments(plan.window, x.device)
             words, scale = key_tensor(key, x.device), own_scale(plan.rate)
-            return trace_dropout(x, words, plan.rate.p, *window, scale=scale)
-        return apply_eager(x, key, plan, mask)
+            normal = (plan.mean, plan.stddev) if isinstance(plan, NormalPlan) else None
+            return trace_dropout(x, words, plan.rate.p, *window, scale=scale, normal=normal)
+        return _apply_recorded(x, key, plan, mask)
 
     def traced_mask(
         self, like: torch.Tensor, key: Key, window: Window, rate: Rate
@@ -155,6 +160,22 @@ class TorchOperator(Operator):
             device=like.device,
         )
         return mask
+
+    def traced_permutation(
+        self, like: torch.Tensor, key: Key, window: Window
+    ) -> torch.Tensor | None:
+        """Return permutations as the output of one operator."""
+        if is_exporting():
+            return None
+        words = key_tensor(key, like.device)
+        permuted: torch.Tensor = torch.ops.unidrop.permutation(
+            words,
+            window.shape,
+            *window_arguments(window, like.device)[1:],
+            random=randomness(like, words),
+            device=like.device,
+        )
+        return permuted
 
     def pack_key(self, lo: Any, hi: Any) -> torch.Tensor | None:
         """Return two tensors as the tensor of a key, in a trace."""
@@ -253,6 +274,11 @@ def apply_eager(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any = None) 
     """Apply a plan to a tensor that PyTorch does not trace; autograd saves the key alone."""
     if type(plan) is not DropoutPlan:
         return plan.apply(x, key, mask)
+    return _apply_recorded(x, key, plan, mask)
+
+
+def _apply_recorded(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> Any:
+    """Apply a plan whose gradient is the plan itself, and record it if autograd is on."""
     if x.requires_grad and torch.is_grad_enabled():
         return _record(torch._C._functorch.unwrap_if_dead(x), key, plan, mask)
     return _run(x, key, plan, mask)
@@ -261,7 +287,7 @@ def apply_eager(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any = None) 
 def _run(x: torch.Tensor, key: Key, plan: DropoutPlan, mask: Any) -> Any:
     """Return ``plan.run(x, key, mask)``, if possible by `run_plain`."""
     window = plan.window
-    if window.start is None and not window.broadcast_axes:
+    if plan.has_kernels and window.start is None and not window.broadcast_axes:
         output = run_plain(x, plan.rate, key._words)
         if output is not None:
             return output

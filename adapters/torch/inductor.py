@@ -110,6 +110,7 @@ def _lower_dropout(
     start: Any = None,
     random: Any = None,
     scale: float | None = None,
+    normal: Sequence[float] | None = None,
 ) -> Any | None:
     """Return dropout as pointwise arithmetic, or None if the operator must remain opaque."""
     from torch._inductor.ir import Pointwise, is_triton
@@ -119,7 +120,11 @@ def _lower_dropout(
     tensors = [key] if start is None else [key, start]
     if not is_triton(device) or any(tensor.get_device() != device for tensor in tensors):
         return None
-    if dtype.is_complex or any(tensor.get_dtype() != torch.int64 for tensor in tensors):
+    if (
+        normal is not None
+        or dtype.is_complex
+        or any(tensor.get_dtype() != torch.int64 for tensor in tensors)
+    ):
         return None
     sizes = [_as_integer(length) for length in key.get_size()]
     if len(sizes) != 1 or (isinstance(sizes[0], int) and sizes[0] != 2):

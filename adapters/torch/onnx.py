@@ -57,6 +57,8 @@ def run_exported(plan: DropoutPlan, x: Tensor, key: Key, mask: Tensor | None) ->
             "torch.onnx.export cannot export dropout under torch.func, such as vmap: call dropout "
             "on the whole batch"
         )
+    if not plan.has_kernels:
+        return plan.run(x, key, mask)
     plan = DropoutPlan(plan.library, plan.window, _TensorRate(*plan.rate), plan.drops)
     if plan.is_trivial(x):
         return plan.run(x, key, mask)

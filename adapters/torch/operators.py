@@ -41,8 +41,10 @@ from unidrop.adapters.torch.plain import SUPPORTED_DTYPES, run_plain
 from unidrop.adapters.torch.state import add_calls, advance, get_number
 from unidrop.dispatch import get_device_kernels
 from unidrop.dtypes import integer_bits
+from unidrop.gaussian import NormalPlan
 from unidrop.key import Key
 from unidrop.mask import keep_mask
+from unidrop.permutation import permutation
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 from unidrop.words import MASK32
@@ -88,11 +90,15 @@ _READS_CPU = [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is n
 _library = torch.library.Library("unidrop", "DEF")
 _library.define(
     "dropout(Tensor x, Tensor key, float p, int[] broadcast_axes, SymInt[]? global_shape=None, "
-    "Tensor? start=None, Tensor? random=None, float? scale=None) -> Tensor"
+    "Tensor? start=None, Tensor? random=None, float? scale=None, float[]? normal=None) -> Tensor"
 )
 _library.define(
     "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
     "SymInt[]? global_shape=None, Tensor? start=None, *, Device device) -> Tensor"
+)
+_library.define(
+    "permutation(Tensor key, SymInt[] shape, SymInt[]? global_shape=None, Tensor? start=None, "
+    "Tensor? random=None, *, Device device) -> Tensor"
 )
 _library.define("integers(SymInt[] values, *, Device device) -> Tensor", tags=_READS_CPU)
 _library.define("stack_integers(Tensor[] values) -> Tensor")
@@ -160,10 +166,12 @@ def trace_dropout(
     start: Tensor | None = None,
     *,
     scale: float | None = None,
+    normal: Sequence[float] | None = None,
 ) -> Tensor:
     """Return dropout under the key in a tensor of words, as one operator of a trace.
 
-    ``scale`` is the scale of kept elements if it is not the one of p.
+    ``scale`` is the scale of kept elements if it is not the one of p. ``normal`` is the mean and
+    the standard deviation of normal factors, if those replace the mask.
     """
     output: Tensor = torch.ops.unidrop.dropout(
         x,
@@ -174,6 +182,7 @@ def trace_dropout(
         start,
         random=randomness(x, words),
         scale=None if scale is None else as_constant(scale),
+        normal=None if normal is None else [as_constant(number) for number in normal],
     )
     return output
 
@@ -372,6 +381,7 @@ def _dropout(
     start: Tensor | None = None,
     random: Tensor | None = None,
     scale: float | None = None,
+    normal: Sequence[float] | None = None,
 ) -> Tensor:
     plan = DropoutPlan.from_args(
         x,
@@ -380,6 +390,8 @@ def _dropout(
         global_shape=global_shape,
         start=read_start(start),
     )
+    if normal is not None:
+        plan = NormalPlan.from_plan(plan, *normal)
     if not (must_stay(key) and (start is None or must_stay(start))):
         refuse_capture(x.device)
     output: Tensor = plan.apply(x, as_key(key))
@@ -408,6 +420,21 @@ def _keep_mask(
         start=read_start(start),
     )
     return mask
+
+
+@_disable_dynamo
+def _permutation(
+    key: Tensor,
+    shape: Sequence[int],
+    global_shape: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    random: Tensor | None = None,
+    *,
+    device: torch.device,
+) -> Tensor:
+    options: dict[str, Any] = {"global_shape": global_shape, "start": read_start(start)}
+    permuted: Tensor = permutation(shape, as_key(key), xp=torch, device=device, **options)
+    return permuted
 
 
 def read_start(start: Tensor | None) -> Sequence[Any] | None:
@@ -496,11 +523,10 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, key: Tensor, *rest: Any) -> Tensor:
-        p, axes, global_shape, start, random, scale = _with_defaults(*rest)
+        p, axes, global_shape, start, random, *ctx.options = _with_defaults(*rest)
         ctx.save_for_backward(key, start, random)
         ctx.save_for_forward(key, start, random)
         ctx.constants = p, axes, global_shape
-        ctx.scale = scale
         operator = torch.ops.unidrop.dropout.default
         if not torch._C._are_functorch_transforms_active():
             return _below_autograd(operator, keyset, x, key, *rest)
@@ -510,7 +536,7 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, _Dropout.recompute(ctx, upstream), *(None,) * 7
+        return None, _Dropout.recompute(ctx, upstream), *(None,) * 8
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -520,7 +546,7 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def recompute(ctx: Any, x: Tensor) -> Tensor:
         key, start, random = ctx.saved_tensors
-        constants = *ctx.constants, start, random, ctx.scale
+        constants = *ctx.constants, start, random, *ctx.options
         output: Tensor = torch.ops.unidrop.dropout(x, key, *constants)
         return output
 
@@ -532,9 +558,10 @@ def _with_defaults(
     start: Tensor | None = None,
     random: Tensor | None = None,
     scale: float | None = None,
+    normal: Sequence[float] | None = None,
 ) -> tuple[Any, ...]:
     """Return the operator's arguments, including the defaults that the dispatcher omits."""
-    return p, axes, global_shape, start, random, scale
+    return p, axes, global_shape, start, random, scale, normal
 
 
 def _below_autograd(operator: Any, keyset: Any, *arguments: Any, **options: Any) -> Tensor:
@@ -568,9 +595,10 @@ def _run_plain(
     start: Tensor | None = None,
     random: Tensor | None = None,
     scale: float | None = None,
+    normal: Sequence[float] | None = None,
 ) -> Tensor | None:
     """Return the output of the operator by `run_plain`, or None if it does not serve x."""
-    if axes or global_shape is not None or x.dtype not in SUPPORTED_DTYPES:
+    if normal is not None or axes or global_shape is not None or x.dtype not in SUPPORTED_DTYPES:
         return None
     if type(key) is not Tensor or is_tracing():
         return None
@@ -588,9 +616,10 @@ def _batch_dropout(
     start: Tensor | None = None,
     random: Tensor | None = None,
     scale: float | None = None,
+    normal: Sequence[float] | None = None,
 ) -> tuple[Tensor, int]:
     """Run the operator for a batch, with the mask that `unidrop.adapters.torch.func` describes."""
-    names = ("x", "key", "p", "axes", "global_shape", "start", "random", "scale")
+    names = ("x", "key", "p", "axes", "global_shape", "start", "random")
     dims = dict(zip(names, in_dims, strict=False))
     count = info.batch_size
     x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)
@@ -602,7 +631,9 @@ def _batch_dropout(
             for name, tensor in (("key", key), ("start", start))
         )
         each = [
-            torch.ops.unidrop.dropout(x_i, key_i, p, axes, global_shape, start_i, random, scale)
+            torch.ops.unidrop.dropout(
+                x_i, key_i, p, axes, global_shape, start_i, random, scale, normal
+            )
             for x_i, key_i, start_i in zip(x.unbind(), keys, starts, strict=True)
         ]
         return torch.stack(each), 0
@@ -613,7 +644,41 @@ def _batch_dropout(
         start = torch.cat([start.new_zeros(1), start])
     if random is not None and not is_shared:
         random = random.select(dims["random"], 0)
-    return torch.ops.unidrop.dropout(x, key, p, axes, global_shape, start, random, scale), 0
+    arguments = p, axes, global_shape, start, random, scale, normal
+    return torch.ops.unidrop.dropout(x, key, *arguments), 0
+
+
+def _batch_permutation(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    key: Tensor,
+    shape: Sequence[int],
+    global_shape: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    random: Tensor | None = None,
+    *,
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """Run the operator for a batch, as `_batch_dropout` does."""
+    names = ("key", "shape", "global_shape", "start", "random")
+    dims = dict(zip(names, in_dims, strict=False))
+    if random is not None and dims.get("random") is not None:
+        random = random.select(dims["random"], 0)
+    count, start_dim = info.batch_size, dims.get("start")
+    if dims["key"] is None and start_dim is None:
+        # Examples are different, because `random` alone is a batch.
+        if global_shape is not None and start is not None:
+            global_shape = [count, *global_shape]
+            start = torch.cat([start.new_zeros(1), start])
+        arguments = [count, *shape], global_shape, start, random
+        return torch.ops.unidrop.permutation(key, *arguments, device=device), 0
+    keys, starts = (
+        [tensor] * count if tensor is None or dim is None else tensor.movedim(dim, 0).unbind()
+        for tensor, dim in ((key, dims["key"]), (start, start_dim))
+    )
+    pairs = zip(keys, starts, strict=True)
+    draw = partial(torch.ops.unidrop.permutation, device=device)
+    return torch.stack([draw(k, shape, global_shape, s, random) for k, s in pairs]), 0
 
 
 def _make_saved_kernel(name: str) -> Any:
@@ -693,6 +758,7 @@ def _fake_dropout(x: Tensor, *_: Any, **random: Any) -> Tensor:
 _EAGER: dict[str, Callable[..., Tensor]] = {
     "dropout": _dropout,
     "keep_mask": _keep_mask,
+    "permutation": _permutation,
     "integers": _integers,
     "stack_integers": _stack_integers,
     "pack_key": _pack_key,
@@ -705,6 +771,9 @@ _FAKE: dict[str, Callable[..., Tensor]] = {
     "dropout": _fake_dropout,
     "keep_mask": lambda key, p, shape, *_, device: torch.empty(
         shape, dtype=torch.bool, device=device
+    ),
+    "permutation": lambda key, shape, *_, device: torch.empty(
+        shape, dtype=torch.int64, device=device
     ),
     "integers": lambda values, *, device: torch.empty(
         (len(values),), dtype=torch.int64, device=device
@@ -726,6 +795,7 @@ for _name in ("next_call", "call_key", "draw_key"):
     getattr(torch.ops.unidrop, _name).default.py_impl(_DispatchKey.Functionalize)(_refuse_branch)
 _library.impl("dropout", _differentiate_dropout, "Autograd", with_keyset=True)
 torch.library.register_vmap("unidrop::dropout", _batch_dropout, lib=_library)
+torch.library.register_vmap("unidrop::permutation", _batch_permutation, lib=_library)
 torch.library.register_vmap("unidrop::next_call", _batch_next_call, lib=_library)
 torch.library.register_vmap("unidrop::call_key", _batch_call_key, lib=_library)
 torch.library.register_vmap("unidrop::pack_key", _batch_pack_key, lib=_library)

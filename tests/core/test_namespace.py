@@ -29,7 +29,11 @@ print(*(name for name in loaded() if name not in before and name.startswith("uni
 """
     first = ["unidrop.adapters.key_types", "|", "unidrop.conformance"]
     parts = [f"unidrop.adapters.numpy{part}" for part in ("", ".arrays", ".family", ".functional")]
-    assert run(code) == [*first, "unidrop.family", *parts]
+    assert run(code) == [
+        *first,
+        *(f"unidrop.{m}" for m in ("drop_block", "family", "gaussian", "normal", "permutation")),
+        *parts,
+    ]
 
 
 @pytest.mark.parametrize("name", ["adapters", "conformance", "testing"])

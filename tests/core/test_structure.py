@@ -34,6 +34,10 @@ LAYERS = [
     "output",
     "plan",
     "dropout",
+    "normal",
+    "gaussian",
+    "drop_block",
+    "permutation",
     "family",
 ]
 

@@ -528,14 +528,14 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
             (
                 "the operator ignores broadcast axes",
                 "broadcast-axes",
-                "if axes or global_shape is not None or",
-                "if global_shape is not None or",
+                "if normal is not None or axes or global_shape is not None or",
+                "if normal is not None or global_shape is not None or",
             ),
             (
                 "the operator ignores windows",
                 "windows",
-                "if axes or global_shape is not None or",
-                "if axes or",
+                "if normal is not None or axes or global_shape is not None or",
+                "if normal is not None or axes or",
             ),
             (
                 "the operator records no gradient",
@@ -548,14 +548,14 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
             (
                 "an eager call ignores broadcast axes",
                 "broadcast-axes",
-                "if window.start is None and not window.broadcast_axes:",
-                "if window.start is None:",
+                "if plan.has_kernels and window.start is None and not window.broadcast_axes:",
+                "if plan.has_kernels and window.start is None:",
             ),
             (
                 "an eager call ignores windows",
                 "windows",
-                "if window.start is None and not window.broadcast_axes:",
-                "if not window.broadcast_axes:",
+                "if plan.has_kernels and window.start is None and not window.broadcast_axes:",
+                "if plan.has_kernels and not window.broadcast_axes:",
             ),
             (
                 "the backward pass has another key",
