@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fused_arrays import FUSED
 
-from unidrop.adapters import numpy as adapter
+from unidrop.adapters.numpy import functional as adapter
 from unidrop.conformance import FUSED as FUSED_MODE
 from unidrop.conformance import Cell, cells, run_cell
 from unidrop.conformance.backends.numpy import Numpy
