@@ -29,7 +29,7 @@ __all__ = [
     "check_loop",
     "find_replica",
     "forget_programs",
-    "get_replica_thread",
+    "get_thread",
     "make_increment",
     "restore_value",
     "writes_legacy_file",
@@ -82,9 +82,14 @@ def _make_eager_increment(dtype: Any) -> Any:
     return tf.constant([0, 1], dtype)
 
 
-def get_replica_thread() -> int:
-    """Return the thread, which is the replica's own on TensorFlow; 0 on other backends."""
-    return threading.get_ident() if keras.backend.backend() == "tensorflow" else 0
+def get_thread() -> int:
+    """Return the thread, which on TensorFlow is the replica's own.
+
+    It is 0 while torch.compile traces, because that cannot record the thread.
+    """
+    if keras.backend.backend() == "torch" and torch.compiler.is_compiling():
+        return 0
+    return threading.get_ident()
 
 
 def forget_programs() -> None:

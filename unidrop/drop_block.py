@@ -89,8 +89,10 @@ class DropBlockPlan(DropoutPlan):
         kept = kept + xp.astype(kept == 0, counts)  # nothing is kept, and nothing is scaled
         if isinstance(size, int):
             total = xp.full((), float(size), dtype=dtype, device=device)
-        else:
+        elif hasattr(size, "dtype"):
             total = xp.astype(size, dtype)
+        else:  # a symbol
+            total = xp.zeros((), dtype=dtype, device=device) + size
         ratio = total / xp.astype(kept, dtype)
         return select(self.library, x, mask, _CountedRate(math.nan, 0, ratio))
 
@@ -165,7 +167,7 @@ def plan_drop_block(
     corners = list(shape)
     for axis in spatial:
         corners[axis] = max(0, shape[axis] - size + 1)
-    if not plan.drops or 0 in lengths:
+    if not plan.drops or 0 in lengths or rate.p == 1:  # corners at 1 would leave some elements
         return plan
     places = math.prod([corners[axis] for axis in spatial])
     gamma = rate.p * math.prod(lengths) / (size ** len(spatial) * places)

@@ -37,6 +37,9 @@ _RATE = Rate.from_p(NOISE_RATE)
 # In single precision, a larger unit of deviates could be infinite.
 _MOST = 2.0**127
 
+# Several libraries flush the unit of smaller deviates, which is subnormal, to zero.
+_LEAST = 2.0**-100
+
 
 @dataclass(frozen=True, slots=True)
 class NormalPlan(DropoutPlan):
@@ -104,7 +107,7 @@ def check_stddev(stddev: Any) -> float:
     TypeError
         If stddev is not a Python number.
     ValueError
-        If stddev is negative, NaN, or 2^127 and more.
+        If stddev is negative, NaN, 2^127 and more, or above 0 and below 2^-100.
     """
     if isinstance(stddev, bool) or not isinstance(stddev, int | float):
         raise TypeError(
@@ -112,6 +115,8 @@ def check_stddev(stddev: Any) -> float:
         )
     if not 0 <= stddev < _MOST:
         raise ValueError(f"stddev must be at least 0 and below 2**127, got {stddev}")
+    if 0 < stddev < _LEAST:
+        raise ValueError(f"stddev must be 0 or at least 2**-100, got {stddev}")
     return float(stddev)
 
 
@@ -212,7 +217,7 @@ def gaussian_noise(
     Parameters
     ----------
     stddev : int or float
-        The standard deviation, in [0, 2^127).
+        The standard deviation, 0 or in [2^-100, 2^127).
     x, key, training, broadcast_axes, global_shape, start
         As in `gaussian_dropout`.
 

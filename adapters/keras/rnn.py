@@ -12,7 +12,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from unidrop.adapters.calls import run_exclusively
 from unidrop.adapters.keras.layers import _STATE, _narrow_seed, _SeededLayerMixin
-from unidrop.adapters.keras_backend import advance_eagerly, find_replica, get_replica_thread
+from unidrop.adapters.keras_backend import advance_eagerly, find_replica, get_thread
 from unidrop.key import Key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
@@ -39,14 +39,14 @@ def _check_rates(**rates: Any) -> dict[str, float]:
 
 
 class _Sequences:
-    """What replicas remember during a sequence; an object, because Keras tracks dictionaries."""
+    """What threads remember during a sequence; an object, because Keras tracks dictionaries."""
 
     def __init__(self) -> None:
         self._of_thread: dict[int, dict[str, Any]] = {}
 
     def get(self) -> dict[str, Any]:
-        """Return the masks of this replica's sequence, and its call."""
-        return self._of_thread.setdefault(get_replica_thread(), {})
+        """Return the masks of this thread's sequence, and its call."""
+        return self._of_thread.setdefault(get_thread(), {})
 
     def forget(self, *names: str) -> None:
         """Forget masks, and the call, so that the next mask begins a new one."""
@@ -54,7 +54,7 @@ class _Sequences:
         for name in (*names, _CALL):
             sequence.pop(name, None)
         if not sequence:
-            del self._of_thread[get_replica_thread()]
+            del self._of_thread[get_thread()]
 
 
 class _SeededCellMixin(_SeededLayerMixin):
@@ -110,8 +110,15 @@ class _SeededCellMixin(_SeededLayerMixin):
     def call(  # type: ignore[override] # a cell has states
         self, inputs: Any, states: Any, training: bool = False
     ) -> Any:
-        """Compute a step, with the masks of the sequence in training."""
-        return super(_SeededLayerMixin, self).call(inputs, states, training=training)
+        """Compute a step, with the masks of the sequence in training.
+
+        A step that raises ends the sequence, and its call is not counted.
+        """
+        try:
+            return super(_SeededLayerMixin, self).call(inputs, states, training=training)
+        except BaseException:
+            self._cancel_sequence()
+            raise
 
     def get_dropout_mask(self, step_input: Any) -> Any:
         """Return the masks of the inputs, scaled; None unless a training call drops inputs."""
@@ -331,8 +338,8 @@ class LSTM(_SeededRNNMixin, keras.layers.LSTM, _CellHook):
     ``K = Key(seed).fold_in(n)``, training call n = 0, 1, 2, ... multiplies the inputs by the masks
     ``dropout(ones((batch, features)), dropout, K.fold_in("dropout").fold_in(gate))``, and the
     recurrent state by masks of "recurrent_dropout" with the shape (batch, units). Without
-    recurrent_dropout, all gates share the mask of ``K.fold_in("dropout")``. Gates are numbered in
-    the order of the kernel.
+    recurrent_dropout and with implementation 2, all gates share the mask of
+    ``K.fold_in("dropout")``. Gates are numbered in the order of the kernel.
 
     Parameters
     ----------

@@ -577,7 +577,7 @@ class GaussianNoise(_Member):
     Raises
     ------
     TypeError, ValueError
-        As `Dropout`, and if stddev is not a Python number in [0, 2^127).
+        As `Dropout`, and if stddev is not a Python number, 0 or in [2^-100, 2^127).
 
     Examples
     --------

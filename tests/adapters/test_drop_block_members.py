@@ -248,3 +248,13 @@ def test_raises_for_other_ranks_as_torchvision():
     assert int(module.calls) == 0
     with pytest.raises(ValueError, match="incompatible with the layer"):
         for_keras.DropBlock2D(P, 3)(np.ones((2, 4, 3)), training=True)
+
+
+@pytest.mark.slow  # torch.export imports Dynamo
+def test_exports_a_batch_of_any_size():
+    module = for_torch.DropBlock2d(0.4, 2, seed=KEY)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    exported = torch.export.export(module, (torch.ones(2, 2, 5, 4),), dynamic_shapes=shapes)
+    x = torch.rand(7, 2, 5, 4)
+    expected = for_torch.DropBlock2d(0.4, 2, seed=KEY)(x)
+    assert torch.equal(exported.module()(x), expected)

@@ -109,3 +109,11 @@ def test_refuses_blocks_that_do_not_fit(options, error, message):
     for training in (True, False):
         with pytest.raises(error, match=message):
             drop_block(**arguments, training=training)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_drops_everything_at_rate_one(block_size):
+    x = np.ones((2, 3, 6, 6), "float32")
+    y, mask = drop_block(x, 1, KEY, block_size=block_size, axes=(2, 3), return_mask=True)
+    assert not y.any()
+    assert not mask.any()

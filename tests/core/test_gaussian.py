@@ -199,6 +199,12 @@ def test_refuses_deviations_outside_the_interval(stddev):
         gaussian_noise(X, stddev, KEY)
 
 
+def test_refuses_deviations_whose_unit_is_subnormal():
+    with pytest.raises(ValueError, match=r"stddev must be 0 or at least 2\*\*-100, got 1e-32"):
+        gaussian_noise(X, 1e-32, KEY)
+    assert gaussian_noise(X, 2.0**-100, KEY).shape == X.shape
+
+
 @pytest.mark.parametrize("stddev", [True, "1", np.float32(0.5)])
 def test_refuses_deviations_that_are_no_numbers(stddev):
     with pytest.raises(TypeError, match="stddev must be a Python int or float, got"):

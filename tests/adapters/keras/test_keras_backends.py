@@ -39,7 +39,7 @@ def test_passes_tests_of_layers_on_numpy():
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_passes_tests_of_recurrent_layers(backend):
-    run_tests(backend, RNN, expected=59)
+    run_tests(backend, RNN, expected=63)
 
 
 @pytest.mark.parametrize(("backend", "fit"), [("jax", "LSTM-True"), ("torch", "GRU-False")])

@@ -1,5 +1,7 @@
 """Recurrent cells and layers of Keras with masks of keys, on each backend."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -242,3 +244,38 @@ def test_has_the_same_masks_unrolled_and_backwards():
     z.set_weights(y.get_weights())
     y.calls = z.calls = 0
     assert_near(run(y), run(z, X[:, ::-1]))
+
+
+@kinds
+def test_does_not_count_calls_that_raise_inside_layer_of_keras(kind):
+    if keras.backend.backend() == "jax":
+        pytest.skip("JAX raises before the cell runs, and the number is skipped")
+    layer = keras.layers.RNN(CELLS[kind](UNITS, dropout=0.5, recurrent_dropout=0.5, seed=1))
+    run(layer)
+    wrong = [np.zeros((4, UNITS + 1), "float32")] * (2 if kind is LSTM else 1)
+    with pytest.raises(Exception, match=r"(?s).+"):
+        run(layer, initial_state=wrong)
+    assert layer.cell.calls == 1
+    run(layer)
+    assert layer.cell.calls == 2
+
+
+def test_has_masks_of_a_call_number_in_each_thread():
+    layer = make(LSTM)
+    layer(X)  # Keras builds no layer in two threads
+    outputs = [[], []]
+
+    def call(own):
+        own.extend(run(layer) for _ in range(10))
+
+    threads = [threading.Thread(target=call, args=(own,)) for own in outputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert layer.calls == 20
+    expected = set()
+    for number in range(20):
+        layer.calls = number
+        expected.add(run(layer).tobytes())
+    assert {y.tobytes() for own in outputs for y in own} == expected
