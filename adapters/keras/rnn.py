@@ -198,6 +198,7 @@ class _SeededCellMixin(_SeededLayerMixin):
     def load_own_variables(self, store: Any) -> None:
         """Load the weights, and the call number if there is one."""
         super().load_own_variables(store)
+        # A store is not iterable: it has keys() alone.
         weights = {name: store[name] for name in store.keys() if name != _STATE}  # noqa: SIM118
         keras.layers.Layer.load_own_variables(self, weights)
 
