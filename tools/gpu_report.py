@@ -181,7 +181,7 @@ def compile_attention(
     _, constants = attention_launch._prepare(
         attention, 0 if bias is None else 1, attention_launch._UNIT, is_placed
     )
-    tile = attention_launch._choose_tile(name, attention, bias is not None)
+    tile = attention_launch._choose_tile(name, attention, bias)
     kernel = getattr(attention_launch._get_kernels(), name)
     numbers = {"key_ptr": "*i64"} | dict.fromkeys(("sizes_ptr", "delta_ptr"), "*fp32")
     numbers |= {} if bias is None else {"bias_ptr": _POINTERS[bias]}
@@ -237,19 +237,6 @@ class Compiled:
     def spilled(self) -> int:
         """Bytes of a thread outside of its registers."""
         return self._resource("STACK") + self._resource("LOCAL")
-
-    @property
-    def spills_in_loops(self) -> int:
-        """Loads and stores of spilled registers in loops: others take no time worth counting."""
-        lines = re.findall(r"^(?:\.L_x_\d+:|\s+/\*[0-9a-f]{4,}\*/.*)", self._texts[0], re.MULTILINE)
-        labels = {line[:-1]: i for i, line in enumerate(lines) if line.startswith(".L")}
-        spills: set[int] = set()
-        for end, line in enumerate(lines):
-            jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if jump is not None:
-                loop = range(labels[jump[1]], end)
-                spills.update(i for i in loop if re.search(r"\b(LDL|STL)\b", lines[i]))
-        return len(spills)
 
     def _resource(self, name: str) -> int:
         match = re.search(rf"{name}:(\d+)", self._texts[1])

@@ -54,7 +54,7 @@ _WRAPPED_ERROR = "Dynamo cannot trace how Keras rewords errors of layers, and ra
 _LOST_STATE = "Keras on JAX detaches a model's state in fit, and an error leaves it detached"
 
 _SAME_PROGRAMS = {"attention": "it compiles the same operations as jit"}
-_FLOAT32_ATTENTION = {"attention-output": "Keras computes float64 attention in float32"}
+_FLOAT32_ATTENTION = {"attention-output": "Keras's einsum of NumPy computes in float32"}
 _OUTER_LAYER = {"attention": "the matrix creates the layer outside of the scope"}
 
 _OUTER_REMAT = "RematScope around a layer of layers"

@@ -3,7 +3,7 @@
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from unidrop.dtypes import ITEM_SIZES
+from unidrop.dtypes import ITEM_SIZES, dtype_name
 from unidrop.fused.triton.launch import Key, _signed, _split_key
 from unidrop.protocols import DeviceBuffer
 from unidrop.rate import Rate
@@ -91,7 +91,7 @@ def attend(
     buffers = [query, key, value, bias, output]
     numbers, constants = _prepare(attention, _get_step(bias), _get_unit(buffers), place is None)
     pointer, number = _split_key(dropout_key)
-    tile = _choose_tile("attend", attention, bias is not None)
+    tile = _choose_tile("attend", attention, _get_kind(bias))
     _get_kernels().attend[_get_grid(attention, tile.rows)](
         *_get_pointers(buffers), sizes, pointer, place, number, *numbers,
         *_get_strides(buffers), **constants, **_get_constants(tile),
@@ -138,13 +138,13 @@ def differentiate(
         _get_unit([*inputs, output, upstream, of_query, of_key, of_value]),
         place is None,
     )
-    tile = _choose_tile("differentiate_queries", attention, bias is not None)
+    tile = _choose_tile("differentiate_queries", attention, _get_kind(bias))
     kernels.differentiate_queries[_get_grid(attention, tile.rows)](
         *_get_pointers([*inputs, output]), sizes, pointer, place, upstream.pointer, upstream_lse,
         scratch, of_query.pointer, number, *numbers,
         *_get_strides([*inputs, output, upstream, of_query]), **constants, **_get_constants(tile),
     )  # fmt: skip
-    tile = _choose_tile("differentiate_keys", attention, bias is not None)
+    tile = _choose_tile("differentiate_keys", attention, _get_kind(bias))
     programs = -(-attention.keys // tile.columns) * attention.batch * attention.key_heads
     kernels.differentiate_keys[programs,](
         *_get_pointers(inputs), sizes, pointer, place, upstream.pointer, scratch, of_key.pointer,
@@ -184,17 +184,27 @@ _TILES = {
 
 # Tiles that differ if there is a bias, whose elements take registers too.
 _TILES_WITH_BIAS = {
-    ("differentiate_queries", 2): {64: (128, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 2)},
+    ("differentiate_queries", 2): {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 2)},
     ("differentiate_keys", 2): {64: (32, 128, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 2)},
 }
 
+# Tiles that differ if the bias has bools, which take more registers than numbers.
+_TILES_WITH_BOOLS = _TILES_WITH_BIAS | {
+    ("attend", 2): {64: (32, 64, 4, 1), 128: (32, 64, 8, 2), 256: (64, 32, 8, 2)},
+}
 
-def _choose_tile(kernel: str, attention: Attention, has_bias: bool) -> _Tile:
-    """Return the tile of a kernel."""
+
+def _choose_tile(kernel: str, attention: Attention, bias: str | None) -> _Tile:
+    """Return the tile of a kernel; ``bias`` is the name of the dtype of a bias."""
     features = max(attention.features, attention.value_features)
     name = kernel, ITEM_SIZES[attention.kind]
-    tiles = _TILES_WITH_BIAS.get(name, _TILES[name]) if has_bias else _TILES[name]
+    tables = {None: _TILES, "bool": _TILES_WITH_BOOLS}
+    tiles = tables.get(bias, _TILES_WITH_BIAS).get(name, _TILES[name])
     return _Tile(*next(tile for most, tile in tiles.items() if features <= most))
+
+
+def _get_kind(bias: DeviceBuffer | None) -> str | None:
+    return None if bias is None else dtype_name(bias.pointer.dtype)
 
 
 def _get_grid(attention: Attention, rows: int) -> tuple[int]:
