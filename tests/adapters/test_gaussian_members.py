@@ -162,6 +162,7 @@ def test_saves_no_noise_for_the_backward_pass_of_torch(name):
     assert saved == []
 
 
+@pytest.mark.slow
 def test_differentiates_compiled_gaussian_dropout():
     torch._dynamo.reset()
     x = torch.from_numpy(X).requires_grad_()

@@ -52,6 +52,7 @@ def test_keeps_the_tokens_of_the_core(framework, options):
     assert np.array_equal(np.asarray(indices), kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", CALLS)
 def test_keeps_the_tokens_of_a_part(framework):
     make, call = CALLS[framework]

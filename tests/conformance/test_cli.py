@@ -117,6 +117,7 @@ def test_prints_the_names_of_written_files(tmp_path):
     assert output.splitlines()[-4:] == [f"wrote {path}" for path in names.values()]
 
 
+@pytest.mark.slow
 def test_writes_all_cells_and_exclusions_to_json(tmp_path):
     path = tmp_path / "matrix.json"
     result = run("conformance", "--backend", "numpy", "--json", str(path))

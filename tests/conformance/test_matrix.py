@@ -73,6 +73,7 @@ def mutant(where, statement):
     """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "how"),
     [*(("make", how) for how in (*DEATHS, *ERRORS)), ("dtypes", "SystemExit"), ("dtypes", "exit")],
@@ -312,6 +313,7 @@ def test_runs_diff_in_backend_environment(in_own_environment, capfd):
 CACHE, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True], ids=["for the run", "the user's"])
 def test_keeps_jax_cache_for_the_run_unless_user_sets_it(install, tmp_path, monkeypatch, own):
     folder, noted = tmp_path / "own", tmp_path / "noted"

@@ -64,6 +64,7 @@ def test_exits_during_large_calls_of_other_threads(tmp_path, kind, end):
     assert_clean_exit(run_script(tmp_path, code, warm=True), end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", EXITS)
 def test_exits_without_fork(tmp_path, end):
     statement, status = EXITS[end]

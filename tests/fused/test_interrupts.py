@@ -35,6 +35,7 @@ def test_ends_process_by_interrupt_of_large_calls(tmp_path):
     assert "Fatal Python error" not in run.stderr
 
 
+@pytest.mark.slow
 @needs_signals
 def test_computes_same_bits_after_hundreds_of_interrupts(tmp_path):
     code = """

@@ -226,6 +226,7 @@ def test_computes_same_bits_with_any_number_of_threads(result, number):
         assert same_bits(function(), expected)
 
 
+@pytest.mark.slow
 def test_computes_same_bits_while_number_changes():
     expected = {name: portable(function) for name, function in RESULTS.items()}
     stop, failures = threading.Event(), []

@@ -50,6 +50,7 @@ def test_drops_tangent_in_forward_mode():
     assert_bits(tangent, wanted(t, KEY.fold_in(2)))
 
 
+@pytest.mark.slow
 def test_gives_diagonal_hessian_of_squared_scale():
     hessian = jax.hessian(lambda v: squares(v, 4))(jnp.asarray(values((9,))))
     np.testing.assert_allclose(hessian, np.diag(twice(np.ones(9, "float32"), 4)), rtol=1e-6)

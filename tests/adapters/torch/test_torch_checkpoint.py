@@ -408,6 +408,7 @@ def test_counts_copy_made_before_backward_apart(run):
     assert (layer.calls, twin.calls) == (1, 1)
 
 
+@pytest.mark.slow
 def test_recomputes_first_mask_under_debug():
     layer, x = Dropout(seed=SITE), numbers()
     checkpoint(region(layer), x, use_reentrant=False, debug=True).sum().backward()
@@ -432,6 +433,7 @@ def test_recomputes_first_masks_in_selective_checkpoints(saved):
 # --- What is kept, and what it costs -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_keeps_nothing_beyond_its_graph(run):
     layer, x = Dropout(seed=SITE), numbers()
     records, make = [], torch_checkpoint._Record

@@ -30,6 +30,7 @@ class Net(nn.Module):
         return self.first(x), self.second(x.reshape(3, 4, 4, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("strict", [False, True])

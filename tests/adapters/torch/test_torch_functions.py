@@ -199,6 +199,7 @@ def test_saves_no_tensor_for_backward_pass(inplace, training_key):
     assert getattr(y.grad_fn, "saved_tensors", ()) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 def test_keeps_nothing_of_input_size_for_backward_pass(inplace):
     x = numbers(12_345, requires_grad=True)

@@ -353,6 +353,7 @@ def test_compiles_drawn_key_with_mask(backend):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiles_rate_that_changes_with_window():
     fast, _ = compiled(
         lambda x, p: dropout(x, p, key=KEY, return_mask=True, global_shape=(9, 7), start=(2, 0))
