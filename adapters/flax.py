@@ -25,6 +25,7 @@ from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.arguments import checked_integer
 from unidrop.drop_block import check_block_size, plan_drop_block
+from unidrop.drop_head import plan_drop_head
 from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_key, plan_drop_path
 from unidrop.gaussian import NOISE_RATE, check_stddev, plan_gaussian_dropout, plan_gaussian_noise
 from unidrop.key import Key
@@ -36,6 +37,7 @@ from unidrop.rate import Rate
 __all__ = [
     "AlphaDropout",
     "DropBlock",
+    "DropHead",
     "DropKey",
     "DropPath",
     "Dropout",
@@ -345,6 +347,51 @@ class DropKey(Dropout):
 
     def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
         return plan_drop_key(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
+
+
+class DropHead(Dropout):
+    """Drop whole heads of attention in training.
+
+    `unidrop.family.drop_head` has the details.
+
+    Parameters
+    ----------
+    rate : int or float
+        The probability of dropping a head of an example, in [0, 1].
+    axis : int, default -2
+        The axis of heads, as in ``(batch, length, heads, features)``.
+    deterministic, rng_collection, rngs, seed
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import DropHead
+    >>> DropHead(0.5)(jax.numpy.ones((1, 1, 6, 1)), rngs=jax.random.key(42)).ravel()
+    Array([2., 0., 0., 0., 0., 2.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        axis: int = -2,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        super().__init__(
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+        self.axis = axis
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        return plan_drop_head(x, rate, axis=self.axis, name="inputs")
 
 
 class GaussianDropout(Dropout):

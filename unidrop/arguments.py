@@ -10,6 +10,7 @@ from unidrop.dtypes import integer_bits
 __all__ = [
     "NUMPY_TYPES",
     "as_tuple",
+    "checked_axis",
     "checked_index",
     "checked_integer",
     "is_symbolic",
@@ -77,6 +78,29 @@ def as_tuple(value: Any, name: str) -> tuple[Any, ...]:
         return tuple(value)
     except TypeError:
         raise TypeError(f"{name} must be a sequence of integers, got {value!r}") from None
+
+
+def checked_axis(axis: Any, shape: Any) -> int:
+    """Return an axis of an array of a shape, counted from the first.
+
+    Raises
+    ------
+    TypeError
+        If axis is not an integer.
+    ValueError
+        If the array has no such axis.
+
+    Examples
+    --------
+    >>> checked_axis(-1, (2, 3))
+    1
+    """
+    ndim = len(shape)
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis must be an integer, got {axis!r}")
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis must be an axis of an array of shape {tuple(shape)}, got {axis}")
+    return axis % ndim
 
 
 def checked_index(value: Any, name: str) -> int:

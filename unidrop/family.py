@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
+from unidrop.arguments import checked_axis
 from unidrop.drop_block import drop_block
+from unidrop.drop_head import drop_head
 from unidrop.dtypes import compute_dtype, dtype_name
 from unidrop.gaussian import gaussian_dropout, gaussian_noise
 from unidrop.key import Key, check_key
@@ -25,6 +27,7 @@ __all__ = [
     "alpha_dropout",
     "check_mode",
     "drop_block",
+    "drop_head",
     "drop_key",
     "drop_path",
     "feature_alpha_dropout",
@@ -146,12 +149,8 @@ def plan_drop_key(x: Any, rate: Rate, **options: Any) -> DropoutPlan:
 def plan_locked_dropout(x: Any, rate: Rate, *, axis: int, **options: Any) -> DropoutPlan:
     """Return the plan of `locked_dropout`; ``options`` are as in `DropoutPlan.from_args`."""
     get_library(x, options.get("name", "x"))
-    ndim = len(x.shape)
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"axis must be an integer, got {axis!r}")
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"axis must be an axis of an array of shape {tuple(x.shape)}, got {axis}")
-    return DropoutPlan.from_args(x, rate, broadcast_axes=(axis,), **options)
+    axes = (checked_axis(axis, x.shape),)
+    return DropoutPlan.from_args(x, rate, broadcast_axes=axes, **options)
 
 
 def _plan_real(member: str, x: Any, rate: Rate, **options: Any) -> DropoutPlan:

@@ -1,6 +1,7 @@
 """Dropout for JAX: a pure function of an array, a rate and a key, under every transformation."""
 
 from unidrop.adapters.jax.attention import dot_product_attention
+from unidrop.adapters.jax.drop_head import drop_head
 from unidrop.adapters.jax.family import (
     alpha_dropout,
     drop_block,
@@ -19,6 +20,7 @@ __all__ = [
     "as_key",
     "dot_product_attention",
     "drop_block",
+    "drop_head",
     "drop_key",
     "drop_path",
     "dropout",

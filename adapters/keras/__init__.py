@@ -6,6 +6,7 @@ keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.
 keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN (Keras 3).
 """
 
+from unidrop.adapters.keras.drop_head import DropHead
 from unidrop.adapters.keras.layers import (
     AlphaDropout,
     Attention,
@@ -40,6 +41,7 @@ __all__ = [
     "Attention",
     "DropBlock2D",
     "DropBlock3D",
+    "DropHead",
     "DropKey",
     "DropPath",
     "Dropout",

@@ -1,5 +1,6 @@
 """Dropout for NumPy, and members of its family, each with its backward pass."""
 
+from unidrop.adapters.numpy.drop_head import drop_head, drop_head_backward
 from unidrop.adapters.numpy.family import (
     alpha_dropout,
     alpha_dropout_backward,
@@ -26,6 +27,8 @@ __all__ = [
     "alpha_dropout_backward",
     "drop_block",
     "drop_block_backward",
+    "drop_head",
+    "drop_head_backward",
     "drop_key",
     "drop_key_backward",
     "drop_path",

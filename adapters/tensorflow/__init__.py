@@ -1,5 +1,6 @@
 """Dropout for TensorFlow, and members of its family: functions of a tensor and a key."""
 
+from unidrop.adapters.tensorflow.drop_head import drop_head
 from unidrop.adapters.tensorflow.family import (
     alpha_dropout,
     drop_block,
@@ -15,6 +16,7 @@ from unidrop.adapters.tensorflow.functional import dropout
 __all__ = [
     "alpha_dropout",
     "drop_block",
+    "drop_head",
     "drop_key",
     "drop_path",
     "dropout",

@@ -28,10 +28,14 @@ print(*(name for name in loaded() if name not in before and name.count(".") == 1
 print(*(name for name in loaded() if name not in before and name.startswith("unidrop.adapters.")))
 """
     first = ["unidrop.adapters.key_types", "|", "unidrop.conformance"]
-    parts = [f"unidrop.adapters.numpy{part}" for part in ("", ".arrays", ".family", ".functional")]
+    parts = [
+        f"unidrop.adapters.numpy{part}"
+        for part in ("", ".arrays", ".drop_head", ".family", ".functional")
+    ]
     assert run(code) == [
         *first,
-        *(f"unidrop.{m}" for m in ("drop_block", "family", "gaussian", "normal", "permutation")),
+        *(f"unidrop.{m}" for m in ("drop_block", "drop_head", "family", "gaussian", "normal")),
+        "unidrop.permutation",
         *parts,
     ]
 

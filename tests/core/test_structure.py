@@ -37,6 +37,7 @@ LAYERS = [
     "normal",
     "gaussian",
     "drop_block",
+    "drop_head",
     "permutation",
     "family",
 ]

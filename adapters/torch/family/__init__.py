@@ -11,7 +11,7 @@ from unidrop.adapters.torch.family.alpha import (
     alpha_dropout,
     feature_alpha_dropout,
 )
-from unidrop.adapters.torch.family.attention import DropKey, drop_key
+from unidrop.adapters.torch.family.attention import DropHead, DropKey, drop_head, drop_key
 from unidrop.adapters.torch.family.drop_block import (
     DropBlock2d,
     DropBlock3d,
@@ -41,6 +41,7 @@ __all__ = [
     "AlphaDropout",
     "DropBlock2d",
     "DropBlock3d",
+    "DropHead",
     "DropKey",
     "DropPath",
     "FeatureAlphaDropout",
@@ -53,6 +54,7 @@ __all__ = [
     "alpha_dropout",
     "drop_block2d",
     "drop_block3d",
+    "drop_head",
     "drop_key",
     "drop_path",
     "feature_alpha_dropout",
