@@ -14,6 +14,7 @@ from unidrop.arguments import checked_axis
 from unidrop.drop_block import drop_block
 from unidrop.drop_head import drop_head
 from unidrop.dtypes import compute_dtype, dtype_name
+from unidrop.embedding import embedding_dropout
 from unidrop.gaussian import gaussian_dropout, gaussian_noise
 from unidrop.key import Key, check_key
 from unidrop.library import get_library
@@ -30,6 +31,7 @@ __all__ = [
     "drop_head",
     "drop_key",
     "drop_path",
+    "embedding_dropout",
     "feature_alpha_dropout",
     "gaussian_dropout",
     "gaussian_noise",

@@ -2,6 +2,7 @@
 
 from unidrop.adapters.jax.attention import dot_product_attention
 from unidrop.adapters.jax.drop_head import drop_head
+from unidrop.adapters.jax.embedding import embedding_dropout
 from unidrop.adapters.jax.family import (
     alpha_dropout,
     drop_block,
@@ -24,6 +25,7 @@ __all__ = [
     "drop_key",
     "drop_path",
     "dropout",
+    "embedding_dropout",
     "feature_alpha_dropout",
     "gaussian_dropout",
     "gaussian_noise",

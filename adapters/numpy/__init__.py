@@ -1,6 +1,7 @@
 """Dropout for NumPy, and members of its family, each with its backward pass."""
 
 from unidrop.adapters.numpy.drop_head import drop_head, drop_head_backward
+from unidrop.adapters.numpy.embedding import embedding_dropout, embedding_dropout_backward
 from unidrop.adapters.numpy.family import (
     alpha_dropout,
     alpha_dropout_backward,
@@ -35,6 +36,8 @@ __all__ = [
     "drop_path_backward",
     "dropout",
     "dropout_backward",
+    "embedding_dropout",
+    "embedding_dropout_backward",
     "feature_alpha_dropout",
     "feature_alpha_dropout_backward",
     "gaussian_dropout",

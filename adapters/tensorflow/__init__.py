@@ -1,6 +1,7 @@
 """Dropout for TensorFlow, and members of its family: functions of a tensor and a key."""
 
 from unidrop.adapters.tensorflow.drop_head import drop_head
+from unidrop.adapters.tensorflow.embedding import embedding_dropout
 from unidrop.adapters.tensorflow.family import (
     alpha_dropout,
     drop_block,
@@ -20,6 +21,7 @@ __all__ = [
     "drop_key",
     "drop_path",
     "dropout",
+    "embedding_dropout",
     "gaussian_dropout",
     "gaussian_noise",
     "locked_dropout",

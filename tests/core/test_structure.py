@@ -38,6 +38,7 @@ LAYERS = [
     "gaussian",
     "drop_block",
     "drop_head",
+    "embedding",
     "permutation",
     "family",
 ]

@@ -18,6 +18,7 @@ from unidrop.adapters.torch.family.drop_block import (
     drop_block2d,
     drop_block3d,
 )
+from unidrop.adapters.torch.family.embedding import EmbeddingDropout, embedding_dropout
 from unidrop.adapters.torch.family.gaussian import (
     GaussianDropout,
     GaussianNoise,
@@ -44,6 +45,7 @@ __all__ = [
     "DropHead",
     "DropKey",
     "DropPath",
+    "EmbeddingDropout",
     "FeatureAlphaDropout",
     "GaussianDropout",
     "GaussianNoise",
@@ -57,6 +59,7 @@ __all__ = [
     "drop_head",
     "drop_key",
     "drop_path",
+    "embedding_dropout",
     "feature_alpha_dropout",
     "gaussian_dropout",
     "gaussian_noise",
