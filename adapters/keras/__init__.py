@@ -1,12 +1,13 @@
 """Dropout layers for Keras: `keras.layers` under keys, with runs that resume.
 
 Keras documentation: keras.layers.Dropout, keras.layers.AlphaDropout,
-keras.layers.SpatialDropout1D/2D/3D,
+keras.layers.SpatialDropout1D/2D/3D, keras.layers.Embedding,
 keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.Attention,
 keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN (Keras 3).
 """
 
 from unidrop.adapters.keras.drop_head import DropHead
+from unidrop.adapters.keras.embedding import Embedding
 from unidrop.adapters.keras.layers import (
     AlphaDropout,
     Attention,
@@ -45,6 +46,7 @@ __all__ = [
     "DropKey",
     "DropPath",
     "Dropout",
+    "Embedding",
     "GRUCell",
     "GaussianDropout",
     "GaussianNoise",

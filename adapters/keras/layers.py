@@ -7,6 +7,7 @@ keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.
 """
 
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, SupportsIndex
 
@@ -184,7 +185,11 @@ class _SeededLayerMixin(keras.layers.Layer):
         options = {"global_shape": global_shape, "start": start, "name": "inputs"}
         plan = self._make_plan(inputs, Rate.from_p(self.rate, "rate"), axes, **options)
         rank = None if window else rank
-        is_traced = plan.library.arrays.is_traced
+        return self._run_with_key(inputs, rank, lambda key: plan.apply(inputs, key))
+
+    def _run_with_key(self, inputs: Any, rank: Any, call: Callable[[Key], Any]) -> Any:
+        """Return ``call(key)`` for the key of a training call, which counts unless it raises."""
+        is_traced = get_library(inputs).arrays.is_traced
         state = self.seed_generator.state.value
         traced = is_traced(state)
         if traced or self._checked != id(self):
@@ -192,23 +197,23 @@ class _SeededLayerMixin(keras.layers.Layer):
         if traced:
             # One thread traces, and torch.compile cannot record a lock. A trace that raises has
             # counted nothing.
-            return plan.apply(inputs, self._make_key(self._advance(state, inputs), rank))
+            return call(self._make_key(self._advance(state, inputs), rank))
 
         def take_number(variable: Any) -> Any:
             state = variable.value
             before = advance_eagerly(state)
             return self._advance(state, inputs) if before is None else before
 
-        def call(state: Any) -> Any:
+        def run(state: Any) -> Any:
             # Inside a trace, JAX also traces operations on an array that is not traced.
             numbers = state if is_traced(state) else self._read(state)
-            outputs = plan.apply(inputs, self._make_key(numbers, rank))
+            outputs = call(self._make_key(numbers, rank))
             attending = _attending.get()
             if attending is not None and attending[0] is self:
                 attending[1].append(state)
             return outputs
 
-        return run_counted(take_number, self._roll_back, call, self.seed_generator.state)
+        return run_counted(take_number, self._roll_back, run, self.seed_generator.state)
 
     def _find_mistakes(self, traced: bool) -> None:
         """Look once for layers with this one's seed, and note where a trace puts the seed."""

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unidrop.adapters.numpy.functional import Rng, as_array, check_source, draw_key
 from unidrop.adapters.numpy.family import _run_backward
+from unidrop.adapters.numpy.functional import Rng, as_array, check_source, draw_key
 from unidrop.embedding import check_indices, drop_rows, plan_embedding_dropout
 from unidrop.key import Key
 from unidrop.rate import Rate
