@@ -26,6 +26,7 @@ from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.arguments import checked_integer
 from unidrop.drop_block import check_block_size, plan_drop_block
 from unidrop.drop_head import plan_drop_head
+from unidrop.embedding import look_up, plan_embedding_dropout
 from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_key, plan_drop_path
 from unidrop.gaussian import NOISE_RATE, check_stddev, plan_gaussian_dropout, plan_gaussian_noise
 from unidrop.key import Key
@@ -42,6 +43,7 @@ __all__ = [
     "DropPath",
     "Dropout",
     "DropoutCalls",
+    "Embed",
     "GaussianDropout",
     "GaussianNoise",
     "MultiHeadAttention",
@@ -260,15 +262,8 @@ class Dropout(_SeededModule, nnx.Dropout):
         ValueError
             If ``deterministic`` is None here and in the constructor, or a training call has no key.
         """
-        if deterministic is None:
-            deterministic = self.deterministic
-        if deterministic is None:
-            raise ValueError(
-                "Dropout must know whether to drop: pass `deterministic` to the constructor or "
-                "to the call, or use `nnx.view(model, deterministic=...)`"
-            )
         check_plain(type(inputs), "inputs")
-        if deterministic or self.rate == 0:
+        if self._keeps_all(deterministic):
             return inputs
         if isinstance(inputs, nnx.Variable):
             inputs = inputs.get_value()
@@ -278,13 +273,26 @@ class Dropout(_SeededModule, nnx.Dropout):
         drop = partial(_drop, x, self._make_plan(x, Rate.from_p(self.rate, "rate")))
         if rngs is None and self.seed is not None:
             return self._run_counted(drop)
-        return drop(self._draw_key(self.rngs if rngs is None else rngs))
+        return drop(self._draw_key(rngs))
+
+    def _keeps_all(self, deterministic: bool | None) -> bool:
+        """Return whether a call drops nothing; raises ValueError if that is unknown."""
+        if deterministic is None:
+            deterministic = self.deterministic
+        if deterministic is None:
+            raise ValueError(
+                "Dropout must know whether to drop: pass `deterministic` to the constructor or "
+                "to the call, or use `nnx.view(model, deterministic=...)`"
+            )
+        return bool(deterministic) or self.rate == 0
 
     def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
         """Return the plan of a call."""
         return DropoutPlan.from_args(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
 
     def _draw_key(self, rngs: Any) -> Key:
+        """Return the key of a call, from its rngs or the ones of the module."""
+        rngs = self.rngs if rngs is None else rngs
         if rngs is None:
             raise ValueError(
                 "`deterministic` is False, but Dropout has neither a seed nor rngs: pass one of "
@@ -601,6 +609,106 @@ class DropPath(Dropout):
         return plan_drop_path(
             x, rate, mode=self.mode, scale_by_keep=self.scale_by_keep, name="inputs"
         )
+
+
+class Embed(nnx.Embed):
+    """Look up embeddings of words, and drop words everywhere in training.
+
+    Replaces `flax.nnx.Embed`. A dropped word is 0 in all places, and others are scaled by
+    1 / (1 - rate). The mask is ordinary dropout of the matrix with ``broadcast_dims=(1,)``, and
+    only the rows that are looked up are multiplied. `attend` drops nothing.
+
+    Parameters
+    ----------
+    num_embeddings, features, **options
+        As in `flax.nnx.Embed`.
+    rate : int or float, default 0.0
+        The probability of dropping a word, in [0, 1].
+    deterministic : bool or None, default False
+        If True, nothing is dropped.
+    rngs : nnx.Rngs
+        The source of the matrix, and of the keys if there is no seed.
+    seed : int or unidrop.Key, optional
+        As in `Dropout`.
+
+    Attributes
+    ----------
+    embedding : nnx.Param
+        The matrix.
+    dropout : Dropout
+        The module that has the rate, the seed and the call number: ``module.dropout.calls``.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from flax import nnx
+    >>> from unidrop.adapters.flax import Embed
+    >>> module = Embed(
+    ...     4, 1, rate=0.5, embedding_init=nnx.initializers.ones, rngs=nnx.Rngs(0), seed=42
+    ... )
+    >>> module(jax.numpy.array([0, 1, 2, 3, 0])).ravel()
+    Array([2., 2., 0., 0., 2.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        rate: float = 0.0,
+        deterministic: bool | None = False,
+        rngs: nnx.Rngs,
+        seed: int | Key | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_embeddings, features, rngs=rngs, **options)
+        source = rngs if Rate.from_p(rate, "rate").p > 0 else None
+        self.dropout = Dropout(rate, deterministic=deterministic, rngs=source, seed=seed)
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        out_sharding: Any = None,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | Key | None = None,
+    ) -> jax.Array:
+        """Look up words, and drop some in training.
+
+        Parameters
+        ----------
+        inputs : jax.Array
+            The words, of an integer dtype.
+        out_sharding
+            As in `flax.nnx.Embed`; a call that drops words must have none.
+        deterministic, rngs
+            As in the calls of `Dropout`.
+
+        Raises
+        ------
+        ValueError
+            If ``deterministic`` is None here and in the constructor, a training call has no key, or
+            as in Flax.
+        """
+        dropout = self.dropout
+        if dropout._keeps_all(deterministic):
+            words: jax.Array = super().__call__(inputs, out_sharding)
+            return words
+        if out_sharding is not None:
+            raise ValueError("out_sharding must be None if words are dropped: shard the output")
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError("Input type must be an integer or unsigned integer.")
+        if self.num_embeddings == 1:  # as in Flax, every index is the word
+            inputs = jnp.zeros_like(inputs)
+        (weight,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+        rate = Rate.from_p(dropout.rate, "rate")
+        plan = plan_embedding_dropout(weight, rate, name="embedding")
+        look_up_all = partial(look_up, plan, weight, inputs)
+        if rngs is None and dropout.seed is not None:
+            counted: jax.Array = dropout._run_counted(look_up_all)
+            return counted
+        drawn: jax.Array = look_up_all(dropout._draw_key(rngs))
+        return drawn
 
 
 class MultiHeadAttention(_SeededModule, nnx.MultiHeadAttention):

@@ -118,7 +118,7 @@ def embedding_dropout(
     start: Sequence[Any] | None = None,
     return_mask: bool = False,
 ) -> Any:
-    """Look up embeddings of words, of which each is dropped everywhere with probability p.
+    """Look up embeddings of words, and drop words everywhere with probability p.
 
     Parameters
     ----------
@@ -142,8 +142,8 @@ def embedding_dropout(
     -------
     y : array
         Of the shape of the indices, with an axis of features added. It is equal to the look-up in
-        the matrix after dropout, and so is the gradient. But only the rows that are looked up are
-        multiplied.
+        the matrix after dropout. So is the gradient, unless the library adds the gradients of equal
+        indices in another order. But only the rows that are looked up are multiplied.
     mask : array of bool
         Only with ``return_mask``: True for kept words, of shape ``(words, 1)``.
 

@@ -26,7 +26,7 @@ def embedding_dropout(
     start: Sequence[Any] | None = None,
     return_mask: bool = False,
 ) -> Any:
-    """Look up embeddings of words, of which each is dropped everywhere with probability rate.
+    """Look up embeddings of words, and drop words everywhere with probability rate.
 
     `unidrop.family.embedding_dropout` has the details. The other parameters and errors are as in
     `dropout`. As in `jax.numpy.take`, an index out of range has a row of NaN.
@@ -43,6 +43,6 @@ def embedding_dropout(
     weight, indices = as_array(weight, "weight"), jnp.asarray(indices)
     check_indices(indices)
     options: dict[str, Any] = {"global_shape": global_shape, "start": start}
-    rate = Rate.from_p(rate, "rate")
-    plan = plan_embedding_dropout(weight, rate, training=not deterministic, **options)
+    options["training"] = not deterministic
+    plan = plan_embedding_dropout(weight, Rate.from_p(rate, "rate"), **options)
     return look_up(plan, weight, indices, as_key(key) if plan.drops else key, return_mask)

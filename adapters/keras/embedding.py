@@ -78,7 +78,7 @@ class Embedding(_SeededLayerMixin, keras.layers.Embedding):
         self._set_seed(seed)
 
     def call(self, inputs: Any, training: bool = False) -> Any:
-        """Look up words, some of which are dropped in training."""
+        """Look up words, and drop some in training."""
         look_up_all = super(_SeededLayerMixin, self).call
         if not training or self.rate == 0 or in_symbolic_scope():
             return look_up_all(inputs)

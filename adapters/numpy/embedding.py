@@ -27,7 +27,7 @@ def embedding_dropout(
     start: Sequence[Any] | None = None,
     return_mask: bool = False,
 ) -> Any:
-    """Look up embeddings of words, of which each is dropped everywhere with probability p.
+    """Look up embeddings of words, and drop words everywhere with probability p.
 
     `unidrop.family.embedding_dropout` has the details. key and rng are as in `dropout`; an index
     out of range raises IndexError.

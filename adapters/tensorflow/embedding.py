@@ -25,7 +25,7 @@ def embedding_dropout(
     return_mask: bool = False,
     name: str | None = None,
 ) -> Any:
-    """Look up embeddings of words, of which each is dropped everywhere with probability rate.
+    """Look up embeddings of words, and drop words everywhere with probability rate.
 
     `unidrop.family.embedding_dropout` has the details. The first two parameters have the names of
     `tf.nn.embedding_lookup`, and the others and the errors are as in `dropout`. Indices out of

@@ -30,12 +30,12 @@ print(*(name for name in loaded() if name not in before and name.startswith("uni
     first = ["unidrop.adapters.key_types", "|", "unidrop.conformance"]
     parts = [
         f"unidrop.adapters.numpy{part}"
-        for part in ("", ".arrays", ".drop_head", ".family", ".functional")
+        for part in ("", ".arrays", ".drop_head", ".embedding", ".family", ".functional")
     ]
     assert run(code) == [
         *first,
-        *(f"unidrop.{m}" for m in ("drop_block", "drop_head", "family", "gaussian", "normal")),
-        "unidrop.permutation",
+        *(f"unidrop.{m}" for m in ("drop_block", "drop_head", "embedding", "family", "gaussian")),
+        *(f"unidrop.{m}" for m in ("normal", "permutation")),
         *parts,
     ]
 

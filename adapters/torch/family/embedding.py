@@ -36,7 +36,7 @@ def embedding_dropout(
     start: Sequence[Any] | None = None,
     return_mask: bool = False,
 ) -> Any:
-    """Look up embeddings of words, of which each is dropped everywhere with probability p.
+    """Look up embeddings of words, and drop words everywhere with probability p.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ class EmbeddingDropout(SeededModule):
         self.p = Rate.from_p(value, "embed_p").p
 
     def forward(self, words: Tensor) -> Tensor:
-        """Look up words, some of which are dropped in training."""
+        """Look up words, and drop some in training."""
         if not isinstance(words, Tensor):
             proxy: Tensor = record_module(self, words)
             return proxy
