@@ -18,6 +18,7 @@ from unidrop.adapters.torch.family.drop_block import (
     drop_block2d,
     drop_block3d,
 )
+from unidrop.adapters.torch.family.drop_connect import DropConnect
 from unidrop.adapters.torch.family.embedding import EmbeddingDropout, embedding_dropout
 from unidrop.adapters.torch.family.gaussian import (
     GaussianDropout,
@@ -42,6 +43,7 @@ __all__ = [
     "AlphaDropout",
     "DropBlock2d",
     "DropBlock3d",
+    "DropConnect",
     "DropHead",
     "DropKey",
     "DropPath",
