@@ -6,6 +6,7 @@ keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.
 keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN (Keras 3).
 """
 
+from unidrop.adapters.keras.drop_connect import DropConnect
 from unidrop.adapters.keras.drop_head import DropHead
 from unidrop.adapters.keras.embedding import Embedding
 from unidrop.adapters.keras.layers import (
@@ -42,6 +43,7 @@ __all__ = [
     "Attention",
     "DropBlock2D",
     "DropBlock3D",
+    "DropConnect",
     "DropHead",
     "DropKey",
     "DropPath",
