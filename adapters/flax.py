@@ -3,6 +3,7 @@
 Flax documentation: flax.nnx.Dropout, flax.nnx.MultiHeadAttention (0.12).
 """
 
+import copy
 import math
 import sys
 import warnings
@@ -38,6 +39,7 @@ from unidrop.rate import Rate
 __all__ = [
     "AlphaDropout",
     "DropBlock",
+    "DropConnect",
     "DropHead",
     "DropKey",
     "DropPath",
@@ -609,6 +611,127 @@ class DropPath(Dropout):
         return plan_drop_path(
             x, rate, mode=self.mode, scale_by_keep=self.scale_by_keep, name="inputs"
         )
+
+
+class DropConnect(nnx.Module):
+    """Drop weights of a module in training.
+
+    With ``K = Key(seed).fold_in(n)``, training call n = 0, 1, 2, ... runs the module with
+    ``dropout(weight, rate, K.fold_in(name))`` in place of the variable of each name.
+
+    Parameters
+    ----------
+    module : nnx.Module
+        The module, such as a `flax.nnx.Linear`.
+    rate : int or float, default 0.5
+        The probability of dropping a weight, in [0, 1].
+    names : str or sequence of str, default ("kernel",)
+        The variables to drop, by their attributes, such as "dense_h.kernel" of an
+        `nnx.OptimizedLSTMCell`.
+    deterministic, rng_collection, rngs, seed
+        As in `Dropout`.
+
+    Attributes
+    ----------
+    module : nnx.Module
+        The module, which keeps its variables.
+    dropout : Dropout
+        The module that has the rate, the seed and the call number: ``module.dropout.calls``.
+    names : tuple of str
+        The names of the variables.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Dropout`; ValueError if the module has no variable of a name, or there are no names.
+
+    Notes
+    -----
+    L. Wan et al., "Regularization of neural networks using DropConnect", ICML 2013.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from flax import nnx
+    >>> from unidrop.adapters.flax import DropConnect
+    >>> linear = nnx.Linear(1, 4, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    >>> DropConnect(linear, 0.5, seed=1)(jax.numpy.ones(1))
+    Array([2., 0., 0., 2.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        rate: float = 0.5,
+        names: str | Sequence[str] = ("kernel",),
+        *,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        self.module = module
+        self.names = (names,) if isinstance(names, str) else tuple(names)
+        self.dropout = Dropout(
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+        self._find_weights()
+
+    def _find_weights(self) -> dict[str, Any]:
+        """Return the variables to drop, by their names."""
+        found: dict[str, Any] = {}
+        for name in self.names:
+            found[name] = self.module
+            for part in name.split("."):
+                found[name] = getattr(found[name], part, None)
+        if not found or not all(isinstance(v, nnx.Variable) for v in found.values()):
+            raise ValueError(f"names must be variables of the module, got {self.names}")
+        return found
+
+    def __call__(
+        self,
+        *args: Any,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | Key | None = None,
+        **options: Any,
+    ) -> Any:
+        """Run the module, with dropped weights in training.
+
+        deterministic and rngs are as in the calls of `Dropout`; the module has the others.
+        """
+        dropout = self.dropout
+        if dropout._keeps_all(deterministic):
+            return self.module(*args, **options)
+        weights = self._find_weights()
+        rate = Rate.from_p(dropout.rate, "rate")
+        plans = {
+            name: DropoutPlan.from_args(weight.get_value(), rate, name=name)
+            for name, weight in weights.items()
+        }
+
+        def call(key: Key) -> Any:
+            module: Any = self.module
+            for name, weight in weights.items():
+                dropped = _drop(weight.get_value(), plans[name], as_key(key).fold_in(name))
+                module = _replace(module, name, weight.replace(dropped))
+            return module(*args, **options)
+
+        if rngs is None and dropout.seed is not None:
+            return dropout._run_counted(call)
+        return call(dropout._draw_key(rngs))
+
+
+def _replace(module: Any, name: str, variable: Any) -> Any:
+    """Return a module with another variable, which shares the rest with the first one."""
+    first, _, rest = name.partition(".")
+    twin = copy.copy(module)
+    # Flax refuses to set attributes of a module that an outer trace has made.
+    vars(twin)[first] = _replace(getattr(module, first), rest, variable) if rest else variable
+    return twin
 
 
 class Embed(nnx.Embed):

@@ -51,7 +51,7 @@ class DropConnect(_SeededLayerMixin, keras.layers.Wrapper):
     >>> from unidrop.adapters.keras import DropConnect
     >>> dense = keras.layers.Dense(4, kernel_initializer="ones")
     >>> np.asarray(DropConnect(dense, 0.5, seed=42)(np.ones((1, 1), "float32"), training=True))
-    array([[2., 2., 0., 2.]], dtype=float32)
+    array([[2., 0., 0., 2.]], dtype=float32)
     """
 
     noise_shape = None

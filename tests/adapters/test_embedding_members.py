@@ -278,6 +278,7 @@ def test_draws_keys_of_flax():
     assert not np.array_equal(module(jnp.asarray(INDICES)), module(jnp.asarray(INDICES)))
 
 
+@pytest.mark.slow
 def test_keeps_the_rules_of_flax_for_indices():
     with pytest.raises(ValueError, match="Input type must be an integer"):
         make_flax()(jnp.ones(3))
