@@ -22,7 +22,7 @@ except ImportError:  # a version that does not mark its exports
 
 _DispatchMode = torch._C._TorchDispatchModeKey
 
-__all__ = ["is_exporting", "mark_as_set", "run_exported", "take_number"]
+__all__ = ["TensorRate", "is_exporting", "mark_as_set", "run_exported", "take_number"]
 
 
 def is_exporting() -> bool:
@@ -37,7 +37,7 @@ def is_exporting() -> bool:
     )
 
 
-class _TensorRate(Rate):
+class TensorRate(Rate):
     """A rate with its scale as a tensor: the exporter rounds a Python float to float32."""
 
     def scale_in(self, dtype: str) -> Any:
@@ -59,7 +59,7 @@ def run_exported(plan: DropoutPlan, x: Tensor, key: Key, mask: Tensor | None) ->
         )
     if not plan.has_kernels:
         return plan.run(x, key, mask)
-    plan = DropoutPlan(plan.library, plan.window, _TensorRate(*plan.rate), plan.drops)
+    plan = DropoutPlan(plan.library, plan.window, TensorRate(*plan.rate), plan.drops)
     if plan.is_trivial(x):
         return plan.run(x, key, mask)
     if mask is None:

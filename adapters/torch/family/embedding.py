@@ -11,7 +11,8 @@ from unidrop.adapters.torch.buffers import is_tracing
 from unidrop.adapters.torch.functional import TORCHSCRIPT_MESSAGE, run_with_drawn_key
 from unidrop.adapters.torch.fx import override, record_module
 from unidrop.adapters.torch.modules import SeededModule
-from unidrop.adapters.torch.operators import trace_draw_words
+from unidrop.adapters.torch.onnx import TensorRate, is_exporting
+from unidrop.adapters.torch.operators import as_constant, trace_draw_words
 from unidrop.embedding import drop_rows, number_rows, plan_embedding_dropout
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
@@ -92,7 +93,7 @@ def embedding_dropout(
         return override(embedding_dropout, by, weight, indices, p, training, **options)
     if key is not None:
         check_key(key)
-    plan = plan_embedding_dropout(weight, Rate.from_p(p), training=training, **options)
+    plan = plan_embedding_dropout(weight, _get_rate(p), training=training, **options)
     if not plan.drops:
         output = torch.nn.functional.embedding(indices, weight, **embedding)
         return (output, plan.ones(weight)) if return_mask else output
@@ -108,6 +109,14 @@ def embedding_dropout(
     return run_with_drawn_key(call, weight, False)
 
 
+def _get_rate(p: float, name: str = "p") -> Rate:
+    """Return the rate of a call, with a scale that compilers and exporters leave as it is."""
+    rate = Rate.from_p(p, name)
+    if is_exporting():
+        return TensorRate(*rate)
+    return Rate.from_p(as_constant(rate.p)) if is_tracing() else rate
+
+
 def _look_up(
     plan: DropoutPlan, weight: Tensor, indices: Tensor, key: Key, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -120,6 +129,8 @@ def _look_up(
     rows = torch.nn.functional.embedding(flat, weight, **options)
     mask = plan.mask(weight, key)
     rows = drop_rows(plan, rows, mask, flat)
+    if is_exporting():  # an ONNX graph has no gradient
+        return rows.reshape(*indices.shape, weight.shape[1]), mask
     # The gradient is divided by counts before it is scaled, as in the look-up of dropped words.
     numbers = number_rows(plan, flat, weight.shape[0]).reshape(indices.shape)
     output = torch.nn.functional.embedding(numbers, rows, scale_grad_by_freq=scales)
@@ -190,7 +201,7 @@ class EmbeddingDropout(SeededModule):
             proxy: Tensor = record_module(self, words)
             return proxy
         emb = self.emb
-        rate = Rate.from_p(self.p, "embed_p")
+        rate = _get_rate(self.p, "embed_p")
         plan = plan_embedding_dropout(emb.weight, rate, training=self.training, name="emb.weight")
         if not plan.drops:
             output: Tensor = emb(words)
