@@ -130,4 +130,4 @@ class DropConnect(_SeededLayerMixin, keras.layers.Wrapper):
 
     def get_config(self) -> dict[str, Any]:
         """Return Keras's configuration, with the seed as an integer, as `Dropout` does."""
-        return {**super().get_config(), "rate": self.rate, "names": self.names}
+        return {**super().get_config(), "rate": self.rate, "names": list(self.names)}

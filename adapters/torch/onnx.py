@@ -41,6 +41,7 @@ class TensorRate(Rate):
     """A rate with its scale as a tensor: the exporter rounds a Python float to float32."""
 
     def scale_in(self, dtype: str) -> Any:
+        """Return the scale as a tensor."""
         return torch.tensor(self.scale, dtype=getattr(torch, dtype))
 
 

@@ -1,5 +1,7 @@
 """Embedding dropout in each framework: bits and gradients of a look-up in the dropped matrix."""
 
+import io
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -173,6 +175,45 @@ def test_has_the_same_bits_compiled(compiler):
     function = COMPILERS[compiler]()
     for step in (3, 4):
         assert_bits(function(step), expected(KEY.fold_in(step)))
+
+
+@pytest.mark.slow
+def test_compiles_for_any_number_of_words_and_rate():
+    torch._dynamo.reset()
+    function = torch.compile(
+        lambda i, p: for_torch.embedding_dropout(torch.from_numpy(W), i, p, key=KEY),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for shape, p in [((3,), 0.3), ((2, 5), 0.3), ((7,), 0.5)]:
+        indices = INDICES.reshape(-1)[: np.prod(shape)].reshape(shape)
+        y = function(torch.from_numpy(indices), p)
+        assert_bits(y.numpy(), family.embedding_dropout(W, indices, p, KEY))
+
+
+class OfStep(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = make_module()
+
+    def forward(self, indices, step):
+        self.module.calls = step
+        return self.module(indices)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Exporting a model while")
+def test_exports_to_onnx():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    arguments = torch.from_numpy(INDICES), torch.tensor(0)
+    program = torch.onnx.export(OfStep(), arguments, dynamo=True, verbose=False)
+    buffer = io.BytesIO()
+    program.save(buffer)
+    session = onnxruntime.InferenceSession(buffer.getvalue())
+    names = [each.name for each in session.get_inputs()]
+    (y,) = session.run(None, dict(zip(names, (INDICES, np.array(3)), strict=True)))
+    assert_bits(y, expected(KEY.fold_in(3)))
 
 
 def make_module(p=P, **options):

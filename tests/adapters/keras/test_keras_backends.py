@@ -13,6 +13,7 @@ LAYERS, TRAINING = str(HERE / "test_keras_layers.py"), str(HERE / "test_keras_tr
 CONTROL_FLOW = str(HERE / "test_keras_control_flow.py")
 ATTENTION = str(HERE / "test_keras_attention.py")
 RNN, RNN_TRAINING = str(HERE / "test_keras_rnn.py"), str(HERE / "test_keras_rnn_training.py")
+WEIGHTS = [str(HERE / f"test_keras_{name}.py") for name in ("embedding", "drop_connect")]
 WARNS = """
 import warnings
 
@@ -47,6 +48,15 @@ def test_passes_some_tests_of_recurrent_layers_in_training(backend, fit):
     loops = [f"{RNN}::test_agrees_with_loop_in_numpy[0.3-0.4-{kind}]" for kind in ("LSTM", "GRU")]
     fits = f"{RNN_TRAINING}::test_has_masks_of_loop_in_each_step_of_fit[{fit}]"
     run_tests(backend, *loops, fits, expected=3)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_passes_tests_of_dropped_weights(backend):
+    run_tests(backend, *WEIGHTS, expected=15 + 19)
+
+
+def test_passes_tests_of_dropped_weights_on_numpy():
+    run_tests("numpy", *WEIGHTS, "-k", "not test_trains and not fit", expected=14 + 17)
 
 
 def test_trains_on_two_devices_as_on_one():

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras_models import BACKEND, SITE, assert_bits
+from keras_models import SITE, assert_bits
 
 from unidrop import Key
 from unidrop.adapters.keras import Embedding
@@ -97,7 +97,6 @@ def test_rebuilds_of_its_configuration():
     assert (config["rate"], config["seed"]) == (RATE, 7)
 
 
-@pytest.mark.skipif(BACKEND == "numpy", reason="Keras on NumPy does not train")
 def test_trains_the_words_that_it_keeps():
     model = keras.Sequential([keras.Input((9,), dtype="int32"), make()])
     model.compile(keras.optimizers.SGD(1.0), "mse")
