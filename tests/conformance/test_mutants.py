@@ -208,28 +208,78 @@ MUTANTS = {
     ),
     "paths dropped by element": (
         mutant.PathsDroppedByElement,
-        "family-output",
-        "output of {'member': 'drop_path'",
+        "family-drop-path",
+        "output of drop_path with {'scale_by_keep': False}",
     ),
     "paths scaled always": (
         mutant.PathsScaledAlways,
-        "family-output",
-        "output of {'member': 'drop_path', 'scale_by_keep': False}",
+        "family-drop-path",
+        "output of drop_path with {'scale_by_keep': False}",
     ),
     "alpha dropout fills with 0": (
         mutant.AlphaFilledWithZero,
-        "family-output",
-        "output of {'member': 'alpha_dropout'}",
+        "family-alpha-dropout",
+        "output of alpha_dropout",
     ),
     "alpha dropout by one product and one sum": (
         mutant.AlphaWithOneProductAndSum,
-        "family-output",
-        "output of {'member': 'alpha_dropout'}",
+        "family-alpha-dropout",
+        "output of alpha_dropout",
+    ),
+    "channels dropped by element": (
+        mutant.ChannelsDroppedByElement,
+        "family-feature-alpha-dropout",
+        "output of feature_alpha_dropout",
+    ),
+    "scores filled with NaN": (
+        mutant.ScoresFilledWithNan,
+        "family-drop-key",
+        "[-inf (0xfc00)",
+    ),
+    "locked along the wrong axis": (
+        mutant.LockedAlongWrongAxis,
+        "family-locked-dropout",
+        "output of locked_dropout with {'axis': 1}",
+    ),
+    "blocks too small by one": (
+        mutant.BlocksTooSmall,
+        "family-drop-block",
+        "output of drop_block with {'block_size': 3",
+    ),
+    "blocks scaled by the rate": (
+        mutant.BlocksScaledByRate,
+        "family-drop-block",
+        "output of drop_block with {'block_size': 3",
+    ),
+    "permutations in descending order": (
+        mutant.PermutationsDescending,
+        "family-patch-dropout",
+        "output of patch_dropout with {}",
+    ),
+    "Gaussian dropout with the words of masks": (
+        mutant.GaussianDropoutOfWordsOfMasks,
+        "family-gaussian-dropout",
+        "output of gaussian_dropout",
+    ),
+    "noise with the opposite sign": (
+        mutant.NoiseNegated,
+        "family-gaussian-noise",
+        "output of gaussian_noise",
     ),
     "gradient of a member without its scale": (
         mutant.MemberGradientWithoutScale,
         "family-gradient",
         "gradient of {'member': 'alpha_dropout'}",
+    ),
+    "gradient of Gaussian dropout without factors": (
+        mutant.GradientOfGaussianDropoutIsUpstream,
+        "family-gradient",
+        "gradient of {'member': 'gaussian_dropout'}",
+    ),
+    "gradient of patches in another order": (
+        mutant.GradientOfPatchesUnsorted,
+        "family-gradient",
+        "gradient of {'member': 'patch_dropout'}",
     ),
     "attention with queries and keys swapped": (
         mutant.AttentionQueriesAndKeysSwapped,

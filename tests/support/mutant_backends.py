@@ -4,15 +4,17 @@ The correct backend follows the specification and shares no code with the core. 
 names the contract that must catch each mutant.
 """
 
+import itertools
 import json
 import math
 from functools import reduce
 from hashlib import blake2b
+from statistics import NormalDist
 from types import MappingProxyType
 
 import numpy as np
 
-from unidrop.conformance import CAPABILITIES, BaseBackend
+from unidrop.conformance import CAPABILITIES, MEMBERS, BaseBackend
 
 MASK32 = np.uint64(0xFFFFFFFF)
 
@@ -24,6 +26,7 @@ class Correct(BaseBackend):
     modes = ("eager", "compiled")
     compiled_modes = ("compiled",)
     capabilities = MappingProxyType(dict.fromkeys(CAPABILITIES))
+    members = MappingProxyType(dict.fromkeys(MEMBERS))
     rounds = 10
     odd_multiplier = 0x6C078965
     word_order = (0, 1, 2, 3)
@@ -146,31 +149,106 @@ class Correct(BaseBackend):
 
     def gradient(self, x, upstream, p, seed, step, *, mode, **options):
         if "member" in options:
-            options["is_gradient"] = True
+            options |= {"is_gradient": True, "shape": x.shape}
         return self.dropout(upstream, p, seed, step, mode=mode, **options)
 
     # Members of the family.
 
-    def member_axes(self, x, member):
+    def member_axes(self, x, member, axis=None):
+        if member == "locked_dropout":
+            return (axis,)
         first = {"drop_path": 1, "feature_alpha_dropout": 2}.get(member, x.ndim)
         return tuple(range(first, x.ndim))
 
     def constants(self, p, member, scale_by_keep):
         """Return what a member adds to kept elements, multiplies them by, and fills others with."""
-        if member == "drop_path":
+        if member in ("drop_path", "locked_dropout"):
             return 0, 1 / (1 - p) if scale_by_keep else 1, 0
+        if member == "drop_key":
+            return 0, 1, -math.inf
         limit = 1.6732632423543772 * 1.0507009873554805
         a = 1 / math.sqrt((1 - p) * (1 + p * limit**2))
         return limit * p, a, -limit * (1 - p) * a
 
-    def drop_member(self, x, p, seed, step, *, member, scale_by_keep=True, is_gradient=False):
-        index = self.indices(x, self.member_axes(x, member), x.shape, (0,) * x.ndim)
-        keep = self.keep_flags(self.u(index, self.call_key(seed, step)), p)
+    def drop_member(
+        self, x, p, seed, step, *, member, is_gradient=False, shape=None, scale_by_keep=True, **own
+    ):
+        key = self.call_key(seed, step)
+        if member == "patch_dropout":
+            columns = self.kept_columns(shape or x.shape, p, key, **own)
+            return self.scatter(x, shape, columns) if is_gradient else self.gather(x, columns)
+        if member.startswith("gaussian"):
+            return self.drop_normally(x, p, key, member, is_gradient)
+        if member == "drop_block":
+            keep = self.keep_blocks(x.shape, p, key, **own)
+            return self.fill(x, keep, 0, self.block_scale(keep, p, x.dtype), 0)
+        index = self.indices(x, self.member_axes(x, member, **own), x.shape, (0,) * x.ndim)
+        keep = self.keep_flags(self.u(index, key), p)
         shift, scale, fill = self.constants(p, member, scale_by_keep)
         shift, fill = (0, 0) if is_gradient else (shift, fill)
+        return self.fill(x, keep, shift, scale, fill)
+
+    def fill(self, x, keep, shift, scale, fill):
         compute = np.promote_types(x.dtype, np.float32).type
         kept = (x.astype(compute) + compute(shift)) * compute(scale)
         return np.where(keep, kept, compute(fill)).astype(x.dtype)
+
+    def keep_blocks(self, shape, p, key, block_size, axes):
+        corners = [n - block_size + 1 if a in axes else n for a, n in enumerate(shape)]
+        area, places = (math.prod(s[a] for a in axes) for s in (shape, corners))
+        gamma = p * area / (block_size ** len(axes) * places)
+        keep = self.keep_flags(self.u(np.arange(math.prod(corners), dtype=np.uint64), key), gamma)
+        whole = np.ones(shape, dtype=bool)
+        for first in itertools.product(*self.block_ranges(shape, block_size, axes)):
+            at = tuple(slice(i, i + n) for i, n in zip(first, corners, strict=True))
+            whole[at] &= keep.reshape(corners)
+        return whole
+
+    def block_ranges(self, shape, block_size, axes):
+        return [range(block_size if axis in axes else 1) for axis in range(len(shape))]
+
+    def block_scale(self, keep, p, dtype):
+        compute = np.promote_types(dtype, np.float32).type
+        return compute(keep.size) / compute(keep.sum())
+
+    def numbered_words(self, size, key, tag):
+        block = np.arange(-(-size // 4), dtype=np.uint64)
+        words = self.philox(
+            (block, 0 * block, 0 * block, 0 * block + tag), (key % 2**32, key >> 32)
+        )
+        return np.stack(words, axis=-1).ravel()[:size].astype(np.int64)
+
+    def kept_columns(self, shape, p, key, num_prefix_tokens=1, ordered=False):
+        rows, others = shape[0], shape[1] - num_prefix_tokens
+        words = self.numbered_words(rows * others, key, 4).reshape(rows, others)
+        order = self.order(words)[:, : int(others * (1 - p))]
+        order = np.sort(order, axis=1) if ordered else order
+        prefix = np.arange(num_prefix_tokens)[None].repeat(rows, 0)
+        return np.concatenate([prefix, order + num_prefix_tokens], axis=1)
+
+    def order(self, words):
+        return np.argsort(words, axis=1, kind="stable")
+
+    def gather(self, x, columns):
+        return np.take_along_axis(x, columns[..., None], axis=1)
+
+    def scatter(self, upstream, shape, columns):
+        y = np.zeros(shape, upstream.dtype)
+        np.put_along_axis(y, columns[..., None], upstream, axis=1)
+        return y
+
+    def normal_words(self, size, key, member):
+        return self.numbered_words(size, key, 3)
+
+    def drop_normally(self, x, p, key, member, is_gradient):
+        stddev = p if member == "gaussian_noise" else math.sqrt(p / (1 - p))
+        words = self.normal_words(x.size, key, member)
+        compute = np.promote_types(x.dtype, np.float32).type
+        deviates = np.array([deviate(int(word), stddev) for word in words], compute)
+        wide, deviates = x.astype(compute), deviates.reshape(x.shape)
+        if member == "gaussian_noise":
+            return x if is_gradient else (wide + deviates).astype(x.dtype)
+        return (wide * (1 + deviates)).astype(x.dtype)
 
     # Attention.
 
@@ -236,6 +314,22 @@ class Correct(BaseBackend):
 
     def layer(self, p, seed, *, dtype, device, mode):
         return Layer(self, p, seed, mode)
+
+
+def deviate(word, stddev):
+    """Return the normal deviate of a word: interpolate between entries of a table of integers."""
+    rank = word if word < 2**31 else 2**32 - 1 - word
+    level = sum(rank < 2**bits for bits in (23, 15, 7))
+    k, f = divmod(rank << 8 * level, 2**19)
+    near, far = (
+        round(
+            abs(NormalDist().inv_cdf(min((n * 2 ** (19 - 8 * level) + 0.5) / 2**32, 0.5))) * 2**21
+        )
+        for n in (k, k + 1)
+    )
+    fraction, exponent = math.frexp(stddev)
+    size = (near - ((near - far) * (f // 8) >> 16)) * int(fraction * 2**32) >> 32
+    return math.copysign(size * 2.0 ** (exponent - 21), word - 2**31 + 0.5)
 
 
 class Layer:
@@ -502,8 +596,67 @@ class GradientUsesLatestCall(Correct):
 
 
 class PathsDroppedByElement(Correct):
-    def member_axes(self, x, member):
-        return () if member == "drop_path" else super().member_axes(x, member)
+    def member_axes(self, x, member, **own):
+        return () if member == "drop_path" else super().member_axes(x, member, **own)
+
+
+class ChannelsDroppedByElement(Correct):
+    def member_axes(self, x, member, **own):
+        return () if member == "feature_alpha_dropout" else super().member_axes(x, member, **own)
+
+
+class LockedAlongWrongAxis(Correct):
+    def member_axes(self, x, member, **own):
+        return (0,) if member == "locked_dropout" else super().member_axes(x, member, **own)
+
+
+class ScoresFilledWithNan(Correct):
+    def constants(self, p, member, scale_by_keep):
+        shift, scale, fill = super().constants(p, member, scale_by_keep)
+        return shift, scale, math.nan if member == "drop_key" else fill
+
+
+class BlocksTooSmall(Correct):
+    def block_ranges(self, shape, block_size, axes):
+        return super().block_ranges(shape, block_size - 1, axes)
+
+
+class BlocksScaledByRate(Correct):
+    def block_scale(self, keep, p, dtype):
+        return 1 / (1 - p)
+
+
+class PermutationsDescending(Correct):
+    def order(self, words):
+        return np.argsort(-words, axis=1, kind="stable")
+
+
+class PermutationsReverseTies(Correct):
+    def order(self, words):
+        return words.shape[1] - 1 - np.argsort(words[:, ::-1], axis=1, kind="stable")
+
+
+class GaussianDropoutOfWordsOfMasks(Correct):
+    def normal_words(self, size, key, member):
+        if member == "gaussian_noise":
+            return super().normal_words(size, key, member)
+        return self.u(np.arange(size, dtype=np.uint64), key)
+
+
+class NoiseNegated(Correct):
+    def normal_words(self, size, key, member):
+        words = super().normal_words(size, key, member)
+        return 2**32 - 1 - words if member == "gaussian_noise" else words
+
+
+class GradientOfGaussianDropoutIsUpstream(Correct):
+    def drop_normally(self, x, p, key, member, is_gradient):
+        return x if is_gradient else super().drop_normally(x, p, key, member, is_gradient)
+
+
+class GradientOfPatchesUnsorted(Correct):
+    def scatter(self, upstream, shape, columns):
+        return super().scatter(upstream, shape, np.sort(columns, axis=1))
 
 
 class PathsScaledAlways(Correct):
@@ -513,13 +666,14 @@ class PathsScaledAlways(Correct):
 
 class AlphaFilledWithZero(Correct):
     def constants(self, p, member, scale_by_keep):
-        return (*super().constants(p, member, scale_by_keep)[:2], 0)
+        shift, scale, fill = super().constants(p, member, scale_by_keep)
+        return shift, scale, 0 if "alpha" in member else fill
 
 
 class AlphaWithOneProductAndSum(Correct):
     def drop_member(self, x, p, seed, step, *, member, is_gradient=False, **options):
         y = super().drop_member(x, p, seed, step, member=member, is_gradient=is_gradient, **options)
-        if is_gradient or member == "drop_path" or x.dtype == np.float64:
+        if is_gradient or "alpha" not in member or x.dtype == np.float64:
             return y
         shift, scale, fill = self.constants(p, member, True)
         products = (x * np.float32(scale) + np.float32(shift * scale)).astype(x.dtype)
@@ -527,9 +681,10 @@ class AlphaWithOneProductAndSum(Correct):
 
 
 class MemberGradientWithoutScale(Correct):
-    def drop_member(self, x, *arguments, is_gradient=False, **options):
-        y = super().drop_member(x, *arguments, is_gradient=is_gradient, **options)
-        return np.where(y == 0, y, x) if is_gradient else y
+    def drop_member(self, x, *arguments, member, is_gradient=False, **options):
+        options |= {"member": member, "is_gradient": is_gradient}
+        y = super().drop_member(x, *arguments, **options)
+        return np.where(y == 0, y, x) if is_gradient and member == "alpha_dropout" else y
 
 
 class AttentionQueriesAndKeysSwapped(Correct):

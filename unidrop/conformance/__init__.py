@@ -25,6 +25,7 @@ from unidrop.conformance.core_backend import (
     missing_eager_modes,
     use_mode_path,
 )
+from unidrop.conformance.family import MEMBERS
 from unidrop.conformance.isolation import Outcome, Progress
 from unidrop.conformance.matrix import check, run_matrix
 from unidrop.conformance.runner import NotApplicable, Result, cells, run_cell
@@ -35,6 +36,7 @@ __all__ = [
     "CONTRACTS",
     "FUSED",
     "GENERAL",
+    "MEMBERS",
     "SEED",
     "Backend",
     "BackendNotRun",

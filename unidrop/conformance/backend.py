@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from numpy.typing import NDArray
 
 from unidrop.conformance.error_text import error_text, writable
+from unidrop.conformance.family import MEMBERS
 
 __all__ = [
     "CAPABILITIES",
@@ -33,6 +34,7 @@ __all__ = [
     "entry_points_named",
     "load_backends",
     "missing_capability",
+    "missing_member",
 ]
 
 #: Every capability that a contract may require, and its meaning.
@@ -48,8 +50,8 @@ CAPABILITIES: Mapping[str, str] = {
     "traced_key": "traced_key(...) folds an array into a key",
     "layer": "layer(...) creates a layer that counts its calls",
     "layer_gradient": "the layer's vjp(...) differentiates a training call",
-    "family": "dropout accepts member and scale_by_keep",
-    "family_gradient": "gradient accepts member and scale_by_keep",
+    "family": "dropout accepts member and its options",
+    "family_gradient": "gradient accepts member and its options",
     "attention": "attention(...) drops attention weights",
     "attention_gradient": "attention_gradient(...) differentiates attention",
     "attention_windows": "attention accepts global_shape and start",
@@ -103,8 +105,12 @@ class Backend(Protocol):
     capabilities : mapping of str to str or None
         Maps a supported member of `CAPABILITIES` to None, and a missing one to the reason. A
         capability that is not declared is missing too.
+    members : mapping of str to str or None
+        Maps a member of the family that the backend has to None, and one that it lacks to the
+        reason. A member that is not declared is missing too.
     mode_exclusions : mapping of str to mapping of str to str
-        Maps a mode to the capabilities and contracts that do not apply in it, each with the reason.
+        Maps a mode to the capabilities, members and contracts that do not apply in it, each with
+        the reason.
     step_limit : int
         Upper bound of steps, exclusive: 2^64 unless the step is a narrower integer of an array or a
         layer.
@@ -117,6 +123,7 @@ class Backend(Protocol):
     missing_modes: Mapping[str, str]
     devices: Sequence[str]
     capabilities: Mapping[str, str | None]
+    members: Mapping[str, str | None]
     mode_exclusions: Mapping[str, Mapping[str, str]]
     step_limit: int
 
@@ -142,8 +149,9 @@ class Backend(Protocol):
         ``options`` follow `unidrop.dropout`: ``training=`` and, if the capabilities allow them,
         ``broadcast_axes=``, ``global_shape=`` with ``start=``, and ``return_mask=``. With the
         capability "family", ``member=`` is the name of another function of `unidrop.family`, and
-        ``scale_by_keep=`` an option of `unidrop.family.drop_path`. In compiled modes, the step must
-        be an argument of the compiled function, not a constant.
+        further options are the ones of that function. Then p is the function's second argument,
+        such as a standard deviation. In compiled modes, the step must be an argument of the
+        compiled function, not a constant.
         """
 
 
@@ -178,6 +186,7 @@ class BaseBackend:
     missing_modes: Mapping[str, str] = MappingProxyType({})
     devices: Sequence[str] = ("cpu",)
     capabilities: Mapping[str, str | None] = MappingProxyType({})
+    members: Mapping[str, str | None] = MappingProxyType({})
     mode_exclusions: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     step_limit = 1 << 64
 
@@ -198,7 +207,7 @@ class CapableBackend(Backend, Protocol):
     ) -> Any:
         """Return the gradient of dropout with respect to x, for ``Key(seed).fold_in(step)``.
 
-        With the capability "family_gradient", ``options`` are ``member=`` and ``scale_by_keep=``.
+        With the capability "family_gradient", ``options`` are ``member=`` and its options.
         """
 
     def layouts(self, x: Any) -> Mapping[str, Any]:
@@ -263,6 +272,12 @@ def missing_capability(backend: Backend, capability: str, mode: str) -> str | No
     """Return the reason why a backend lacks a capability in a mode, or None if it has it."""
     reason = backend.capabilities.get(capability, f"{capability} is not declared")
     return reason or backend.mode_exclusions.get(mode, {}).get(capability)
+
+
+def missing_member(backend: Backend, member: str, mode: str) -> str | None:
+    """Return the reason why a backend lacks a member in a mode, or None if it has it."""
+    reason = backend.members.get(member, f"the member {member} is not declared")
+    return reason or backend.mode_exclusions.get(mode, {}).get(member)
 
 
 class BackendUnavailableError(Exception):
@@ -382,7 +397,7 @@ def _load(points: Sequence[EntryPoint]) -> Backend:
         dtypes = backend.dtypes(mode)
         if not dtypes:
             raise ValueError(f"dtypes({mode!r}) must not be empty, got {dtypes!r}")
-    for name in ("capabilities", "mode_exclusions", "missing_modes", "derived_modes"):
+    for name in ("capabilities", "members", "mode_exclusions", "missing_modes", "derived_modes"):
         if not isinstance(getattr(backend, name), Mapping):
             raise TypeError(f"{name} must be a mapping, got {getattr(backend, name)!r}")
     _check_modes(backend)
@@ -392,12 +407,15 @@ def _load(points: Sequence[EntryPoint]) -> Backend:
 
 def _check_capabilities(backend: Backend) -> None:
     """Raise ValueError for an unknown capability, an empty reason or a missing method."""
-    unknown = [name for name in backend.capabilities if name not in CAPABILITIES]
-    if unknown:
-        raise ValueError(f"capabilities must be among {', '.join(CAPABILITIES)}, got {unknown}")
+    for declared, known in (("capabilities", CAPABILITIES), ("members", MEMBERS)):
+        reasons = getattr(backend, declared)
+        unknown = [name for name in reasons if name not in known]
+        if unknown:
+            raise ValueError(f"{declared} must be among {', '.join(known)}, got {unknown}")
+        for name, reason in reasons.items():
+            if reason == "":
+                raise ValueError(f"{declared}[{name!r}] must be None or a reason, got {reason!r}")
     for name, reason in backend.capabilities.items():
-        if reason == "":
-            raise ValueError(f"capabilities[{name!r}] must be None or a reason, got {reason!r}")
         method = CAPABILITIES[name].partition("(")[0]
         if reason is None and method == name and not hasattr(backend, name):
             raise ValueError(f"capabilities declares {name}, but the backend has no method {name}")

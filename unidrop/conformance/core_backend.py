@@ -1,7 +1,8 @@
 """Share the code of backends that call the core, such as array API libraries."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 import unidrop
 from unidrop import family
 from unidrop.conformance.backend import BaseBackend
+from unidrop.conformance.family import MEMBERS
 from unidrop.dispatch import forbid_plain_calls
 from unidrop.library import get_namespace_library
 from unidrop.philox import philox
@@ -63,6 +65,7 @@ class CoreBackend(BaseBackend):
     """
 
     xp: Any
+    members: Mapping[str, str | None] = MappingProxyType(dict.fromkeys(MEMBERS))
 
     core_capabilities: ClassVar[dict[str, str | None]] = {
         **dict.fromkeys(("broadcast_axes", "windows", "mask", "family")),

@@ -15,10 +15,12 @@ from unidrop.conformance.backend import (
     check_derived_modes,
     load_backends,
     missing_capability,
+    missing_member,
 )
 from unidrop.conformance.compare import ContractError
 from unidrop.conformance.contracts import CONTRACTS, SEED, Cell, Contract
 from unidrop.conformance.error_text import error_text, writable
+from unidrop.conformance.family import MEMBERS
 
 _PLAIN = re.compile(r"[\w '(),.:;=+/-]*", re.ASCII)
 
@@ -175,6 +177,10 @@ def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
         reason = missing_capability(backend, need, mode)
         if reason is not None:
             return reason
+    if contract.member:
+        reason = missing_member(backend, contract.member, mode)
+        if reason is not None:
+            return reason
     reason = backend.mode_exclusions.get(mode, {}).get(contract.name)
     base = backend.derived_modes.get(mode)
     if reason is not None or base is None or contract.in_derived_modes:
@@ -186,11 +192,12 @@ def _why_not(contract: Contract, backend: Backend, mode: str) -> str | None:
 def _check_exclusions(backend: Backend) -> None:
     check_derived_modes(backend)
     for mode, limits in backend.mode_exclusions.items():
-        unknown = [name for name in limits if name not in CAPABILITIES and name not in CONTRACTS]
+        known = {*CAPABILITIES, *MEMBERS, *CONTRACTS}
+        unknown = [name for name in limits if name not in known]
         if unknown:
             raise ValueError(
-                f"mode_exclusions of {backend.name} in mode {mode} must name capabilities or "
-                f"contracts, got {unknown}"
+                f"mode_exclusions of {backend.name} in mode {mode} must name capabilities, members "
+                f"or contracts, got {unknown}"
             )
 
 

@@ -11,8 +11,10 @@ from flax import nnx, serialization
 from numpy.typing import NDArray
 
 from unidrop import Key
-from unidrop.adapters.flax import AlphaDropout, Dropout, DropPath, dot_product_attention
+from unidrop.adapters import flax as adapter
+from unidrop.adapters.flax import Dropout, dot_product_attention
 from unidrop.conformance import eager_modes, missing_eager_modes, use_mode_path
+from unidrop.conformance.family import MEMBERS
 
 __all__ = ["Flax"]
 
@@ -39,6 +41,7 @@ class Flax:
         "traced_key": "the module has no step but its call number",
         "layouts": "JAX arrays have no strides",
     }
+    members: Mapping[str, str | None] = MappingProxyType(dict.fromkeys(MEMBERS))
 
     def __init__(self) -> None:
         fused = [mode for mode in eager_modes(jnp.ones(1)) if mode != "eager"]
@@ -191,14 +194,14 @@ def _make_module(
     **options: Any,
 ) -> Dropout:
     """Return a new module of a member with its call number set to the step."""
-    kinds: dict[str, Any] = {"dropout": Dropout, "drop_path": DropPath}
     if member == "feature_alpha_dropout":
-        broadcast_axes = (2,)  # of three
-    if member != "drop_path":
+        member, broadcast_axes = "alpha_dropout", (2,)  # of three
+    if member == "locked_dropout":
+        member, broadcast_axes = "dropout", (options.pop("axis"),)
+    if broadcast_axes:
         options["broadcast_dims"] = broadcast_axes
-    module: Dropout = kinds.get(member, AlphaDropout)(
-        p, deterministic=not training, seed=seed, **options
-    )
+    kind = member.title().replace("_", "")
+    module: Dropout = getattr(adapter, kind)(p, deterministic=not training, seed=seed, **options)
     module.calls = step
     return module
 

@@ -16,13 +16,8 @@ from numpy.typing import NDArray
 
 import unidrop
 from unidrop import Key
-from unidrop.adapters.jax import (
-    alpha_dropout,
-    dot_product_attention,
-    drop_path,
-    dropout,
-    feature_alpha_dropout,
-)
+from unidrop.adapters import jax as adapter
+from unidrop.adapters.jax import dot_product_attention
 from unidrop.adapters.jax.generator import generate_block
 from unidrop.adapters.jax.primitive import count_programs
 from unidrop.conformance import (
@@ -110,15 +105,7 @@ def call(x: Any, p: Any, key: Key, options: Mapping[str, Any]) -> Any:
     renamed = {names.get(name, name): value for name, value in options.items()}
     if "deterministic" in renamed:
         renamed["deterministic"] = not renamed["deterministic"]
-    return _MEMBERS[renamed.pop("member", "dropout")](x, p, key, **renamed)
-
-
-_MEMBERS: Mapping[str, Function] = {
-    "dropout": dropout,
-    "alpha_dropout": alpha_dropout,
-    "drop_path": drop_path,
-    "feature_alpha_dropout": feature_alpha_dropout,
-}
+    return getattr(adapter, renamed.pop("member", "dropout"))(x, p, key, **renamed)
 
 
 class Jax(CoreBackend):

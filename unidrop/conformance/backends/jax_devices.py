@@ -46,6 +46,11 @@ class JaxOnTwoDevices(CoreBackend):
         "layouts": "JAX arrays have no strides",
     }
 
+    members: Mapping[str, str | None] = {
+        **CoreBackend.members,
+        "drop_block": "its scale depends on the whole array, and each device has a part",
+    }
+
     def __init__(self) -> None:
         self._mesh = jax.make_mesh((_DEVICES,), (_AXIS,), (jax.sharding.AxisType.Auto,))
         self._traces = 0

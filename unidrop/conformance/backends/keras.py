@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import get_ident
+from types import MappingProxyType
 from typing import Any
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from unidrop.adapters.keras import AlphaDropout, Dropout, DropPath
+from unidrop.adapters import keras as adapter
+from unidrop.adapters.keras import Dropout
 from unidrop.conformance import FUSED, eager_modes, missing_eager_modes, use_mode_path
 from unidrop.conformance.backends.keras_attention import AttentionOfVector, pack, unpack
 from unidrop.conformance.backends.keras_modes import (
@@ -30,6 +32,7 @@ from unidrop.conformance.backends.keras_modes import (
     make_tensor,
     torch_graphs,
 )
+from unidrop.conformance.family import MEMBERS
 
 __all__ = ["Keras"]
 
@@ -54,6 +57,7 @@ class Keras:
         "traced_key": "the layer has no step but its call number",
         "layouts": "Keras has no strides; the backends of the frameworks test layouts",
     }
+    members: Mapping[str, str | None] = MappingProxyType(dict.fromkeys(MEMBERS))
 
     def __init__(self) -> None:
         self._backend = keras.backend.backend()
@@ -237,12 +241,19 @@ class Keras:
         return _Model(layer, self.make_runner(layer, mode), mode)
 
 
-def _make_layer(member: str, p: Any, options: dict[str, Any]) -> Dropout | AlphaDropout:
+def _make_layer(member: str, p: Any, options: dict[str, Any]) -> Dropout:
     """Return a layer of a member of the family."""
     if member == "feature_alpha_dropout":
-        options["noise_shape"] = (None, None, 1)  # of three axes
-    kinds: dict[str, Any] = {"dropout": Dropout, "drop_path": DropPath}
-    layer: Dropout | AlphaDropout = kinds.get(member, AlphaDropout)(p, **options)
+        member, options["noise_shape"] = "alpha_dropout", (None, None, 1)  # of three axes
+    if member == "locked_dropout":
+        shape = [None, None, None]
+        shape[options.pop("axis")] = 1
+        member, options["noise_shape"] = "dropout", tuple(shape)
+    if member == "drop_block":
+        del options["axes"]
+        member, options["data_format"] = "drop_block2D", "channels_first"
+    kind = "".join(f"{word[:1].upper()}{word[1:]}" for word in member.split("_"))
+    layer: Dropout = getattr(adapter, kind)(p, **options)
     return layer
 
 

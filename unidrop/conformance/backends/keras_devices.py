@@ -37,6 +37,11 @@ class KerasOnTwoDevices(Keras):
         ),
     }
 
+    members: Mapping[str, str | None] = {
+        **Keras.members,
+        "drop_block": "its scale depends on the whole array, and each replica has a part",
+    }
+
     def __init__(self) -> None:
         (cpu,) = tf.config.list_physical_devices("CPU")
         halves = [tf.config.LogicalDeviceConfiguration() for _ in _DEVICES]
@@ -155,5 +160,6 @@ def _split(x: Any) -> tuple[Any, Any]:
 
 
 def _join(parts: Any, x: Any) -> Any:
-    """Join the parts of a batch to an array with the shape of x."""
-    return tf.reshape(tf.concat(parts, axis=0), x.shape)
+    """Join the parts of a batch; x tells whether the batch was a 0-d array."""
+    joined = tf.concat(parts, axis=0)
+    return joined if x.shape.rank else joined[0]

@@ -220,7 +220,8 @@ class _TorchCompileRunner(_TorchRunner):
 
         super().__init__(layer, count_trace)
         # Keras records attributes at a layer's first call, which would retrace the second.
-        layer(keras.Input((None,)))
+        axes = getattr(layer.input_spec, "ndim", None)
+        layer(keras.Input((8,) * (axes - 1) if axes else (None,)))
         # The matrix has a hundred layers. By default, Dynamo stops compiling after eight.
         torch._dynamo.config.recompile_limit = 1 << 20
 

@@ -64,7 +64,12 @@ class Numpy(CoreBackend):
     ) -> Any:
         """Call the backward function."""
         with use_mode_path(mode):
-            function = getattr(adapter, options.pop("member", "dropout") + "_backward")
+            member = options.pop("member", "dropout")
+            if member == "gaussian_noise":  # NumPy users need no function for it
+                return upstream
+            if member == "patch_dropout":
+                options["length"] = x.shape[1]
+            function = getattr(adapter, f"{member}_backward")
             return function(upstream, p, key=Key(seed).fold_in(step), **options)
 
     def layouts(self, x: NDArray[Any]) -> Mapping[str, NDArray[Any]]:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from unidrop import Key
 from unidrop import dropout as core_dropout
-from unidrop.adapters.tensorflow import alpha_dropout, drop_path, dropout, xla
+from unidrop.adapters import tensorflow as adapter
+from unidrop.adapters.tensorflow import xla
 from unidrop.conformance import (
     CoreBackend,
     eager_modes,
@@ -101,10 +102,10 @@ class TensorFlow(CoreBackend):
             with use_mode_path(mode):
                 return _call(x, p, Key(seed).fold_in(step), options)
         # The seed is an argument, so that calls with different seeds share a program.
-        static = (mode, p, type(p), tuple(options.items()), x.dtype, _known_shape(x, mode))
+        static = (mode, p, type(p), tuple(options.items()), x.dtype, _known_shape(x, mode, options))
         if static not in self._compiled:
             self._compiled[static] = self._compile(
-                lambda x, seed, step: self._traced(x, p, seed, step, options), x, mode, not options
+                lambda x, seed, step: self._traced(x, p, seed, step, options), x, mode, options
             )
         with _use_programs(mode):
             return self._compiled[static](x, _split_words(seed), tf.constant(step, tf.uint64))
@@ -114,11 +115,11 @@ class TensorFlow(CoreBackend):
         return _call(x, p, Key.from_words(seed[0], seed[1]).fold_in(step), options)
 
     def _compile(
-        self, run: Callable[..., Any], x: Any, mode: str, gradients: bool
+        self, run: Callable[..., Any], x: Any, mode: str, options: Mapping[str, Any]
     ) -> Callable[..., Any]:
-        """Compile a function in a mode; a SavedModel includes its gradients if requested."""
+        """Compile a function in a mode; a SavedModel without options includes its gradients."""
         signature = [
-            tf.TensorSpec(_known_shape(x, mode), x.dtype),
+            tf.TensorSpec(_known_shape(x, mode, options), x.dtype),
             tf.TensorSpec((2,), tf.int64),
             tf.TensorSpec((), tf.uint64),
         ]
@@ -128,7 +129,7 @@ class TensorFlow(CoreBackend):
         compiled = tf.function(
             run, input_signature=signature, jit_compile=mode == _XLA, autograph=False
         )
-        return _save_and_load(compiled, gradients) if mode == _SAVED else compiled
+        return _save_and_load(compiled, not options) if mode == _SAVED else compiled
 
     def words(self, counter: Sequence[int], key: Sequence[int], *, mode: str) -> list[int]:
         """Run the generator in a mode, with the words as arguments."""
@@ -193,9 +194,13 @@ class TensorFlow(CoreBackend):
             return self._compiled[static](x, upstream, _split_words(seed), tf.constant(step))
 
 
-def _known_shape(x: Any, mode: str) -> tuple[int | None, ...]:
+def _known_shape(x: Any, mode: str, options: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Return the static shape of a tensor in a mode."""
-    return (None,) * x.shape.rank if mode in (_UNKNOWN, _LARGE, _SAVED) else tuple(x.shape)
+    if mode not in (_UNKNOWN, _LARGE, _SAVED):
+        return tuple(x.shape)
+    if options.get("member") in ("drop_block", "patch_dropout"):  # which need the other lengths
+        return (None, *x.shape[1:])
+    return (None,) * x.shape.rank
 
 
 @contextmanager
@@ -230,10 +235,7 @@ def _call(x: Any, p: Any, key: Key, options: dict[str, Any]) -> Any:
     options = dict(options)
     member = options.pop("member", "dropout")
     if member == "feature_alpha_dropout":
-        return alpha_dropout(x, p, (None, None, *(1,) * (x.shape.rank - 2)), key=key)
-    if member != "dropout":
-        function: Callable[..., Any] = alpha_dropout if member == "alpha_dropout" else drop_path
-        return function(x, p, key=key, **options)
+        member, options["noise_shape"] = "alpha_dropout", (None, None, *(1,) * (x.shape.rank - 2))
     if options.keys() & {"broadcast_axes", "training"}:
         return core_dropout(x, p, key, **options)
-    return dropout(x, p, key=key, **options)
+    return getattr(adapter, member)(x, p, key=key, **options)

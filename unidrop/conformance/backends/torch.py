@@ -10,14 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from unidrop import Key
-from unidrop.adapters.torch import (
-    Dropout,
-    alpha_dropout,
-    drop_path,
-    dropout,
-    feature_alpha_dropout,
-    scaled_dot_product_attention,
-)
+from unidrop.adapters import torch as adapter
+from unidrop.adapters.torch import Dropout, scaled_dot_product_attention
 from unidrop.conformance import (
     FUSED,
     GENERAL,
@@ -68,12 +62,18 @@ class Torch(CoreBackend):
         "export": {"threads": "torch.export has tracing state that threads share"},
         "forward-mode": {
             "threads": "PyTorch has one dual level that threads share",
-            "attention_gradient": "tangents are gradients only if the Jacobian is diagonal",
+            **dict.fromkeys(
+                ("attention_gradient", "patch_dropout"),
+                "tangents are gradients only if the Jacobian is diagonal",
+            ),
         },
-        "autocast": dict.fromkeys(
-            ("attention-output", "attention-gradient", "attention-windows"),
-            "autocast rounds the inputs to bfloat16",
-        ),
+        "autocast": {
+            **dict.fromkeys(
+                ("attention-output", "attention-gradient", "attention-windows"),
+                "autocast rounds the inputs to bfloat16",
+            ),
+            "patch_dropout": "torch.cat raises for float16, if autocast rounds to bfloat16",
+        },
     }
 
     def __init__(self) -> None:
@@ -228,17 +228,14 @@ class _Function(torch.nn.Module):
         return _drop(x, self.p, key, **self.options)
 
 
-_MEMBERS: Mapping[str, Callable[..., Any]] = {
-    "dropout": dropout,
-    "alpha_dropout": alpha_dropout,
-    "drop_path": drop_path,
-    "feature_alpha_dropout": feature_alpha_dropout,
-}
-
-
 def _drop(x: torch.Tensor, p: Any, key: Key, *, member: str = "dropout", **options: Any) -> Any:
     """Call a function of the family, in training unless the options say otherwise."""
-    return _MEMBERS[member](x, p, **{"training": True, **options}, key=key)
+    if member == "drop_block":
+        member = f"drop_block{len(options.pop('axes'))}d"
+    if member == "locked_dropout":
+        options["batch_first"] = options.pop("axis") == 1
+    function: Callable[..., Any] = getattr(adapter, member)
+    return function(x, p, **{"training": True, **options}, key=key)
 
 
 def _attend(

@@ -64,6 +64,8 @@ class Contract:
         only test the decision about an element set this, since a wrapper does not change it.
     dtypes : collection of str
         If not empty, run for each dtype of a mode that is one of these.
+    member : str
+        The required member of the family, or "" if there is none.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Contract:
     compiled_only: bool
     in_derived_modes: bool
     dtypes: Collection[str]
+    member: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,7 @@ def contract(
     compiled_only: bool = False,
     in_derived_modes: bool = True,
     dtypes: Collection[str] = (),
+    member: str = "",
 ) -> Callable[[Callable[[Cell], None]], Callable[[Cell], None]]:
     """Register a check as a contract; the parameters are the attributes of `Contract`.
 
@@ -218,6 +222,7 @@ def contract(
             compiled_only,
             in_derived_modes,
             dtypes,
+            member,
         )
         return check
 

@@ -2,7 +2,11 @@
 
 from collections.abc import Collection, Iterator, Mapping
 
+from unidrop.conformance.family import MEMBERS
+
 __all__ = ["DEPENDENCIES", "roots"]
+
+_MEMBER_CONTRACTS = tuple(f"family-{name.replace('_', '-')}" for name in MEMBERS)
 
 #: Maps a contract to the contracts it depends on. If one of them fails, the contract may fail for
 #: that reason only.
@@ -34,8 +38,10 @@ DEPENDENCIES: Mapping[str, tuple[str, ...]] = {
     "layer-resumes": ("layer-calls",),
     "layer-traces": ("layer-calls", "traces"),
     "layer-gradient": ("layer-calls", "gradient"),
-    "family-output": ("output", "broadcast-axes"),
-    "family-gradient": ("family-output", "gradient"),
+    **dict.fromkeys(_MEMBER_CONTRACTS, ("output",)),
+    **dict.fromkeys(("family-drop-path", "family-locked-dropout"), ("output", "broadcast-axes")),
+    "family-feature-alpha-dropout": ("family-alpha-dropout", "broadcast-axes"),
+    "family-gradient": (*_MEMBER_CONTRACTS, "gradient"),
     "attention-mask": ("mask",),
     "attention-output": ("attention-mask",),
     "attention-gradient": ("attention-output",),

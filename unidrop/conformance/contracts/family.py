@@ -1,72 +1,75 @@
-"""Define the contracts of the family's members, whose masks are ordinary masks."""
+"""Define the contracts of the family's members: one for each row of the table of members."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-import unidrop
+from unidrop.conformance.backend import missing_member
 from unidrop.conformance.compare import check_equal, check_output
 from unidrop.conformance.contracts.contract import RATE, Cell, contract, reference_result
-from unidrop.conformance.family import drop_member, get_axes
-
-# With three axes, channels differ from elements.
-_SHAPE = (8, 4, 4)
+from unidrop.conformance.family import MEMBERS
 
 _STEP = 3
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# The options of each member. The first two have all formulas, so compiled modes run those.
-_MEMBERS: tuple[dict[str, Any], ...] = (
-    {"member": "alpha_dropout"},
-    {"member": "drop_path", "scale_by_keep": False},
-    {"member": "drop_path"},
-    {"member": "feature_alpha_dropout"},
-)
 
-
-@contract(
-    "family-output",
-    "Alpha dropout and stochastic depth have their ordinary masks, and their formulas bit for bit.",
-    ("family",),
-    every_dtype=True,
-    in_derived_modes=False,
-    dtypes=_DTYPES,
-)
-def _family_output(cell: Cell) -> None:
-    x = cell.values(_SHAPE)
-    for options, keep in _members(cell):
+def _check_member(member: str, cell: Cell) -> None:
+    for options, x, expected, _ in _cases(cell, member):
         with np.errstate(all="ignore"):
-            y = cell.dropout(x, RATE, _STEP, **options)
-            expected = drop_member(x, keep, RATE, **options)
-        check_equal(y.dtype, x.dtype, f"dtype of {options}")
-        check_output(y, expected, x, f"output of {options}")
+            y = cell.dropout(x, RATE, _STEP, member=member, **options)
+        name = f"output of {member} with {dict(options)}"
+        check_equal(y.dtype, x.dtype, f"{name}: dtype")
+        check_output(y, expected, _like(x, expected), name)
+
+
+for _name, _member in MEMBERS.items():
+    contract(
+        f"family-{_name.replace('_', '-')}",
+        _member.promise,
+        ("family",),
+        member=_name,
+        in_derived_modes=False,
+        dtypes=_DTYPES,
+    )(partial(_check_member, _name))
 
 
 @contract(
     "family-gradient",
-    "The gradient of a member is its scale times the upstream gradient where the mask keeps.",
+    "The gradient of each member has the draws of the forward pass, and the member's own scale.",
     ("family", "family_gradient", "gradient"),
     in_derived_modes=False,
     dtypes=_DTYPES,
 )
 def _family_gradient(cell: Cell) -> None:
-    x, upstream = cell.values(_SHAPE), cell.values(_SHAPE)[::-1].copy()
-    for options, keep in _members(cell):
-        arguments = cell.array(x), cell.array(upstream), RATE, cell.seed, _STEP
-        gradient = cell.capable.gradient(*arguments, mode=cell.mode, **options)
-        expected = drop_member(upstream, keep, RATE, **options, is_gradient=True)
-        actual = cell.backend.to_numpy(gradient)
-        check_output(actual, expected, upstream, f"gradient of {options}")
+    for member, row in MEMBERS.items():
+        is_left_out = cell.is_compiled and not row.compiles_gradient
+        if is_left_out or missing_member(cell.backend, member, cell.mode) is not None:
+            continue
+        for options, x, y, pullback in _cases(cell, member):
+            upstream = cell.values(y.shape)[::-1].copy()
+            arguments = cell.array(x), cell.array(upstream), RATE, cell.seed, _STEP
+            options = {"member": member, **options}
+            gradient = cell.capable.gradient(*arguments, mode=cell.mode, **options)
+            actual, expected = cell.backend.to_numpy(gradient), pullback(upstream)
+            check_output(actual, expected, expected, f"gradient of {options}")
 
 
-def _members(cell: Cell) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yield the options of each member, and its mask."""
-    for options in _MEMBERS[:2] if cell.is_compiled else _MEMBERS:
-        axes = get_axes(options["member"], len(_SHAPE))
-        key = cell.key(_STEP)
-        yield (
-            options,
-            reference_result(unidrop.keep_mask, _SHAPE, RATE, key, broadcast_axes=axes),
-        )
+_Case = tuple[Mapping[str, Any], NDArray[Any], NDArray[Any], Callable[[NDArray[Any]], NDArray[Any]]]
+
+
+def _cases(cell: Cell, member: str) -> Iterator[_Case]:
+    """Yield the options of a case, an input, its output and the function of gradients."""
+    row = MEMBERS[member]
+    x = cell.values(row.shape)
+    for options in row.cases[:1] if cell.is_compiled else row.cases:
+        y, pullback = reference_result(row.formula, x, RATE, cell.key(_STEP), **options)
+        yield options, x, y, pullback
+
+
+def _like(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """Return the input to compare an output for, which may have another shape."""
+    return x if x.shape == y.shape else y
