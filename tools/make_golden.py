@@ -1,4 +1,6 @@
-"""Build the golden vectors, ``unidrop/conformance/vectors/``, from ``tests/support/reference.py``.
+"""Build the golden vectors, ``unidrop/conformance/vectors/``, from the specification in integers.
+
+That is ``reference.py`` and ``reference_family.py`` of ``tests/support/``.
 
     python tools/make_golden.py           write the file
     python tools/make_golden.py --check   exit with 1 if the file differs from the vectors
@@ -25,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 import reference
+import reference_family
 from reference import Format, Words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -546,6 +549,99 @@ def attend(
         ]
 
 
+# Members with the shapes and options of the matrix, so that compiled modes can compare them.
+SHAPES = {"drop_block": (2, 2, 5, 6), "patch_dropout": (4, 9, 3)}
+OPTIONS: dict[str, list[Vector]] = {
+    "drop_path": [{"scale_by_keep": False}, {"scale_by_keep": True}],
+    "locked_dropout": [{"axis": 1}, {"axis": 0}],
+    "drop_block": [{"block_size": 3, "axes": [2, 3]}, {"block_size": 2, "axes": [2, 3]}],
+    "patch_dropout": [
+        {"num_prefix_tokens": 1, "ordered": False},
+        {"num_prefix_tokens": 1, "ordered": True},
+        {"num_prefix_tokens": 0, "ordered": False},
+    ],
+}
+
+# At this step, two words of a permutation of 64 are equal. A search found it.
+TIE = {"step": 3532259, "length": 64}
+
+
+def member_vectors() -> Iterator[Vector]:
+    """Yield outputs of members: each dtype with the first options, and single precision with all.
+
+    At the other parameters, formulas round otherwise. Noise has a standard deviation, not a rate.
+    """
+    for member in reference_family.MEMBERS:
+        shape = SHAPES.get(member, (8, 3, 4))
+        cases = OPTIONS.get(member, [{}])
+        name = "stddev" if member == "gaussian_noise" else "p"
+        for dtype in reference.FORMATS:
+            yield member_vector(member, dtype, shape, {name: 0.4, **cases[0]})
+        for options in cases[1:]:
+            yield member_vector(member, "float32", shape, {name: 0.4, **options})
+        for parameter in (0.1, 1.0 if name == "stddev" else 0.9):
+            yield member_vector(member, "float32", shape, {name: parameter, **cases[0]})
+    step, length = TIE.values()
+    options = {"p": 0.01, "num_prefix_tokens": 0, "ordered": False}
+    yield member_vector("patch_dropout", "float32", (1, length), options, step=step)
+
+
+def member_vector(
+    member: str, dtype: str, shape: tuple[int, ...], options: Vector, *, step: int = STEP
+) -> Vector:
+    """Return one output of a member."""
+    fmt = reference.FORMATS[dtype]
+    digits = (fmt.exponent_bits + fmt.fraction_bits + 1) // 4
+    key = reference.fold_in(SEED, step)
+    x = member_patterns(dtype, math.prod(shape))
+    y = reference_family.MEMBERS[member](x, shape, dtype, key, **options)
+    output_shape = list(shape)
+    if member == "patch_dropout":
+        output_shape = reference_family.patch_shape(
+            shape, options["p"], options["num_prefix_tokens"]
+        )
+    described = ", ".join(f"{name} {value}" for name, value in options.items())
+    return {
+        "name": f"{member}-{dtype}: {described}" + f", step {step}" * (step != STEP),
+        "member": member,
+        "seed": f"{SEED:016x}",
+        "step": step,
+        "key": f"{key:016x}",
+        "options": options,
+        "dtype": dtype,
+        "shape": list(shape),
+        "x": hexes(x, digits),
+        "output_shape": output_shape,
+        "y": hexes(y, digits),
+    }
+
+
+def member_patterns(dtype: str, size: int) -> list[int]:
+    """Return patterns of different ordinary numbers, and a special one for every seventh element.
+
+    None is subnormal, because libraries may flush those.
+    """
+    fmt = reference.FORMATS[dtype]
+    special = cycle([fmt.nan, fmt.infinity, fmt.sign, fmt.sign | fmt.infinity, fmt.infinity - 1, 0])
+    return [next(special) if i % 7 == 6 else x for i, x in enumerate(spread(dtype, size))]
+
+
+def permutation_vectors() -> Iterator[Vector]:
+    """Yield permutations: of rows whose words start anywhere in a block, and of equal words."""
+    tie = [1, TIE["length"]]
+    shapes = ([2, 5], [3, 1], [1, 8], [7, 9])
+    for step, shape in (*((STEP, shape) for shape in shapes), (TIE["step"], tie)):
+        key = reference.fold_in(SEED, step)
+        yield {
+            "name": f"{'x'.join(map(str, shape))}-step-{step}",
+            "seed": f"{SEED:016x}",
+            "step": step,
+            "key": f"{key:016x}",
+            "shape": shape,
+            "indices": list(chain.from_iterable(reference_family.permutations(shape, key))),
+        }
+
+
 def build() -> str:
     """Return the text of the file."""
     sections = {
@@ -555,6 +651,8 @@ def build() -> str:
         "digests": digest_vectors(),
         "outputs": [*special_outputs(), *rounding_outputs()],
         "attention": list(attention_vectors()),
+        "permutations": list(permutation_vectors()),
+        "members": list(member_vectors()),
     }
     parts = [f'"stream": {reference.STREAM_VERSION}']
     for section, vectors in sections.items():

@@ -152,7 +152,8 @@ def _items(
                 yield item, None
                 continue
             contract = CONTRACTS[item.contract]
-            if all(need in backend.capabilities for need in contract.needs):
+            is_declared = not contract.member or contract.member in backend.members
+            if is_declared and all(need in backend.capabilities for need in contract.needs):
                 dtype = _default_dtype(backend, item.mode)
                 device = backend.devices[0]
                 yield Cell(contract, backend, device, dtype, item.mode, seed), item.reason

@@ -209,27 +209,27 @@ MUTANTS = {
     "paths dropped by element": (
         mutant.PathsDroppedByElement,
         "family-drop-path",
-        "output of drop_path with {'scale_by_keep': False}",
+        "golden output 'drop_path-",
     ),
     "paths scaled always": (
         mutant.PathsScaledAlways,
         "family-drop-path",
-        "output of drop_path with {'scale_by_keep': False}",
+        "golden output 'drop_path-",
     ),
     "alpha dropout fills with 0": (
         mutant.AlphaFilledWithZero,
         "family-alpha-dropout",
-        "output of alpha_dropout",
+        "golden output 'alpha_dropout-",
     ),
     "alpha dropout by one product and one sum": (
         mutant.AlphaWithOneProductAndSum,
         "family-alpha-dropout",
-        "output of alpha_dropout",
+        "golden output 'alpha_dropout-",
     ),
     "channels dropped by element": (
         mutant.ChannelsDroppedByElement,
         "family-feature-alpha-dropout",
-        "output of feature_alpha_dropout",
+        "golden output 'feature_alpha_dropout-",
     ),
     "scores filled with NaN": (
         mutant.ScoresFilledWithNan,
@@ -239,32 +239,37 @@ MUTANTS = {
     "locked along the wrong axis": (
         mutant.LockedAlongWrongAxis,
         "family-locked-dropout",
-        "output of locked_dropout with {'axis': 1}",
+        "golden output 'locked_dropout-",
     ),
     "blocks too small by one": (
         mutant.BlocksTooSmall,
         "family-drop-block",
-        "output of drop_block with {'block_size': 3",
+        "golden output 'drop_block-",
     ),
     "blocks scaled by the rate": (
         mutant.BlocksScaledByRate,
         "family-drop-block",
-        "output of drop_block with {'block_size': 3",
+        "golden output 'drop_block-",
     ),
     "permutations in descending order": (
         mutant.PermutationsDescending,
         "family-patch-dropout",
-        "output of patch_dropout with {}",
+        "golden output 'patch_dropout-",
+    ),
+    "permutations with equal words reversed": (
+        mutant.PermutationsReverseTies,
+        "family-patch-dropout",
+        "golden output 'patch_dropout-float32: p 0.01, ",
     ),
     "Gaussian dropout with the words of masks": (
         mutant.GaussianDropoutOfWordsOfMasks,
         "family-gaussian-dropout",
-        "output of gaussian_dropout",
+        "golden output 'gaussian_dropout-",
     ),
     "noise with the opposite sign": (
         mutant.NoiseNegated,
         "family-gaussian-noise",
-        "output of gaussian_noise",
+        "golden output 'gaussian_noise-",
     ),
     "gradient of a member without its scale": (
         mutant.MemberGradientWithoutScale,
@@ -279,7 +284,7 @@ MUTANTS = {
     "gradient of patches in another order": (
         mutant.GradientOfPatchesUnsorted,
         "family-gradient",
-        "gradient of {'member': 'patch_dropout'}",
+        "gradient of {'member': 'patch_dropout', 'num_prefix_tokens': 1",
     ),
     "attention with queries and keys swapped": (
         mutant.AttentionQueriesAndKeysSwapped,
@@ -379,6 +384,31 @@ def test_runs_derived_modes_with_all_dtypes():
     planned = [item for item in cells(Derived(), ["output"]) if isinstance(item, Cell)]
     dtypes = {mode: [c.dtype for c in planned if c.mode == mode] for mode in Derived.modes}
     assert dtypes["checkpoint"] == dtypes["compiled"] == dtypes["eager"]
+
+
+def test_skips_members_with_the_reason_of_the_backend():
+    class Few(mutant.Correct):
+        members = MappingProxyType(
+            {"drop_path": None, "drop_key": None, "drop_block": "the kernel has no blocks"}
+        )
+        mode_exclusions = MappingProxyType({"compiled": {"drop_key": "not compiled yet"}})
+
+        def drop_member(self, x, *arguments, member, **options):
+            assert member in ("drop_path", "drop_key")
+            return super().drop_member(x, *arguments, member=member, **options)
+
+    contracts = ["family-drop-path", "family-drop-key", "family-drop-block", "family-gradient"]
+    assert failures(Few(), [*contracts, "family-gaussian-noise"]) == []
+    planned = list(cells(Few(), [*contracts, "family-gaussian-noise"]))
+    skipped = {(i.contract, i.mode): i.reason for i in planned if isinstance(i, NotApplicable)}
+    assert skipped == {
+        ("family-drop-key", "compiled"): "not compiled yet",
+        **{("family-drop-block", m): "the kernel has no blocks" for m in Few.modes},
+        **{
+            ("family-gaussian-noise", m): "the member gaussian_noise is not declared"
+            for m in Few.modes
+        },
+    }
 
 
 def test_runs_contracts_that_only_the_wrapped_mode_excludes():
@@ -554,6 +584,8 @@ def changed(**members):
         (changed(capabilities=None), "capabilities must be a mapping, got None"),
         (changed(capabilities={"window": None}), "got ['window']"),
         (changed(capabilities={"windows": ""}), "must be None or a reason, got ''"),
+        (changed(members={"drop_paths": None}), "members must be among drop_path, alpha_dropout"),
+        (changed(members={"drop_path": ""}), "members['drop_path'] must be None or a reason"),
         (changed(capabilities={"layer": None}), "has no method layer"),
         (changed(modes=("eager", "eager")), "modes must be unique, got ('eager', 'eager')"),
         (changed(compiled_modes=("compiled",)), "compiled_modes must be among ('eager',"),
@@ -567,7 +599,8 @@ def changed(**members):
     ids=[
         *("exits", "raises", "not a backend", "name", "modes", "devices"),
         *("dtypes", "dtypes-raises", "dtypes-tuple"),
-        *("capabilities", "misspelled", "no reason", "no method", "duplicate modes"),
+        *("capabilities", "misspelled", "no reason", "other member", "member without reason"),
+        *("no method", "duplicate modes"),
         *("compiled_modes", "mode_exclusions", "missing_modes", "derived_modes"),
     ],
 )

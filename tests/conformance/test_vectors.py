@@ -44,6 +44,8 @@ def test_accepts_the_vectors_by_schema(written):
         ("outputs", "dtype", "int8"),
         ("keys", "key", "2a"),
         ("attention", "y", ["0"]),
+        ("permutations", "indices", [-1]),
+        ("members", "options", {"rate": 0.5}),
         (None, "", 2),
     ],
 )
@@ -66,6 +68,7 @@ def test_explains_every_field_in_readme(written):
     readme = (written / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`\"?(\w+)\"?`", readme))
     fields = {field for section in vectors.values() if section != 1 for field in section[0]}
+    fields |= {option for vector in vectors["members"] for option in vector["options"]}
     assert {*vectors, *fields} <= named | {"stream"}
 
 

@@ -191,6 +191,10 @@ class Correct(BaseBackend):
     def fill(self, x, keep, shift, scale, fill):
         compute = np.promote_types(x.dtype, np.float32).type
         kept = (x.astype(compute) + compute(shift)) * compute(scale)
+        if fill:
+            kept = kept + 0
+        elif not shift:  # no sum, which would turn -0 into +0
+            kept = x.astype(compute) * compute(scale)
         return np.where(keep, kept, compute(fill)).astype(x.dtype)
 
     def keep_blocks(self, shape, p, key, block_size, axes):
@@ -221,7 +225,7 @@ class Correct(BaseBackend):
     def kept_columns(self, shape, p, key, num_prefix_tokens=1, ordered=False):
         rows, others = shape[0], shape[1] - num_prefix_tokens
         words = self.numbered_words(rows * others, key, 4).reshape(rows, others)
-        order = self.order(words)[:, : int(others * (1 - p))]
+        order = self.order(words)[:, : max(1, int(others * (1 - p)))]
         order = np.sort(order, axis=1) if ordered else order
         prefix = np.arange(num_prefix_tokens)[None].repeat(rows, 0)
         return np.concatenate([prefix, order + num_prefix_tokens], axis=1)
@@ -230,11 +234,11 @@ class Correct(BaseBackend):
         return np.argsort(words, axis=1, kind="stable")
 
     def gather(self, x, columns):
-        return np.take_along_axis(x, columns[..., None], axis=1)
+        return x[np.arange(len(x))[:, None], columns]
 
     def scatter(self, upstream, shape, columns):
         y = np.zeros(shape, upstream.dtype)
-        np.put_along_axis(y, columns[..., None], upstream, axis=1)
+        y[np.arange(len(y))[:, None], columns] = upstream
         return y
 
     def normal_words(self, size, key, member):

@@ -106,7 +106,7 @@ class Backend(Protocol):
         Maps a supported member of `CAPABILITIES` to None, and a missing one to the reason. A
         capability that is not declared is missing too.
     members : mapping of str to str or None
-        Maps a member of the family that the backend has to None, and one that it lacks to the
+        Maps a supported member of the family, a key of `MEMBERS`, to None, and a missing one to the
         reason. A member that is not declared is missing too.
     mode_exclusions : mapping of str to mapping of str to str
         Maps a mode to the capabilities, members and contracts that do not apply in it, each with

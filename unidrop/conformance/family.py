@@ -141,7 +141,7 @@ MEMBERS: Mapping[str, Member] = {
     "drop_path": Member(
         "Stochastic depth drops whole rows, and scales the others only if it should.",
         _drop_path,
-        ({"scale_by_keep": False}, {}),
+        ({"scale_by_keep": False}, {"scale_by_keep": True}),
         compiles_gradient=True,
     ),
     "alpha_dropout": Member(
@@ -172,7 +172,11 @@ MEMBERS: Mapping[str, Member] = {
     "patch_dropout": Member(
         "Patch dropout keeps the tokens that stable permutations of each row name first.",
         _patch_dropout,
-        ({}, {"ordered": True}, {"num_prefix_tokens": 0}),
+        (
+            {"num_prefix_tokens": 1, "ordered": False},
+            {"num_prefix_tokens": 1, "ordered": True},
+            {"num_prefix_tokens": 0, "ordered": False},
+        ),
         (4, 9, 3),
         compiles_gradient=True,
     ),

@@ -17,10 +17,14 @@ from unidrop.mask import STREAM_VERSION
 __all__ = [
     "GoldenAttention",
     "GoldenMask",
+    "GoldenMember",
     "GoldenOutput",
+    "GoldenPermutation",
     "golden_attention",
     "golden_masks",
+    "golden_members",
     "golden_outputs",
+    "golden_permutations",
     "read_golden",
     "write_vectors",
 ]
@@ -116,6 +120,34 @@ class GoldenAttention:
     y: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True)
+class GoldenMember:
+    """An input and the output of a member of the family, computed from the specification.
+
+    ``p`` is the second argument of the member's function, and ``options`` are the others.
+    """
+
+    name: str
+    member: str
+    seed: int
+    step: int
+    p: float
+    options: dict[str, Any]
+    dtype: str
+    x: NDArray[Any]
+    y: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenPermutation:
+    """Permutations of rows, computed from the specification."""
+
+    name: str
+    seed: int
+    step: int
+    indices: NDArray[np.int64]
+
+
 @cache
 def read_golden() -> dict[str, Any]:
     """Return the parsed file of vectors.
@@ -203,6 +235,42 @@ def golden_attention() -> tuple[GoldenAttention, ...]:
         )
         for v in read_golden()["attention"]
     )
+
+
+@cache
+def golden_permutations() -> tuple[GoldenPermutation, ...]:
+    """Return the golden permutations."""
+    return tuple(
+        GoldenPermutation(
+            name=v["name"],
+            seed=int(v["seed"], 16),
+            step=v["step"],
+            indices=np.array(v["indices"]).reshape(v["shape"]),
+        )
+        for v in read_golden()["permutations"]
+    )
+
+
+@cache
+def golden_members() -> tuple[GoldenMember, ...]:
+    """Return the golden outputs of members of the family."""
+    members = []
+    for v in read_golden()["members"]:
+        options = {k: tuple(o) if isinstance(o, list) else o for k, o in v["options"].items()}
+        members.append(
+            GoldenMember(
+                name=v["name"],
+                member=v["member"],
+                seed=int(v["seed"], 16),
+                step=v["step"],
+                p=options.pop("stddev" if "stddev" in options else "p"),
+                options=options,
+                dtype=v["dtype"],
+                x=_decode(v["x"], v["dtype"]).reshape(v["shape"]),
+                y=_decode(v["y"], v["dtype"]).reshape(v["output_shape"]),
+            )
+        )
+    return tuple(members)
 
 
 def _decode(patterns: list[str], dtype: str) -> NDArray[Any]:

@@ -160,6 +160,6 @@ def _split(x: Any) -> tuple[Any, Any]:
 
 
 def _join(parts: Any, x: Any) -> Any:
-    """Join the parts of a batch; x tells whether the batch was a 0-d array."""
+    """Join the parts of a batch, which is a 0-d array if x is."""
     joined = tf.concat(parts, axis=0)
     return joined if x.shape.rank else joined[0]
