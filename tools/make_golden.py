@@ -562,6 +562,10 @@ OPTIONS: dict[str, list[Vector]] = {
     ],
 }
 
+# At these steps, the word of a normal deviate is in level 2 and in level 3 of the table. A search
+# found them.
+TAILS = (865, 1822179)
+
 # At this step, two words of a permutation of 64 are equal. A search found it.
 TIE = {"step": 3532259, "length": 64}
 
@@ -581,6 +585,8 @@ def member_vectors() -> Iterator[Vector]:
             yield member_vector(member, "float32", shape, {name: 0.4, **options})
         for parameter in (0.1, 1.0 if name == "stddev" else 0.9):
             yield member_vector(member, "float32", shape, {name: parameter, **cases[0]})
+        for step in TAILS if member.startswith("gaussian") else ():
+            yield member_vector(member, "float32", shape, {name: 0.4}, step=step)
     step, length = TIE.values()
     options = {"p": 0.01, "num_prefix_tokens": 0, "ordered": False}
     yield member_vector("patch_dropout", "float32", (1, length), options, step=step)

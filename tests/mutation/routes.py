@@ -91,9 +91,123 @@ _TENSORFLOW = ("routes of TensorFlow", "tensorflow")
 _KERAS = ("call numbers of Keras", "keras")
 _ATTENTION_TORCH = ("attention of PyTorch", "torch")
 _ATTENTION_JAX = ("attention of JAX", "jax")
+_MEMBERS = ("members of the family", "numpy")
+_MEMBERS_TORCH = ("members in PyTorch", "torch")
 
 # By group and backend, then by file: the name, the contracts, the old and the new text.
 _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
+    _MEMBERS: {
+        "unidrop/family.py": [
+            (
+                "alpha dropout has the scale of dropout",
+                "family-alpha-dropout",
+                "scale = 1 / math.sqrt((1 - p) * (1 + p * _SELU_LIMIT**2))",
+                "scale = 1 / (1 - p)",
+            ),
+            (
+                "scores are filled with the largest negative number",
+                "family-drop-key",
+                "shift=0.0, fill=-math.inf",
+                "shift=0.0, fill=-3e38",
+            ),
+            (
+                "locked dropout locks the axis after the one of time",
+                "family-locked-dropout",
+                "broadcast_axes=(axis,), **options",
+                "broadcast_axes=((axis + 1) % ndim,), **options",
+            ),
+            (
+                "whole rows of features are dropped",
+                "family-feature-alpha-dropout",
+                "axes = tuple(range(2, len(x.shape)))",
+                "axes = tuple(range(1, len(x.shape)))",
+            ),
+        ],
+        "unidrop/drop_block.py": [
+            (
+                "blocks are longer by one",
+                "family-drop-block",
+                "shape[axis] = self.block_size - 1",
+                "shape[axis] = self.block_size",
+            ),
+            (
+                "the rate of corners ignores the border",
+                "family-drop-block",
+                "gamma = rate.p * math.prod(lengths) / (size ** len(spatial) * places)",
+                "gamma = rate.p / size ** len(spatial)",
+            ),
+            (
+                "kept elements are scaled by the rate",
+                "family-drop-block",
+                "ratio = total / xp.astype(kept, dtype)",
+                "ratio = xp.astype(kept, dtype) / total",
+            ),
+        ],
+        "unidrop/permutation.py": [
+            (
+                "permutations have the words of normal deviates",
+                "family-patch-dropout",
+                "PERMUTATION_TAG: Final = 4",
+                "PERMUTATION_TAG: Final = 3",
+            ),
+            (
+                "kept tokens do not begin after the prefix",
+                "family-patch-dropout",
+                "* length + self.prefix",
+                "* length",
+            ),
+            (
+                "the last tokens of permutations are kept",
+                "family-patch-dropout",
+                "[:, : self.kept]",
+                "[:, -self.kept :]",
+            ),
+        ],
+        "unidrop/normal.py": [
+            (
+                "the sign of the deviates is lost",
+                "family-gaussian-dropout family-gaussian-noise",
+                "return xp.where(is_positive, size, -size)",
+                "return size",
+            ),
+            (
+                "deviates are not interpolated",
+                "family-gaussian-dropout family-gaussian-noise",
+                "return xp.take(table, entry, axis=0) - fall",
+                "return xp.take(table, entry, axis=0)",
+            ),
+            (
+                "the tails have one level less",
+                "family-gaussian-dropout family-gaussian-noise",
+                "for _ in range(1, _LEVELS):",
+                "for _ in range(2, _LEVELS):",
+            ),
+        ],
+        "unidrop/gaussian.py": [
+            (
+                "the variance is the rate",
+                "family-gaussian-dropout",
+                "math.sqrt(rate.p / (1 - rate.p))",
+                "math.sqrt(rate.p)",
+            ),
+        ],
+    },
+    _MEMBERS_TORCH: {
+        "adapters/torch/family.py": [
+            (
+                "batch_first is ignored",
+                "family-locked-dropout",
+                "return 1 if batch_first and input.dim() == 3 else 0",
+                "return 0",
+            ),
+            (
+                "blocks extend along the channels",
+                "family-drop-block",
+                '"axes": tuple(range(2, spatial + 2)), "clip": True',
+                '"axes": tuple(range(1, spatial + 1)), "clip": True',
+            ),
+        ],
+    },
     _ATTENTION_TORCH: {
         "adapters/torch/chunked.py": [
             (

@@ -44,7 +44,8 @@ class Member:
     formula : callable
         Its arguments are x, the rate, the key, and the options of a case.
     cases : tuple of mapping
-        Options of the function of `unidrop.family`. A compiled mode runs the first case only.
+        Options of the function of `unidrop.family`. Compiled modes, and other dtypes than float32,
+        run the first case only.
     shape : tuple of int
         The shape of x. Its first length is even, so that two devices can share x.
     compiles_gradient : bool
@@ -167,7 +168,6 @@ MEMBERS: Mapping[str, Member] = {
         _drop_block,
         ({"block_size": 3, "axes": (2, 3)}, {"block_size": 2, "axes": (2, 3)}),
         (2, 2, 5, 6),
-        compiles_gradient=True,
     ),
     "patch_dropout": Member(
         "Patch dropout keeps the tokens that stable permutations of each row name first.",
