@@ -13,7 +13,7 @@ KEY = Key(42).fold_in("statistics")
 MILLION = 10**6
 SIDE = 1000
 
-# The shape of x, the options, and the power of 1 / (1 - p) by which kept elements are scaled.
+# The shape of x, the options, and the power of 1 / (1 - p) that scales kept elements.
 MASKED = {
     "drop_path": ("drop_path", (MILLION, 2), {}, 1),
     "drop_path unscaled": ("drop_path", (MILLION, 2), {"scale_by_keep": False}, 0),

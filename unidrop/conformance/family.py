@@ -126,7 +126,8 @@ def _gaussian_dropout(x: _Array, p: float, key: Key) -> Any:
     factor = compute(1) + _deviates(x, math.sqrt(p / (1 - p)), key)
 
     def multiply(v: _Array) -> _Array:
-        return (v.astype(compute) * factor).astype(v.dtype)
+        product: _Array = (v.astype(compute) * factor).astype(v.dtype)
+        return product
 
     return multiply(x), multiply
 

@@ -256,7 +256,9 @@ def golden_members() -> tuple[GoldenMember, ...]:
     """Return the golden outputs of members of the family."""
     members = []
     for v in read_golden()["members"]:
-        options = {k: tuple(o) if isinstance(o, list) else o for k, o in v["options"].items()}
+        options: dict[str, Any] = {
+            k: tuple(o) if isinstance(o, list) else o for k, o in v["options"].items()
+        }
         members.append(
             GoldenMember(
                 name=v["name"],

@@ -246,9 +246,11 @@ def _make_layer(member: str, p: Any, options: dict[str, Any]) -> Dropout:
     if member == "feature_alpha_dropout":
         member, options["noise_shape"] = "alpha_dropout", (None, None, 1)  # of three axes
     if member == "locked_dropout":
-        shape = [None, None, None]
-        shape[options.pop("axis")] = 1
-        member, options["noise_shape"] = "dropout", tuple(shape)
+        axis = options.pop("axis")
+        member, options["noise_shape"] = (
+            "dropout",
+            tuple(1 if i == axis else None for i in range(3)),
+        )
     if member == "drop_block":
         del options["axes"]
         member, options["data_format"] = "drop_block2D", "channels_first"

@@ -199,8 +199,8 @@ def _known_shape(x: Any, mode: str, options: Mapping[str, Any]) -> tuple[int | N
     if mode not in (_UNKNOWN, _LARGE, _SAVED):
         return tuple(x.shape)
     if options.get("member") in ("drop_block", "patch_dropout"):  # which need the other lengths
-        return (None, *x.shape[1:])
-    return (None,) * x.shape.rank
+        return (None, *tuple(x.shape)[1:])
+    return (None,) * int(x.shape.rank)
 
 
 @contextmanager

@@ -21,9 +21,9 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 def _check_member(member: str, cell: Cell) -> None:
     for golden in golden_members():
         if golden.member == member and _runs(cell, golden):
-            options = {"member": member, **golden.options}
+            arguments = golden.x, golden.p, golden.step
             with np.errstate(all="ignore"):
-                y = cell.dropout(golden.x, golden.p, golden.step, seed=golden.seed, **options)
+                y = cell.dropout(*arguments, seed=golden.seed, member=member, **golden.options)
             x = _like(golden.x, golden.y)
             check_output(y, golden.y, x, f"golden output {golden.name!r}")
     for options, x, expected, _ in _cases(cell, member):
