@@ -573,7 +573,7 @@ TIE = {"step": 3532259, "length": 64}
 def member_vectors() -> Iterator[Vector]:
     """Yield outputs of members: each dtype with the first options, and single precision with all.
 
-    At the other parameters, formulas round otherwise. Noise has a standard deviation, not a rate.
+    At another parameter, formulas round otherwise. Noise has a standard deviation, not a rate.
     """
     for member in reference_family.MEMBERS:
         shape = SHAPES.get(member, (8, 3, 4))
@@ -583,8 +583,8 @@ def member_vectors() -> Iterator[Vector]:
             yield member_vector(member, dtype, shape, {name: 0.4, **cases[0]})
         for options in cases[1:]:
             yield member_vector(member, "float32", shape, {name: 0.4, **options})
-        for parameter in (0.1, 1.0 if name == "stddev" else 0.9):
-            yield member_vector(member, "float32", shape, {name: parameter, **cases[0]})
+        another = 1.0 if name == "stddev" else 0.9
+        yield member_vector(member, "float32", shape, {name: another, **cases[0]})
         for step in TAILS if member.startswith("gaussian") else ():
             yield member_vector(member, "float32", shape, {name: 0.4}, step=step)
     step, length = TIE.values()

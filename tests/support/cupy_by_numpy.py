@@ -100,7 +100,7 @@ def _arrays(y):
     return type(y)(map(_arrays, y)) if type(y) in (tuple, list) else y
 
 
-_OPERATORS = "add radd sub mul rmul and rand or ror xor rxor ge lt ne invert getitem"
+_OPERATORS = "add radd sub mul rmul truediv and rand or ror xor rxor eq ge lt ne neg invert getitem"
 for _name in _OPERATORS.split():
     setattr(ndarray, f"__{_name}__", _on_device(getattr(np.ndarray, f"__{_name}__")))
 
