@@ -37,9 +37,13 @@ from unidrop.adapters.torch.family import (
 )
 from unidrop.adapters.torch.functional import dropout, dropout1d, dropout2d, dropout3d
 from unidrop.adapters.torch.modules import Dropout, Dropout1d, Dropout2d, Dropout3d
+from unidrop.adapters.torch.rnn import GRU, LSTM, RNN
 from unidrop.adapters.torch.seeds import assign_seeds
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "AlphaDropout",
     "DropBlock2d",
     "DropBlock3d",
