@@ -321,12 +321,84 @@ class _SeededRNNMixin(RNNBase):
 
 
 class LSTM(_SeededRNNMixin, torch.nn.LSTM):
-    """Long short-term memory, as `torch.nn.LSTM`, with a seed for its dropout."""
+    """Long short-term memory as `torch.nn.LSTM`, with a seed, and dropout of inputs and states.
+
+    Arguments, weights, results and errors are as in PyTorch, and evaluation is PyTorch's own.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        The arguments of `torch.nn.LSTM`. Its ``dropout`` drops the outputs of each layer but the
+        last.
+    input_dropout : int or float, default 0.0
+        The probability of zeroing an element of the inputs of the first layer, in [0, 1].
+    recurrent_dropout : int or float, default 0.0
+        The probability of zeroing an element of the hidden state, in [0, 1]. Each gate of each
+        direction has one mask for all timesteps.
+    variational : bool, default False
+        If True, inputs and outputs too have one mask for all timesteps: locked dropout.
+    seed : int or unidrop.Key, optional
+        As in `Dropout`.
+
+    Attributes
+    ----------
+    dropout, input_dropout, recurrent_dropout : float
+        The rates, which a schedule may set.
+    seed : unidrop.Key or None
+        As in `Dropout`.
+    calls : torch.Tensor
+        As in `Dropout`. ``state_dict`` contains it as the extra state of a child. A checkpoint of
+        `torch.nn.LSTM` loads in strict mode and leaves the number as it is.
+
+    Raises
+    ------
+    TypeError
+        If a rate is not a Python number, variational is not a bool, or seed is neither an integer
+        nor a Key.
+    ValueError
+        If a rate is outside [0, 1], or seed is outside [0, 2^64).
+
+    Notes
+    -----
+    With ``K = Key(seed).fold_in(n)`` in training call n, ``K.fold_in("dropout")`` drops the inputs
+    of the first layer, and ``K.fold_in("l1").fold_in("dropout")`` those of layer 1. Masks of states
+    have the keys ``K.fold_in("recurrent_dropout").fold_in(gate)``, with "l1", "l0_reverse" or
+    "l1_reverse" folded in before for other weights than those of layer 0. Gates have the numbers
+    of Keras: input, forget, cell, output.
+
+    The mask of an element depends on its time, its place in the batch, and its feature. So
+    batch_first and `torch.nn.utils.rnn.PackedSequence`, in any order, do not change masks: packed
+    sequences have the masks of the padded tensor.
+
+    With recurrent_dropout, a loop over time replaces the kernels of PyTorch. Each layer runs on its
+    own, so that dropout can follow it.
+
+    Y. Gal, Z. Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+    networks", NeurIPS 2016.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from unidrop import Key
+    >>> from unidrop.adapters.torch import LSTM
+    >>> layer = LSTM(8, 4, recurrent_dropout=0.2, seed=Key(42).fold_in("encoder/0"))
+    >>> output, (h, c) = layer(torch.ones(3, 2, 8))
+    >>> output.shape, int(layer.calls)
+    (torch.Size([3, 2, 4]), 1)
+    """
 
 
 class GRU(_SeededRNNMixin, torch.nn.GRU):
-    """Gated recurrent units, as `torch.nn.GRU`."""
+    """Gated recurrent units as `torch.nn.GRU`, with a seed, and dropout of inputs and states.
+
+    Parameters, attributes, keys and errors are as in `LSTM`. The numbers of gates are those of
+    Keras: 0 of the update gate, 1 of the reset gate, and 2 of the candidate.
+    """
 
 
 class RNN(_SeededRNNMixin, torch.nn.RNN):
-    """An Elman network, as `torch.nn.RNN`."""
+    """An Elman network as `torch.nn.RNN`, with a seed, and dropout of inputs and states.
+
+    Parameters, attributes, keys and errors are as in `LSTM`. It has no gates: the mask of its state
+    has the key ``K.fold_in("recurrent_dropout")``.
+    """
