@@ -3,11 +3,13 @@
 PyTorch documentation: torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN (2.13).
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import _VF, Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import functional
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
@@ -56,7 +58,7 @@ class _Packing(NamedTuple):
     def pad(self, x: Tensor) -> Tensor:
         """Return a tensor (L, N, H) of rows, with 0 after the end of each sequence."""
         padded = x.new_zeros(self.length * self.batch, x.shape[-1]).index_copy(0, self.rows, x)
-        return padded.unflatten(0, (self.length, self.batch))
+        return padded.view(self.length, self.batch, -1)
 
     def unpad(self, x: Tensor) -> Tensor:
         """Return the rows of a padded tensor."""
@@ -131,10 +133,19 @@ class _SeededRNNMixin(RNNBase):
             return record_module(self, input, hx)
         if not self.training or self._largest_rate == 0 or not self._has_right_ranks(input, hx):
             return super().forward(input, hx)  # which raises if a rank is wrong
+        if torch.compiler.is_dynamo_compiling() or "torch._dynamo" not in sys.modules:
+            return self._run(input, hx)
+        return self._run_uncompiled(input, hx)
+
+    def _run(self, input: Any, hx: Any) -> Any:
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx)
         return self._run_dense(input, hx)
+
+    # Unless told otherwise, PyTorch compiles no recurrent layer. It would compile each step of a
+    # call that it does not trace, again and again.
+    _run_uncompiled = _disable_dynamo(_run)
 
     def _has_right_ranks(self, input: Any, hx: Any) -> bool:
         """Return whether PyTorch accepts the numbers of axes."""
@@ -227,9 +238,10 @@ class _SeededRNNMixin(RNNBase):
         w_hr = rest[-1] if self.proj_size else None
         gates = len(w_hh) // self.hidden_size
         masks = self._make_masks(states[0], number, key)
-        inputs = functional.linear(x, w_ih, b_ih).unflatten(-1, (gates, -1)).transpose(1, 2)
-        w_hh = w_hh.unflatten(0, (gates, -1)).transpose(1, 2)
-        b_hh = None if b_hh is None else b_hh.unflatten(0, (gates, 1, -1))
+        inputs = functional.linear(x, w_ih, b_ih)
+        inputs = inputs.reshape(*x.shape[:2], gates, -1).transpose(1, 2)
+        w_hh = w_hh.reshape(gates, -1, w_hh.shape[1]).transpose(1, 2)
+        b_hh = None if b_hh is None else b_hh.reshape(gates, 1, -1)
         steps = range(len(x))
         outputs = []
         for step in reversed(steps) if number % self._directions else steps:
@@ -246,7 +258,7 @@ class _SeededRNNMixin(RNNBase):
         return torch.stack(outputs[::-1] if number % self._directions else outputs), states
 
     def _run_cell(self, x: Tensor, h: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the states after a step, of what inputs and states add to each gate."""
+        """Return the states after a step; x and h are terms of the gates before activation."""
         if self.mode == "LSTM":
             i, f, g, o = (x + h).unbind()
             c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
@@ -291,10 +303,10 @@ class _SeededRNNMixin(RNNBase):
         return list(weights[number * count : (number + 1) * count])
 
     def _make_states(self, x: Tensor, batch: int) -> tuple[Tensor, ...]:
-        sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+        sizes = [self.proj_size or self.hidden_size, self.hidden_size]
         count = self.num_layers * self._directions
-        sizes = sizes if self.mode == "LSTM" else sizes[:1]
-        return tuple(x.new_zeros(count, batch, size) for size in sizes)
+        states = tuple(x.new_zeros(count, batch, size) for size in sizes)
+        return states if self.mode == "LSTM" else states[:1]
 
     def _as_states(self, hx: Any) -> tuple[Tensor, ...]:
         return (hx[0], hx[1]) if self.mode == "LSTM" else (hx,)
@@ -317,7 +329,7 @@ class _SeededRNNMixin(RNNBase):
         return ", ".join([super().extra_repr(), *texts])
 
     def __repr__(self) -> str:
-        return f"{self._get_name()}({self.extra_repr()})"
+        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 class LSTM(_SeededRNNMixin, torch.nn.LSTM):
@@ -361,10 +373,11 @@ class LSTM(_SeededRNNMixin, torch.nn.LSTM):
     Notes
     -----
     With ``K = Key(seed).fold_in(n)`` in training call n, ``K.fold_in("dropout")`` drops the inputs
-    of the first layer, and ``K.fold_in("l1").fold_in("dropout")`` those of layer 1. Masks of states
-    have the keys ``K.fold_in("recurrent_dropout").fold_in(gate)``, with "l1", "l0_reverse" or
-    "l1_reverse" folded in before for other weights than those of layer 0. Gates have the numbers
-    of Keras: input, forget, cell, output.
+    of the first layer, and ``K.fold_in("l1").fold_in("dropout")`` the inputs of layer 1. Masks of
+    states have the keys ``K.fold_in("recurrent_dropout").fold_in(gate)``. If the names of the
+    weights end in another suffix than "l0", such as "l0_reverse" or "l1", then K is
+    ``Key(seed).fold_in(n).fold_in(suffix)``. Gates have the numbers of Keras: input, forget, cell,
+    output.
 
     The mask of an element depends on its time, its place in the batch, and its feature. So
     batch_first and `torch.nn.utils.rnn.PackedSequence`, in any order, do not change masks: packed
@@ -391,8 +404,8 @@ class LSTM(_SeededRNNMixin, torch.nn.LSTM):
 class GRU(_SeededRNNMixin, torch.nn.GRU):
     """Gated recurrent units as `torch.nn.GRU`, with a seed, and dropout of inputs and states.
 
-    Parameters, attributes, keys and errors are as in `LSTM`. The numbers of gates are those of
-    Keras: 0 of the update gate, 1 of the reset gate, and 2 of the candidate.
+    Parameters, attributes, keys and errors are as in `LSTM`. As in Keras, the update gate has the
+    number 0, the reset gate 1, and the candidate 2.
     """
 
 
