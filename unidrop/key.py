@@ -142,14 +142,19 @@ class Key:
         >>> Key(2**64 - 1).fold_in(2**64 - 1)
         Key(0xa1951b70d619276d)
         """
-        tag, split = _TAG_INTEGER, None
+        tag = _TAG_INTEGER
         if type(data) is int and 0 <= data < 1 << 64:  # the call number of a layer
             data = operator.index(data)  # which compilers treat as a constant, not as a symbol
         elif isinstance(data, str):
             data, tag = string_data(data), _TAG_STRING
         elif _is_index(data):
             data = checked_integer(data, "data")
-        else:
+        return self._fold(data, tag)
+
+    def _fold(self, data: Any, tag: int) -> Self:
+        """Return the key made of this one and an integer in [0, 2^64), or a 0-d array."""
+        split = None
+        if not isinstance(data, int):
             library = _get_integer_library(data, "data")
             words = library.operator.fold_in(self._words, data, tag)
             if words is not None:
@@ -164,6 +169,10 @@ class Key:
             return self._from_raw_words((number & MASK32, number >> 32))
         word, _ = self.words
         library = get_library(word)
+        if split is None:
+            words = library.operator.fold_in_constant(self._words, data, tag)
+            if words is not None:
+                return self._from_raw_words(words)
         xp, device = library.arrays.namespace(word), library.arrays.device(word)
         return self._generate(library, xp, device, split or split64(data), tag)
 

@@ -245,6 +245,10 @@ class Operator:
         """
         return None
 
+    def fold_in_constant(self, words: Any, data: int, tag: int) -> Any | None:
+        """Return what `fold_in` returns, for an integer in [0, 2^64) and words in arrays."""
+        return None
+
 
 class Buffer(NamedTuple):
     """The place of an array's elements in this process's memory.

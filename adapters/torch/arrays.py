@@ -201,8 +201,17 @@ class TorchOperator(Operator):
             return fold_on_device(words, data, tag)
         LIBRARY.words.width(data, "data")
         words = pack_words(words, data.device)
-        folded: torch.Tensor = torch.ops.unidrop.fold_in(words, data)
+        folded: torch.Tensor = torch.ops.unidrop.fold_in(words, data, tag)
         return folded
+
+    def fold_in_constant(self, words: Any, data: int, tag: int) -> torch.Tensor | None:
+        """Return the words of a key after folding in an integer, as `fold_in`."""
+        tensor = words[0] if isinstance(words[0], torch.Tensor) else words[1]
+        if is_exporting() or not (is_tracing() or must_stay(tensor)):
+            return None
+        signed = data - (data >> 63 << 64)
+        number = int_tensor([signed], tensor.device).reshape(())
+        return self.fold_in(words, number, tag)
 
 
 LIBRARY = ArrayLibrary(TorchArrays(), TorchWords(), TorchOperator(), BUFFERS)

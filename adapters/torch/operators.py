@@ -103,7 +103,7 @@ _library.define(
 _library.define("integers(SymInt[] values, *, Device device) -> Tensor", tags=_READS_CPU)
 _library.define("stack_integers(Tensor[] values) -> Tensor")
 _library.define("pack_key(Tensor lo, Tensor hi) -> Tensor")
-_library.define("fold_in(Tensor key, Tensor data) -> Tensor")
+_library.define("fold_in(Tensor key, Tensor data, int tag=1) -> Tensor")
 _library.define("next_call(Tensor(a!) calls) -> Tensor")
 _library.define("call_key(Tensor(a!) calls, Tensor key) -> Tensor")
 _library.define("draw_key(Tensor(a!) order, *, Device device) -> Tensor", tags=_READS_CPU)
@@ -469,17 +469,17 @@ def _low_bits(word: Tensor) -> Tensor:
 
 
 @_disable_dynamo
-def _fold_in(key: Tensor, data: Tensor) -> Tensor:
+def _fold_in(key: Tensor, data: Tensor, tag: int = 1) -> Tensor:
     bits = integer_bits(data.dtype)
     assert bits is not None  # `Words.width` rejects other dtypes
     if must_stay(data):
-        folded = fold_on_device(key.to(data.device), data, 1)
+        folded = fold_on_device(key.to(data.device), data, tag)
         if folded is None:
-            folded = key_tensor(as_key(key.to(data.device)).fold_in(data), data.device)
+            folded = key_tensor(as_key(key.to(data.device))._fold(data, tag), data.device)
         return folded
     refuse_capture(key.device)
     # Zero-extend from the width, so that negative steps and steps of uint64 are valid too.
-    return _to_words(as_key(key).fold_in(int(data.item()) & ((1 << bits) - 1)))
+    return _to_words(as_key(key)._fold(int(data.item()) & ((1 << bits) - 1), tag))
 
 
 @_disable_dynamo
@@ -738,14 +738,14 @@ def _batch_pack_key(
 
 
 def _batch_fold_in(
-    info: Any, in_dims: tuple[int | None, int | None], key: Tensor, data: Tensor
+    info: Any, in_dims: tuple[int | None, ...], key: Tensor, data: Tensor, tag: int = 1
 ) -> tuple[Tensor, int]:
     """Fold a batch of numbers into a batch of keys, one by one."""
     keys, numbers = (
         [tensor] * info.batch_size if dim is None else tensor.movedim(dim, 0).unbind()
-        for tensor, dim in zip((key, data), in_dims, strict=True)
+        for tensor, dim in zip((key, data), in_dims[:2], strict=True)
     )
-    folded = [torch.ops.unidrop.fold_in(k, n) for k, n in zip(keys, numbers, strict=True)]
+    folded = [torch.ops.unidrop.fold_in(k, n, tag) for k, n in zip(keys, numbers, strict=True)]
     return torch.stack(folded), 0
 
 
@@ -780,7 +780,7 @@ _FAKE: dict[str, Callable[..., Tensor]] = {
     ),
     "stack_integers": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
     "pack_key": lambda lo, hi: lo.new_empty((*lo.shape, 2), dtype=torch.int64),
-    "fold_in": lambda key, data: torch.empty_like(key),
+    "fold_in": lambda key, data, tag=1: torch.empty_like(key),
     "next_call": lambda calls: torch.empty_like(calls[..., 0]),
     "call_key": lambda calls, key: torch.empty_like(key),
     "draw_key": lambda order, *, device: torch.empty((2,), dtype=torch.int64, device=device),

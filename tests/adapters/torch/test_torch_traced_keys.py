@@ -99,3 +99,27 @@ def test_rejects_non_words_where_keys_are_recorded(words, error, message):
     for make in (key, make_fx(key)):
         with pytest.raises(error, match=message):
             make(*words)
+
+
+@pytest.mark.parametrize("data", ["encoder/0", "", 0, 2**63 + 5, 2**64 - 1])
+def test_folds_constant_into_traced_key_by_operator(data):
+    graphs = []
+
+    def drop(x, step):
+        return dropout(x, 0.5, key=SITE.fold_in(step).fold_in(data))
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x, step = torch.ones(64), torch.tensor(3)
+    expected = dropout(x, key=SITE.fold_in(3).fold_in(data))
+    assert torch.equal(torch.compile(drop, backend=keep, fullgraph=True)(x, step), expected)
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called.count("unidrop.fold_in") == 2
+    assert len(called) < 10
+    assert torch.equal(make_fx(drop)(x, step)(x, step), expected)
+    steps = torch.tensor([3, 4])
+    batch = torch.vmap(drop, in_dims=(None, 0), randomness="different")(x, steps)
+    assert torch.equal(batch[0], expected)
+    assert torch.equal(batch[1], drop(x, 4))
