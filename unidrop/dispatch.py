@@ -194,7 +194,7 @@ def fused_dropout(
     RuntimeError
         If `force_path` demands kernels that cannot run.
     """
-    kernels = _choose_kernels(library, x, key, window)
+    kernels = _choose_kernels(library, x, key, window, rate)
     if kernels is None:
         return None
     package, source = kernels
@@ -226,7 +226,7 @@ def fused_mask(
 
     ``like`` is an array of the library on the device; the rest is as in `fused_dropout`.
     """
-    kernels = _choose_kernels(library, like, key, window)
+    kernels = _choose_kernels(library, like, key, window, rate)
     if kernels is None:
         return None
     package, source = kernels
@@ -243,18 +243,22 @@ def check_fused(library: ArrayLibrary, like: Any, key: Key, window: Window) -> N
 
 
 def _choose_kernels(
-    library: ArrayLibrary, x: Any, key: Key, window: Window
+    library: ArrayLibrary, x: Any, key: Key, window: Window, rate: Rate | None = None
 ) -> tuple[Any, Buffer | DeviceBuffer] | None:
     """Return the package of kernels and the buffer of x, or None for the portable path."""
     forced = _forced.get()
     if forced == "portable":
         return None
-    kernels = _find_kernels(library, x, key, window)
+    if rate is not None and rate.is_scheduled:
+        kernels: Any = "its rate is an array, and kernels need a number"
+    else:
+        kernels = _find_kernels(library, x, key, window)
     if isinstance(kernels, str):
         if forced == "fused":
             raise RuntimeError(f"unidrop.force_path demands fused kernels, but {kernels}")
         return None
-    return kernels
+    chosen: tuple[Any, Buffer | DeviceBuffer] = kernels
+    return chosen
 
 
 def _find_kernels(

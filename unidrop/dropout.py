@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
-from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = ["dropout"]
 
@@ -123,7 +123,7 @@ def dropout(
     check_key(key)
     plan = DropoutPlan.from_args(
         x,
-        Rate.from_p(p),
+        make_rate(p, x),
         training=training,
         broadcast_axes=broadcast_axes,
         global_shape=global_shape,

@@ -21,6 +21,7 @@ from unidrop.library import get_library
 from unidrop.permutation import patch_dropout, permutation
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = [
     "AffinePlan",
@@ -145,6 +146,7 @@ def plan_feature_alpha_dropout(x: Any, rate: Rate, **options: Any) -> DropoutPla
 def plan_drop_key(x: Any, rate: Rate, **options: Any) -> DropoutPlan:
     """Return the plan of `drop_key`; ``options`` are as in `DropoutPlan.from_args`."""
     plan = _plan_real("drop_key", x, rate, **options)
+    _ = rate.p  # raises for an array: the sum with 0 would change -0 at a rate of 0
     return AffinePlan.from_plan(plan, scale=1.0, shift=0.0, fill=-math.inf)
 
 
@@ -223,7 +225,7 @@ def drop_path(
     check_key(key)
     plan = plan_drop_path(
         x,
-        Rate.from_p(p),
+        make_rate(p, x),
         mode=mode,
         scale_by_keep=scale_by_keep,
         training=training,
@@ -444,6 +446,6 @@ def locked_dropout(
     """
     check_key(key)
     plan = plan_locked_dropout(
-        x, Rate.from_p(p), axis=axis, training=training, global_shape=global_shape, start=start
+        x, make_rate(p, x), axis=axis, training=training, global_shape=global_shape, start=start
     )
     return plan.call(x, key, return_mask)

@@ -9,6 +9,7 @@ The number u of the even element is the word; the number u of the odd one is the
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy
@@ -18,6 +19,7 @@ from unidrop.key import Key, check_key
 from unidrop.library import get_namespace_library
 from unidrop.protocols import ArrayLibrary
 from unidrop.rate import KEEP_NOTHING, Rate
+from unidrop.schedule import ScheduledRate, make_rate
 from unidrop.window import Axis, Piece, Window
 from unidrop.words import (
     MASK32,
@@ -137,13 +139,14 @@ def keep_mask(
     >>> keep_mask((1, 3), 0.5, Key(42), global_shape=(2, 3), start=(1, 0)).astype(int)
     array([[0, 0, 1]])
     """
-    rate = Rate.from_p(p)
+    library, xp = get_namespace_library(numpy if xp is None else xp)
+    like = xp.zeros((0,), device=device)
+    rate = make_rate(p, like)
     check_key(key)
     window = Window.from_args(shape, broadcast_axes, global_shape, start)
-    library, xp = get_namespace_library(numpy if xp is None else xp)
     if not training:
         return constant_mask(xp, window, True, device)
-    return make_mask(library, xp.zeros((0,), device=device), key, window, rate, device)
+    return make_mask(library, like, key, window, rate, device)
 
 
 def make_mask(
@@ -158,7 +161,7 @@ def make_mask(
         xp = library.arrays.namespace(like)
         return constant_mask(xp, window, rate.threshold == 0, device)
     mask = None
-    if library.arrays.is_traced(like):
+    if rate.is_scheduled or library.arrays.is_traced(like):
         mask = library.operator.traced_mask(like, key, window, rate)
     if mask is None:
         mask = fused_mask(library, like, key, window, rate, device)
@@ -176,7 +179,10 @@ def portable_mask(
 
     def decide(first: SplitInteger, count: Any) -> Any:
         words: tuple[Any, Any] = tuple(key._words)
-        return library.words.keep_flags(xp, device, first, count, words, rate.threshold)
+        flags = partial(library.words.keep_flags, xp, device, first, count, words)
+        if isinstance(rate, ScheduledRate):
+            return rate.keep(library, device, flags)
+        return flags(rate.threshold)
 
     return compute_window(library, like, key, window, device, 8, decide, xp.bool)
 

@@ -11,6 +11,7 @@ from unidrop.dtypes import COMPUTE_DTYPES, dtype_name
 from unidrop.mask import piece_size
 from unidrop.protocols import ArrayLibrary
 from unidrop.rate import Rate
+from unidrop.schedule import ScheduledRate
 
 __all__ = ["select"]
 
@@ -88,10 +89,13 @@ def _scale_kept(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -
     compute = COMPUTE_DTYPES[kind]
     dtype = getattr(xp, compute)
     scale = rate.scale_in(compute)
-    zero = xp.zeros((), dtype=dtype, device=library.arrays.device(x))
+    if isinstance(rate, ScheduledRate):
+        fill = rate.fill_in(compute)
+    else:
+        fill = xp.zeros((), dtype=dtype, device=library.arrays.device(x))
 
     def scaled(component: Any) -> Any:
-        return xp.where(mask, component * scale, zero)
+        return xp.where(mask, component * scale, fill)
 
     if kind.startswith("complex"):
         y = library.arrays.complex(xp, scaled(xp.real(x)), scaled(xp.imag(x)))
@@ -102,4 +106,4 @@ def _scale_kept(library: ArrayLibrary, xp: Any, x: Any, mask: Any, rate: Rate) -
         raise TypeError(
             f"x has dtype {x.dtype}, which {xp.__name__} does not support with its present settings"
         )
-    return y
+    return xp.where(rate.is_zero(), x, y) if isinstance(rate, ScheduledRate) else y

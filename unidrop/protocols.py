@@ -108,6 +108,20 @@ class Arrays:
         """Return y in x's memory layout, if users of the library expect outputs to keep it."""
         return y
 
+    def read_rate(self, p: Any, x: Any, name: str) -> Any:
+        """Return a scheduled rate as a float, or as the array that a program receives.
+
+        Parameters
+        ----------
+        p : array
+            Of shape (), float32 or float64.
+        x : array
+            The array to drop elements of.
+        name : str
+            The name of the rate in error messages.
+        """
+        return p if self.is_traced(p) else float(p)
+
 
 class Words:
     """The generator's 32-bit words, held in one library's integers."""

@@ -98,6 +98,11 @@ class Rate(NamedTuple):
         return self._replace(scale=scale)
 
     @property
+    def is_scheduled(self) -> bool:
+        """Whether the rate is an array whose value this process does not know."""
+        return False
+
+    @property
     def keeps_nothing(self) -> bool:
         """Whether every element is dropped, whatever its word."""
         return self.threshold == KEEP_NOTHING

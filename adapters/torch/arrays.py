@@ -5,7 +5,7 @@ from typing import Any
 import array_api_compat.torch
 import torch
 
-from unidrop.adapters.torch.buffers import BUFFERS, is_tracing, must_stay
+from unidrop.adapters.torch.buffers import BUFFERS, is_capturing, is_tracing, must_stay
 from unidrop.adapters.torch.func import randomness
 from unidrop.adapters.torch.onnx import is_exporting, run_exported
 from unidrop.adapters.torch.operators import (
@@ -15,6 +15,7 @@ from unidrop.adapters.torch.operators import (
     key_tensor,
     own_scale,
     pack_words,
+    rate_argument,
     trace_dropout,
 )
 from unidrop.adapters.torch.plain import run_plain
@@ -105,6 +106,27 @@ class TorchArrays(Arrays):
         like = torch.empty_like(x)
         return y if y.stride() == like.stride() else like.copy_(y)
 
+    def read_rate(self, p: torch.Tensor, x: torch.Tensor, name: str) -> Any:
+        """Return the rate as a float, unless PyTorch traces or reading it waits for the GPU of x.
+
+        Raises
+        ------
+        TypeError
+            If the rate requires a gradient, which dropout does not define.
+        RuntimeError
+            If a CUDA graph would replay the number that the rate has now.
+        """
+        if p.requires_grad:
+            raise TypeError(f"{name} must not require a gradient: pass {name}.detach()")
+        if is_tracing() or (must_stay(p) and p.device == x.device and p.device.type != "mps"):
+            return p
+        if is_capturing(x.device):
+            raise RuntimeError(
+                f"{name} in a CUDA graph must be a tensor on the GPU, or each replay would have the "
+                f"same rate: pass {name}.to({x.device.type!r})"
+            )
+        return float(p.item())
+
 
 class TorchWords(Words):
     """Words in ``int64``, which PyTorch supports on every device."""
@@ -135,15 +157,17 @@ class TorchOperator(Operator):
             window = window_arguments(plan.window, x.device)
             words, scale = key_tensor(key, x.device), own_scale(plan.rate)
             normal = (plan.mean, plan.stddev) if isinstance(plan, NormalPlan) else None
-            return trace_dropout(x, words, plan.rate.p, *window, scale=scale, normal=normal)
+            p = rate_argument(plan.rate)
+            return trace_dropout(x, words, p, *window, scale=scale, normal=normal)
         return _apply_recorded(x, key, plan, mask)
 
     def traced_mask(
         self, like: torch.Tensor, key: Key, window: Window, rate: Rate
     ) -> torch.Tensor | None:
         """Return the mask as the output of one operator."""
-        if is_exporting():
+        if is_exporting() or not is_tracing():
             return None
+        p = rate_argument(rate)
         if torch._C._are_functorch_transforms_active():
             # vmap must treat a mask like dropout of ones of the same shape.
             ones = torch.ones(window.shape, device=like.device)
@@ -151,13 +175,14 @@ class TorchOperator(Operator):
                 window.shape, window.broadcast_axes, window.global_shape, window.start
             )
             words, arguments = key_tensor(key, like.device), window_arguments(whole, like.device)
-            return trace_dropout(ones, words, rate.p, *arguments) != 0
+            return trace_dropout(ones, words, p, *arguments) > 0  # unlike NaN of a bad rate
         mask: torch.Tensor = torch.ops.unidrop.keep_mask(
             key_tensor(key, like.device),
-            as_constant(rate.p),
+            0.0 if isinstance(p, torch.Tensor) else as_constant(p),
             window.shape,
             *window_arguments(window, like.device),
             device=like.device,
+            rate=p if isinstance(p, torch.Tensor) else None,
         )
         return mask
 

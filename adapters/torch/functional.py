@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from unidrop.key import Key, check_key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate, checked_probability
+from unidrop.schedule import make_rate
 from unidrop.window import Window
 
 __all__ = [
@@ -448,6 +449,10 @@ def _trace_whole(
     axes: Sequence[int],
 ) -> Tensor:
     """Run a traced call without options, and trace as little as possible."""
+    if isinstance(p, Tensor):
+        options = None, None, False
+        output: Any = _dropout_of_window(input, p, training, inplace, key, axes, *options)
+        return cast(Tensor, output)
     p = checked_probability(p)
     if key is not None:
         check_key(key)
@@ -469,7 +474,7 @@ def _dropout_of_window(
     return_mask: bool,
 ) -> _Result:
     """Run a call with a window or a mask, whether PyTorch traces it or not."""
-    rate = Rate.from_p(p)
+    rate = make_rate(p, input)
     if key is not None:
         check_key(key)
     plan = DropoutPlan.from_args(
@@ -516,7 +521,7 @@ def _make_plain_plan(
 
 def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
     """Return the plan of a call that is not traced, or None if the call drops nothing."""
-    rate = cached_rate(p) if type(p) is float else Rate.from_p(p)
+    rate = cached_rate(p) if type(p) is float else make_rate(p, input)
     is_plain = type(input) in PLAIN
     if not is_plain:
         get_library(input, "input")  # checks the type
@@ -524,7 +529,7 @@ def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> D
         LIBRARY.arrays.check(input, "input")
     if not training:
         return None
-    if is_plain:
+    if is_plain and not rate.is_scheduled:
         plan = _make_plain_plan(input.shape, input.dtype, rate.p, axes)
     else:
         plan = DropoutPlan.from_args(input, rate, broadcast_axes=axes, name="input")

@@ -111,6 +111,7 @@ def _lower_dropout(
     random: Any = None,
     scale: float | None = None,
     normal: Sequence[float] | None = None,
+    scheduled: Any = None,
 ) -> Any | None:
     """Return dropout as pointwise arithmetic, or None if the operator must remain opaque."""
     from torch._inductor.ir import Pointwise, is_triton
@@ -122,6 +123,7 @@ def _lower_dropout(
         return None
     if (
         normal is not None
+        or scheduled is not None
         or dtype.is_complex
         or any(tensor.get_dtype() != torch.int64 for tensor in tensors)
     ):

@@ -42,11 +42,15 @@ from unidrop.arguments import checked_integer
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.plan import DropoutPlan
-from unidrop.rate import Rate, checked_probability
+from unidrop.rate import checked_probability
+from unidrop.schedule import make_rate
 
 __all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "SeededModule"]
 
 T = TypeVar("T")
+
+# A rate for a tensor on the CPU can be read.
+_ON_CPU = torch.empty(0)
 
 _HINTS = {
     "calls": (
@@ -79,11 +83,16 @@ class SeededModule(torch.nn.modules.dropout._DropoutNd):
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, seed: int | Key | None = None
     ) -> None:
-        Rate.from_p(p)
+        self._check_rate(p)
         if inplace not in (True, False):
             raise TypeError(f"inplace must be a bool, got {inplace!r}; pass a seed as seed=...")
         super().__init__(p, inplace)
         self.seed = seed
+
+    @staticmethod
+    def _check_rate(p: Any, name: str = "p") -> None:
+        """Raise TypeError or ValueError unless p is a rate, or a tensor of one."""
+        make_rate(p, _ON_CPU, name)
 
     @property
     def seed(self) -> Key | None:
@@ -175,12 +184,15 @@ class SeededModule(torch.nn.modules.dropout._DropoutNd):
 
     def _trace(self, input: Tensor) -> Tensor:
         """Run `forward` by operators of a trace."""
-        p = checked_probability(self.p)
+        is_scheduled = isinstance(self.p, Tensor)
+        p = self.p if is_scheduled else checked_probability(self.p)
         axes = self._get_axes(input)
-        if not traced_call_drops(input, p, self.training):
+        if is_scheduled:
+            make_rate(p, input)  # raises before the call is counted
+        if not traced_call_drops(input, 1.0 if is_scheduled else p, self.training):
             return trace_identity(input)
         key = self._trace_key(input)
-        if is_exporting():
+        if is_scheduled or is_exporting():
             return dropout(input, p, True, self.inplace, key=key, broadcast_axes=axes)
         return apply_traced(input, p, axes, key_tensor(key, input.device), self.inplace)
 

@@ -47,6 +47,7 @@ from unidrop.mask import keep_mask
 from unidrop.permutation import permutation
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import ScheduledRate, make_rate
 from unidrop.words import MASK32
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "next_call_words",
     "own_scale",
     "pack_words",
+    "rate_argument",
     "read_start",
     "rollback_call",
     "trace_call_key",
@@ -90,11 +92,12 @@ _READS_CPU = [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is n
 _library = torch.library.Library("unidrop", "DEF")
 _library.define(
     "dropout(Tensor x, Tensor key, float p, int[] broadcast_axes, SymInt[]? global_shape=None, "
-    "Tensor? start=None, Tensor? random=None, float? scale=None, float[]? normal=None) -> Tensor"
+    "Tensor? start=None, Tensor? random=None, float? scale=None, float[]? normal=None, "
+    "Tensor? rate=None) -> Tensor"
 )
 _library.define(
     "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
-    "SymInt[]? global_shape=None, Tensor? start=None, *, Device device) -> Tensor"
+    "SymInt[]? global_shape=None, Tensor? start=None, *, Device device, Tensor? rate=None) -> Tensor"
 )
 _library.define(
     "permutation(Tensor key, SymInt[] shape, SymInt[]? global_shape=None, Tensor? start=None, "
@@ -160,7 +163,7 @@ def _trace_int_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
 def trace_dropout(
     x: Tensor,
     words: Tensor,
-    p: float,
+    p: float | Tensor,
     broadcast_axes: Sequence[int],
     global_shape: Sequence[int] | None = None,
     start: Tensor | None = None,
@@ -173,16 +176,18 @@ def trace_dropout(
     ``scale`` is the scale of kept elements if it is not the one of p. ``normal`` is the mean and
     the standard deviation of normal factors, if those replace the mask.
     """
+    is_scheduled = isinstance(p, Tensor)
     output: Tensor = torch.ops.unidrop.dropout(
         x,
         move(words, x.device),
-        as_constant(p),
+        0.0 if is_scheduled else as_constant(p),
         broadcast_axes,
         global_shape,
         start,
         random=randomness(x, words),
         scale=None if scale is None else as_constant(scale),
         normal=None if normal is None else [as_constant(number) for number in normal],
+        rate=p if is_scheduled else None,
     )
     return output
 
@@ -198,7 +203,14 @@ def as_constant(p: float) -> float:
 
 def own_scale(rate: Rate) -> float | None:
     """Return the scale of a rate, or None if it is the one of its p."""
+    if rate.is_scheduled:
+        return rate.scale
     return None if rate == Rate.from_p(rate.p) else rate.scale
+
+
+def rate_argument(rate: Rate) -> float | Tensor:
+    """Return p for an operator: a number, or the tensor of a scheduled rate."""
+    return rate.array if isinstance(rate, ScheduledRate) else rate.p
 
 
 def get_rate(p: float, scale: float | None) -> Rate:
@@ -382,10 +394,16 @@ def _dropout(
     random: Tensor | None = None,
     scale: float | None = None,
     normal: Sequence[float] | None = None,
+    rate: Tensor | None = None,
 ) -> Tensor:
+    if rate is None:
+        one_rate = get_rate(p, scale)
+    else:
+        one_rate = make_rate(rate.detach(), x)
+        one_rate = one_rate if scale is None else one_rate.with_scale(scale)
     plan = DropoutPlan.from_args(
         x,
-        get_rate(p, scale),
+        one_rate,
         broadcast_axes=tuple(broadcast_axes),
         global_shape=global_shape,
         start=read_start(start),
@@ -394,6 +412,8 @@ def _dropout(
         plan = NormalPlan.from_plan(plan, *normal)
     if not (must_stay(key) and (start is None or must_stay(start))):
         refuse_capture(x.device)
+    if not plan.drops:  # the present value of a scheduled rate is 0
+        return x.clone()
     output: Tensor = plan.apply(x, as_key(key))
     return output
 
@@ -408,10 +428,11 @@ def _keep_mask(
     start: Tensor | None = None,
     *,
     device: torch.device,
+    rate: Tensor | None = None,
 ) -> Tensor:
     mask: Tensor = keep_mask(
         shape,
-        p,
+        p if rate is None else rate.detach(),
         as_key(key),
         xp=torch,
         device=device,
@@ -523,9 +544,9 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, key: Tensor, *rest: Any) -> Tensor:
-        p, axes, global_shape, start, random, *ctx.options = _with_defaults(*rest)
-        ctx.save_for_backward(key, start, random)
-        ctx.save_for_forward(key, start, random)
+        p, axes, global_shape, start, random, *ctx.options, rate = _with_defaults(*rest)
+        ctx.save_for_backward(key, start, random, rate)
+        ctx.save_for_forward(key, start, random, rate)
         ctx.constants = p, axes, global_shape
         operator = torch.ops.unidrop.dropout.default
         if not torch._C._are_functorch_transforms_active():
@@ -536,7 +557,7 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, _Dropout.recompute(ctx, upstream), *(None,) * 8
+        return None, _Dropout.recompute(ctx, upstream), *(None,) * 9
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -545,8 +566,8 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def recompute(ctx: Any, x: Tensor) -> Tensor:
-        key, start, random = ctx.saved_tensors
-        constants = *ctx.constants, start, random, *ctx.options
+        key, start, random, rate = ctx.saved_tensors
+        constants = *ctx.constants, start, random, *ctx.options, rate
         output: Tensor = torch.ops.unidrop.dropout(x, key, *constants)
         return output
 
@@ -559,9 +580,10 @@ def _with_defaults(
     random: Tensor | None = None,
     scale: float | None = None,
     normal: Sequence[float] | None = None,
+    rate: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Return the operator's arguments, including the defaults that the dispatcher omits."""
-    return p, axes, global_shape, start, random, scale, normal
+    return p, axes, global_shape, start, random, scale, normal, rate
 
 
 def _below_autograd(operator: Any, keyset: Any, *arguments: Any, **options: Any) -> Tensor:
@@ -596,9 +618,12 @@ def _run_plain(
     random: Tensor | None = None,
     scale: float | None = None,
     normal: Sequence[float] | None = None,
+    rate: Tensor | None = None,
 ) -> Tensor | None:
     """Return the output of the operator by `run_plain`, or None if it does not serve x."""
-    if normal is not None or axes or global_shape is not None or x.dtype not in SUPPORTED_DTYPES:
+    if rate is not None or normal is not None:
+        return None
+    if axes or global_shape is not None or x.dtype not in SUPPORTED_DTYPES:
         return None
     if type(key) is not Tensor or is_tracing():
         return None
@@ -617,24 +642,25 @@ def _batch_dropout(
     random: Tensor | None = None,
     scale: float | None = None,
     normal: Sequence[float] | None = None,
+    rate: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Run the operator for a batch, with the mask that `unidrop.adapters.torch.func` describes."""
-    names = ("x", "key", "p", "axes", "global_shape", "start", "random")
+    names = (*("x", "key", "p", "axes", "global_shape", "start", "random", "scale", "normal"), "rate")
     dims = dict(zip(names, in_dims, strict=False))
     count = info.batch_size
     x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)
-    if dims["key"] is not None or dims.get("start") is not None:
-        keys, starts = (
+    if any(dims.get(name) is not None for name in ("key", "start", "rate")):
+        keys, starts, rates = (
             [tensor] * count
             if tensor is None or dims.get(name) is None
             else tensor.movedim(dims[name], 0).unbind()
-            for name, tensor in (("key", key), ("start", start))
+            for name, tensor in (("key", key), ("start", start), ("rate", rate))
         )
         each = [
             torch.ops.unidrop.dropout(
-                x_i, key_i, p, axes, global_shape, start_i, random, scale, normal
+                x_i, key_i, p, axes, global_shape, start_i, random, scale, normal, rate_i
             )
-            for x_i, key_i, start_i in zip(x.unbind(), keys, starts, strict=True)
+            for x_i, key_i, start_i, rate_i in zip(x.unbind(), keys, starts, rates, strict=True)
         ]
         return torch.stack(each), 0
     is_shared = dims.get("random") is None
@@ -644,7 +670,7 @@ def _batch_dropout(
         start = torch.cat([start.new_zeros(1), start])
     if random is not None and not is_shared:
         random = random.select(dims["random"], 0)
-    arguments = p, axes, global_shape, start, random, scale, normal
+    arguments = p, axes, global_shape, start, random, scale, normal, rate
     return torch.ops.unidrop.dropout(x, key, *arguments), 0
 
 
@@ -769,7 +795,7 @@ _EAGER: dict[str, Callable[..., Tensor]] = {
 }
 _FAKE: dict[str, Callable[..., Tensor]] = {
     "dropout": _fake_dropout,
-    "keep_mask": lambda key, p, shape, *_, device: torch.empty(
+    "keep_mask": lambda key, p, shape, *_, device, rate=None: torch.empty(
         shape, dtype=torch.bool, device=device
     ),
     "permutation": lambda key, shape, *_, device: torch.empty(

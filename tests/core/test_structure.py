@@ -26,6 +26,7 @@ LAYERS = [
     "philox",
     "protocols",
     "library",
+    "schedule",
     "window",
     "key",
     "device",

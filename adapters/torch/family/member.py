@@ -12,7 +12,7 @@ from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 
-__all__ = ["Member", "run_member"]
+__all__ = ["Member", "ScheduledMember", "run_member"]
 
 
 def run_member(
@@ -37,6 +37,11 @@ def run_member(
 class Member(SeededModule):
     """A module of a member, which makes the plan of each call."""
 
+    @staticmethod
+    def _check_rate(p: Any, name: str = "p") -> None:
+        """Raise TypeError or ValueError unless p is a Python number that is a rate."""
+        Rate.from_p(p, name)
+
     @abstractmethod
     def _plan(self, input: Tensor) -> DropoutPlan:
         """Return the plan of a call, traced or not."""
@@ -51,3 +56,9 @@ class Member(SeededModule):
             return trace_identity(input)
         output: Any = run_plan(plan, input, self._trace_key(input), self.inplace, False)
         return cast(Tensor, output)
+
+
+class ScheduledMember(Member):
+    """A module of a member whose rate may be a tensor."""
+
+    _check_rate = staticmethod(SeededModule._check_rate)

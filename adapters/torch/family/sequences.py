@@ -5,19 +5,19 @@ from typing import Any
 
 from torch import Tensor
 
-from unidrop.adapters.torch.family.member import Member, run_member
+from unidrop.adapters.torch.family.member import ScheduledMember, run_member
 from unidrop.adapters.torch.fx import call_override
 from unidrop.family import plan_locked_dropout
 from unidrop.key import Key
 from unidrop.plan import DropoutPlan
-from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = ["LockedDropout", "locked_dropout"]
 
 
 def locked_dropout(
     input: Tensor,
-    p: float = 0.5,
+    p: float | Tensor = 0.5,
     training: bool = True,
     batch_first: bool = False,
     *,
@@ -32,8 +32,8 @@ def locked_dropout(
     ----------
     input : torch.Tensor
         Sequences as in `torch.nn.LSTM`: (L, N, H), or (N, L, H) with batch_first, or (L, H).
-    p : int or float, default 0.5
-        The probability of zeroing a feature of a sequence, in [0, 1].
+    p : int, float or 0-d torch.Tensor, default 0.5
+        The probability of zeroing a feature of a sequence, in [0, 1]; a tensor as in `dropout`.
     training : bool, default True
         If False, the input is returned unchanged.
     batch_first : bool, default False
@@ -65,7 +65,7 @@ def locked_dropout(
     if not isinstance(input, Tensor):
         return call_override(locked_dropout, input, p, training, batch_first, **options)
     options["axis"] = _get_time_axis(input, batch_first)
-    return run_member(plan_locked_dropout, input, Rate.from_p(p), training, False, **options)
+    return run_member(plan_locked_dropout, input, make_rate(p, input), training, False, **options)
 
 
 def _get_time_axis(input: Tensor, batch_first: bool) -> int:
@@ -75,13 +75,13 @@ def _get_time_axis(input: Tensor, batch_first: bool) -> int:
     return 1 if batch_first and input.dim() == 3 else 0
 
 
-class LockedDropout(Member):
+class LockedDropout(ScheduledMember):
     """Apply dropout with one mask for all timesteps in training, as `torchnlp.nn.LockedDropout`.
 
     Parameters
     ----------
-    p : int or float, default 0.5
-        The probability of zeroing a feature of a sequence, in [0, 1].
+    p : int, float or 0-d torch.Tensor, default 0.5
+        The probability of zeroing a feature of a sequence, in [0, 1]; a tensor as in `Dropout`.
     batch_first : bool, default False
         If True, inputs have the shape (N, L, H), and otherwise (L, N, H), as in `torch.nn.LSTM`.
         (L, H) has no batch.
@@ -107,14 +107,14 @@ class LockedDropout(Member):
     """
 
     def __init__(
-        self, p: float = 0.5, batch_first: bool = False, *, seed: int | Key | None = None
+        self, p: float | Tensor = 0.5, batch_first: bool = False, *, seed: int | Key | None = None
     ) -> None:
         super().__init__(p, seed=seed)
         self.batch_first = batch_first
 
     def _plan(self, input: Tensor) -> DropoutPlan:
         axis = _get_time_axis(input, self.batch_first)
-        rate = Rate.from_p(self.p)
+        rate = make_rate(self.p, input)
         return plan_locked_dropout(input, rate, axis=axis, training=self.training, name="input")
 
     def extra_repr(self) -> str:

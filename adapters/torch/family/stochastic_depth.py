@@ -1,23 +1,23 @@
 """Stochastic depth, as in timm and torchvision."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from unidrop.adapters.torch.family.member import Member, run_member
+from unidrop.adapters.torch.family.member import ScheduledMember, run_member
 from unidrop.adapters.torch.fx import call_override
 from unidrop.family import Mode, check_mode, plan_drop_path
 from unidrop.key import Key
 from unidrop.plan import DropoutPlan
-from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = ["DropPath", "StochasticDepth", "drop_path", "stochastic_depth"]
 
 
 def drop_path(
     x: Tensor,
-    drop_prob: float = 0.0,
+    drop_prob: float | Tensor = 0.0,
     training: bool = False,
     scale_by_keep: bool = True,
     *,
@@ -32,8 +32,8 @@ def drop_path(
     ----------
     x : torch.Tensor
         Of shape ``(N, ...)``, with one decision for each of the N examples.
-    drop_prob : int or float, default 0.0
-        The probability of zeroing an example, in [0, 1].
+    drop_prob : int, float or 0-d torch.Tensor, default 0.0
+        The probability of zeroing an example, in [0, 1]; a tensor as in `dropout`.
     training : bool, default False
         If False, x is returned unchanged.
     scale_by_keep : bool, default True
@@ -65,14 +65,14 @@ def drop_path(
     options["return_mask"] = return_mask
     if not isinstance(x, Tensor):
         return call_override(drop_path, x, drop_prob, training, scale_by_keep, **options)
-    rate = Rate.from_p(drop_prob, "drop_prob")
+    rate = make_rate(drop_prob, x, "drop_prob")
     options |= {"scale_by_keep": scale_by_keep, "name": "x"}
     return run_member(plan_drop_path, x, rate, training, False, **options)
 
 
 def stochastic_depth(
     input: Tensor,
-    p: float,
+    p: float | Tensor,
     mode: Mode,
     training: bool = True,
     *,
@@ -90,16 +90,17 @@ def stochastic_depth(
     options["return_mask"] = return_mask
     if not isinstance(input, Tensor):
         return call_override(stochastic_depth, input, p, mode, training, **options)
-    return run_member(plan_drop_path, input, Rate.from_p(p), training, False, mode=mode, **options)
+    rate = make_rate(p, input)
+    return run_member(plan_drop_path, input, rate, training, False, mode=mode, **options)
 
 
-class DropPath(Member):
+class DropPath(ScheduledMember):
     """Drop whole examples of a residual branch in training, as `timm.layers.DropPath`.
 
     Parameters
     ----------
-    drop_prob : int or float, default 0.0
-        The probability of zeroing an example, in [0, 1].
+    drop_prob : int, float or 0-d torch.Tensor, default 0.0
+        The probability of zeroing an example, in [0, 1]; a tensor as in `Dropout`.
     scale_by_keep : bool, default True
         If False, kept examples are unchanged; otherwise they are scaled by 1 / (1 - drop_prob).
     seed : int or unidrop.Key, optional
@@ -107,7 +108,7 @@ class DropPath(Member):
 
     Attributes
     ----------
-    drop_prob : float
+    drop_prob : float or torch.Tensor
         The rate, which a schedule may set.
     seed, calls
         As in `Dropout`.
@@ -127,42 +128,43 @@ class DropPath(Member):
 
     def __init__(
         self,
-        drop_prob: float = 0.0,
+        drop_prob: float | Tensor = 0.0,
         scale_by_keep: bool = True,
         *,
         seed: int | Key | None = None,
     ) -> None:
-        Rate.from_p(drop_prob, "drop_prob")
+        self._check_rate(drop_prob, "drop_prob")
         super().__init__(drop_prob, seed=seed)
         self.scale_by_keep = scale_by_keep
 
     @property
-    def drop_prob(self) -> float:
+    def drop_prob(self) -> float | Tensor:
         """The probability of zeroing an example."""
         return self.p
 
     @drop_prob.setter
-    def drop_prob(self, value: float) -> None:
-        self.p = Rate.from_p(value, "drop_prob").p
+    def drop_prob(self, value: float | Tensor) -> None:
+        self._check_rate(value, "drop_prob")
+        self.p = cast(float, value)
 
     def _plan(self, input: Tensor) -> DropoutPlan:
-        rate = Rate.from_p(self.p, "drop_prob")
+        rate = make_rate(self.p, input, "drop_prob")
         options: dict[str, Any] = {"scale_by_keep": self.scale_by_keep, "training": self.training}
         return plan_drop_path(input, rate, name="x", **options)
 
     def extra_repr(self) -> str:
         """Return the text of timm, and the seed if there is one."""
-        text = f"drop_prob={round(self.drop_prob, 3):0.3f}"
+        text = f"drop_prob={round(float(self.drop_prob), 3):0.3f}"
         return text if self.seed is None else f"{text}, seed={self.seed}"
 
 
-class StochasticDepth(Member):
+class StochasticDepth(ScheduledMember):
     """Drop examples or the whole batch in training, as `torchvision.ops.StochasticDepth`.
 
     Parameters
     ----------
-    p : int or float
-        The probability of zeroing an example, in [0, 1].
+    p : int, float or 0-d torch.Tensor
+        The probability of zeroing an example, in [0, 1]; a tensor as in `Dropout`.
     mode : {"row", "batch"}
         "row" decides for each example, and "batch" once for all.
     seed : int or unidrop.Key, optional
@@ -174,13 +176,13 @@ class StochasticDepth(Member):
         As `Dropout`; ValueError if mode is another one.
     """
 
-    def __init__(self, p: float, mode: Mode, *, seed: int | Key | None = None) -> None:
+    def __init__(self, p: float | Tensor, mode: Mode, *, seed: int | Key | None = None) -> None:
         check_mode(mode)
         super().__init__(p, seed=seed)
         self.mode = mode
 
     def _plan(self, input: Tensor) -> DropoutPlan:
-        rate = Rate.from_p(self.p)
+        rate = make_rate(self.p, input)
         return plan_drop_path(input, rate, mode=self.mode, training=self.training, name="input")
 
     def extra_repr(self) -> str:
