@@ -118,8 +118,10 @@ class TorchArrays(Arrays):
         """
         if p.requires_grad:
             raise TypeError(f"{name} must not require a gradient: pass {name}.detach()")
-        if is_tracing() or (must_stay(p) and p.device == x.device and p.device.type != "mps"):
+        if is_tracing():
             return p
+        if must_stay(p) and p.device == x.device and p.device.type != "mps":
+            return p.clone()  # the backward pass needs this number, whatever becomes of p
         if is_capturing(x.device):
             raise RuntimeError(
                 f"{name} in a CUDA graph must be a tensor on the GPU, or each replay would have the "

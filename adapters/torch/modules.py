@@ -35,6 +35,7 @@ from unidrop.adapters.torch.operators import (
     rollback_call,
     trace_call_key,
     trace_draw_words,
+    uncount,
 )
 from unidrop.adapters.torch.seeds import warn_of_twins
 from unidrop.adapters.torch.state import get_number, make_calls, read_saved, set_number
@@ -43,7 +44,7 @@ from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.plan import DropoutPlan
 from unidrop.rate import checked_probability
-from unidrop.schedule import make_rate
+from unidrop.schedule import ScheduledRate, make_rate
 
 __all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "SeededModule"]
 
@@ -176,6 +177,8 @@ class SeededModule(torch.nn.modules.dropout._DropoutNd):
                 refuse_capture(input.device)
             number = run_exclusively(calls, next_call_number, calls, log)
             key = seed.fold_in(number)
+        if plan is not None and isinstance(plan.rate, ScheduledRate):
+            uncount(calls, plan.rate.array)
         try:
             return call(input, plan, key, inplace)
         except BaseException:
@@ -205,7 +208,8 @@ class SeededModule(torch.nn.modules.dropout._DropoutNd):
             return self._seed.fold_in(take_number(self, calls))
         randomness(input, calls)  # raises before anything is counted
         is_own = key is self._own_key and calls.device.type == "cpu"
-        return Key._from_raw_words(trace_call_key(calls, self._words if is_own else key))
+        rate = self.p if isinstance(self.p, Tensor) else None
+        return Key._from_raw_words(trace_call_key(calls, self._words if is_own else key, rate))
 
     def _get_axes(self, input: Tensor) -> Sequence[int]:
         """Return the axes along which elements share one decision."""

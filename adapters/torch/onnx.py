@@ -60,7 +60,8 @@ def run_exported(plan: DropoutPlan, x: Tensor, key: Key, mask: Tensor | None) ->
         )
     if not plan.has_kernels:
         return plan.run(x, key, mask)
-    plan = DropoutPlan(plan.library, plan.window, TensorRate(*plan.rate), plan.drops)
+    if not plan.rate.is_scheduled:
+        plan = DropoutPlan(plan.library, plan.window, TensorRate(*plan.rate), plan.drops)
     if plan.is_trivial(x):
         return plan.run(x, key, mask)
     if mask is None:

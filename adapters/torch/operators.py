@@ -69,6 +69,7 @@ __all__ = [
     "trace_call_key",
     "trace_draw_words",
     "trace_dropout",
+    "uncount",
 ]
 
 # The operator that draws a key declares that it writes to this tensor, which orders the draws.
@@ -108,7 +109,7 @@ _library.define("stack_integers(Tensor[] values) -> Tensor")
 _library.define("pack_key(Tensor lo, Tensor hi) -> Tensor")
 _library.define("fold_in(Tensor key, Tensor data, int tag=1) -> Tensor")
 _library.define("next_call(Tensor(a!) calls) -> Tensor")
-_library.define("call_key(Tensor(a!) calls, Tensor key) -> Tensor")
+_library.define("call_key(Tensor(a!) calls, Tensor key, Tensor? rate=None) -> Tensor")
 _library.define("draw_key(Tensor(a!) order, *, Device device) -> Tensor", tags=_READS_CPU)
 
 
@@ -362,11 +363,17 @@ def _generate_words() -> Tensor:
     return torch.randint(1 << 32, (2,), dtype=torch.int64, device="cpu")
 
 
-def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
+def uncount(calls: Tensor, rate: Tensor) -> None:
+    """Take back the number of a call whose rate is 0, without reading the rate."""
+    add_calls(calls, -(rate == 0).to(calls.device, torch.int64))
+
+
+def trace_call_key(calls: Tensor, words: Tensor, rate: Tensor | None = None) -> Tensor:
     """Advance a call number in a trace, and return the words of the key of the call.
 
     One operator does both, on the device of the call number. `torch.func.functionalize` accepts no
-    operator that advances a number, so there PyTorch's own does.
+    operator that advances a number, so there PyTorch's own does. A call does not count if its
+    ``rate``, a scheduled one, is 0.
     """
     folded: Tensor
     words = move(words, calls.device)
@@ -377,9 +384,11 @@ def trace_call_key(calls: Tensor, words: Tensor) -> Tensor:
             is_observed = is_wrapped or torch._C._len_torch_dispatch_stack() > 0
             take = partial(next_call_number, read=not is_observed)
             taken = run_exclusively(calls, take, calls, current_log())
+            if rate is not None:
+                uncount(calls, rate)
         folded = torch.ops.unidrop.fold_in(words, torch.as_tensor(taken))
     else:
-        folded = torch.ops.unidrop.call_key(calls, words)
+        folded = torch.ops.unidrop.call_key(calls, words, rate)
     return folded
 
 
@@ -510,10 +519,14 @@ def _next_call(calls: Tensor) -> Tensor:
 
 
 @_disable_dynamo
-def _call_key(calls: Tensor, key: Tensor) -> Tensor:
+def _call_key(calls: Tensor, key: Tensor, rate: Tensor | None = None) -> Tensor:
+    if rate is not None and not must_stay(rate) and Rate.from_p(rate.item()).p == 0:
+        return key.clone()  # nothing is dropped, and no call is counted
     if must_stay(calls):
         log = current_log()
         taken = run_exclusively(calls, next_call_words, calls, key, log)
+        if rate is not None and must_stay(rate) and (log is None or not log.replays):
+            uncount(calls, rate)
         # A compiler may reuse the memory of the output, but a recomputation needs the log.
         return taken[:2] if log is None else taken[:2].clone()
     number = run_exclusively(calls, next_call_number, calls, current_log())
@@ -711,8 +724,9 @@ def _make_saved_kernel(name: str) -> Any:
     """Return an autograd kernel of an operator whose output compilers save, not recompute."""
 
     @_disable_dynamo
-    def kernel(keyset: Any, state: Tensor, *key: Tensor, **options: Any) -> Tensor:
-        if not is_tracing() and all(type(t) is Tensor and not t.is_meta for t in (state, *key)):
+    def kernel(keyset: Any, state: Tensor, *key: Tensor | None, **options: Any) -> Tensor:
+        tensors = [tensor for tensor in (state, *key) if tensor is not None]
+        if not is_tracing() and all(type(t) is Tensor and not t.is_meta for t in tensors):
             # Two more visits of the dispatcher would lead to the same function.
             return _EAGER[name](state, *key, **options)
         operator = getattr(torch.ops.unidrop, name).default
@@ -745,10 +759,12 @@ def _batch_next_call(info: Any, in_dims: tuple[int], calls: Tensor) -> tuple[Ten
 
 
 def _batch_call_key(
-    info: Any, in_dims: tuple[int, int | None], calls: Tensor, key: Tensor
+    info: Any, in_dims: tuple[Any, ...], calls: Tensor, key: Tensor, rate: Tensor | None = None
 ) -> tuple[Tensor, int]:
     """Advance a batch of call numbers, and fold them into a key, or into a batch of keys."""
     numbers, _ = _batch_next_call(info, in_dims[:1], calls)
+    if rate is not None:
+        uncount(calls.movedim(in_dims[0], 0), rate)
     return _batch_fold_in(info, (in_dims[1], 0), key, numbers)
 
 
@@ -808,7 +824,7 @@ _FAKE: dict[str, Callable[..., Tensor]] = {
     "pack_key": lambda lo, hi: lo.new_empty((*lo.shape, 2), dtype=torch.int64),
     "fold_in": lambda key, data, tag=1: torch.empty_like(key),
     "next_call": lambda calls: torch.empty_like(calls[..., 0]),
-    "call_key": lambda calls, key: torch.empty_like(key),
+    "call_key": lambda calls, key, rate=None: torch.empty_like(key),
     "draw_key": lambda order, *, device: torch.empty((2,), dtype=torch.int64, device=device),
 }
 for _name, _function in _EAGER.items():
