@@ -6,7 +6,7 @@ of `Rate.from_p`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy
@@ -34,10 +34,13 @@ class ScheduledRate:
         The rate, of shape (); None if it is an operand of a program, and the plan must be hashed.
     scale : float or None
         The scale, if a member of the family has another one than ``1 / (1 - p)``.
+    name : str
+        The name of the argument in error messages.
     """
 
     array: Any
     scale: float | None = None
+    name: str = "p"
 
     threshold: ClassVar[None] = None
     is_scheduled: ClassVar[bool] = True
@@ -47,17 +50,17 @@ class ScheduledRate:
     def p(self) -> float:
         """Raise TypeError: a formula needs the number."""
         raise TypeError(
-            "p must be a Python int or float for this member of the family, because its formula "
-            "needs the number now, got an array of a compiled program or of a device"
+            f"{self.name} must be a Python int or float for this member of the family, because its "
+            "formula needs the number now, got an array of a compiled program or of a device"
         )
 
     def with_array(self, array: Any) -> "ScheduledRate":
         """Return the rate with another array, or with None in place of one."""
-        return ScheduledRate(array, self.scale)
+        return replace(self, array=array)
 
     def with_scale(self, scale: float) -> "ScheduledRate":
         """Return the rate of the same decisions with another scale."""
-        return ScheduledRate(self.array, scale)
+        return replace(self, scale=scale)
 
     def limits(self, library: ArrayLibrary, device: Any) -> tuple[Any, Any]:
         """Return the threshold in the dtype of a word, and whether any word may be kept.
@@ -141,7 +144,7 @@ def make_rate(p: Any, x: Any, name: str = "p") -> Rate:
     value = library.arrays.read_rate(p, x, name)
     if isinstance(value, float):
         return Rate.from_p(value, name)
-    return ScheduledRate(value)  # type: ignore[return-value] # it has the interface
+    return ScheduledRate(value, name=name)  # type: ignore[return-value] # it has the interface
 
 
 def _is_rate(p: Any) -> Any:

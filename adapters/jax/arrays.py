@@ -90,7 +90,7 @@ class JaxOperator(Operator):
 
     def dropout(self, x: Any, key: Key, plan: DropoutPlan, mask: Any = None) -> Any:
         """Apply dropout by the primitive."""
-        if mask is not None or plan.is_trivial(x):
+        if (mask is not None and not plan.rate.is_scheduled) or plan.is_trivial(x):
             return plan.run(x, key, mask)
         if is_forced("fused"):
             check_fused(LIBRARY, x, key, plan.window)

@@ -48,7 +48,7 @@ from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_array_words
 from unidrop.plan import DropoutPlan
-from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = ["as_array", "as_key", "check_lengths", "dropout", "run"]
 
@@ -167,8 +167,8 @@ def run(
 ) -> Any:
     """Run a function of the family; a call that drops nothing needs no key, and no lengths."""
     x = as_array(x)
-    one_rate = Rate.from_p(rate, "rate")
-    if not deterministic and one_rate.p > 0:
+    one_rate = make_rate(rate, x, "rate")
+    if not deterministic and (one_rate.is_scheduled or one_rate.p > 0):
         check_lengths(x, "x")
     elif not _has_lengths(x):
         return (x, jnp.ones(x.shape, bool)) if return_mask else x

@@ -32,6 +32,7 @@ from unidrop.key import Key
 from unidrop.output import select
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import ScheduledRate
 from unidrop.threads import fork_guard
 from unidrop.window import Window
 from unidrop.words import SplitInteger
@@ -67,6 +68,8 @@ def drop(
         If True, a program calls no kernels.
     """
     words = [word for start in starts for word in start]
+    if isinstance(plan.rate, ScheduledRate):
+        words.append(plan.rate.array)
     # Devices that share x but not the mask do not share the output. The transpose of this cast sums
     # their cotangents of x.
     traced = (word for word in (*key, *words) if isinstance(word, jax.core.Tracer))
@@ -77,7 +80,7 @@ def drop(
         x,
         *key,
         *words,
-        plan=_without_array_starts(plan),
+        plan=_without_arrays(plan),
         batch=(),
         is_portable=is_portable,
         is_transposed=False,
@@ -87,7 +90,9 @@ def drop(
 def keep_mask(key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPlan) -> Any:
     """Return the mask of `drop`, of the window's shape: True for kept elements."""
     words = [word for start in starts for word in start]
-    mask: Any = _keep_mask(*key, *words, plan=_without_array_starts(plan))
+    if isinstance(plan.rate, ScheduledRate):
+        words.append(plan.rate.array)
+    mask: Any = _keep_mask(*key, *words, plan=_without_arrays(plan))
     return mask
 
 
@@ -95,17 +100,29 @@ def keep_mask(key: SplitInteger, starts: Sequence[SplitInteger], plan: DropoutPl
 # the key.
 @partial(jax.jit, static_argnames=("plan",), inline=True)
 def _keep_mask(lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
+    words, plan = _with_rate(words, plan)
     starts = list(zip(words[::2], words[1::2], strict=True))
     ones = jnp.ones(plan.window.shape, np.float32)
-    return drop(ones, (lo, hi), starts, plan, is_portable=True) != 0
+    # The output of a bad rate is NaN, and its mask is False.
+    return drop(ones, (lo, hi), starts, plan, is_portable=True) > 0
 
 
-def _without_array_starts(plan: DropoutPlan) -> DropoutPlan:
-    """Return a plan with None for each start that is an array, so that it can be hashed."""
+def _without_arrays(plan: DropoutPlan) -> DropoutPlan:
+    """Return a plan with None for a rate or a start that is an array, so that it can be hashed."""
+    if isinstance(plan.rate, ScheduledRate):
+        plan = replace(plan, rate=plan.rate.with_array(None))
     if plan.window.start is None:
         return plan
     start = tuple(s if isinstance(s, int) else None for s in plan.window.start)
     return replace(plan, window=replace(plan.window, start=start))
+
+
+def _with_rate(words: Any, plan: DropoutPlan) -> tuple[Any, DropoutPlan]:
+    """Return the words of starts, and a plan with its scheduled rate, which follows them."""
+    if not isinstance(plan.rate, ScheduledRate):
+        return words, plan
+    *words, p = words
+    return words, replace(plan, rate=plan.rate.with_array(p))
 
 
 def _with_starts(window: Window, starts: Iterator[SplitInteger]) -> Window:
@@ -155,6 +172,7 @@ _shared_rule = jax.jit(_rule, static_argnames=(*_STATIC, "is_transposed"))
 
 def _rule_of_one(x: Any, lo: Any, hi: Any, *words: Any, plan: DropoutPlan) -> Any:
     """Return the core's dropout of one example."""
+    words, plan = _with_rate(words, plan)
     starts = zip(words[::2], words[1::2], strict=True)
     plan = replace(plan, window=_with_starts(plan.window, starts))
     return plan.run_portable(x, Key._from_raw_words((lo, hi)))
@@ -164,9 +182,14 @@ def _pointwise_rule(x: Any, *words: Any, plan: DropoutPlan, batch: tuple[Any, ..
     """Return dropout of all examples, each element by operations on it alone."""
     axes = tuple(range(len(batch), x.ndim))
     lo, hi, *rest = (jnp.expand_dims(word, axes) for word in _align(words, batch))
+    rest, plan = _with_rate(rest, plan)
     window = _with_starts(plan.window, zip(rest[::2], rest[1::2], strict=True))
     varying = np.broadcast_shapes(*(word.shape for word in (lo, hi, *rest)))[: len(batch)]
-    mask = pointwise_mask(window, (lo, hi), plan.rate.threshold, varying)
+    decide = partial(pointwise_mask, window, (lo, hi), batch=varying)
+    if isinstance(plan.rate, ScheduledRate):
+        mask = plan.rate.keep(plan.library, None, decide)
+    else:
+        mask = decide(plan.rate.threshold)
     return select(plan.library, x, mask, plan.rate)
 
 
@@ -218,6 +241,9 @@ def _run_eagerly(
     is_transposed: bool,
 ) -> Any:
     """Compute dropout of an array that is not traced, such as a tangent."""
+    if isinstance(plan.rate, ScheduledRate):
+        options = {"is_portable": is_portable, "is_transposed": is_transposed}
+        return _run_scheduled(x, words, plan, batch, **options)
     # A user's transfer guard is for arrays. A call transfers the numbers of a key and a rate.
     with jax.transfer_guard_host_to_device("allow"):
         if not is_portable and plan.has_kernels and isinstance(x, jax.Array):
@@ -230,6 +256,28 @@ def _run_eagerly(
             return _shared_rule(x, *words, plan=plan, batch=batch, is_for_cpu=is_on_cpu(x))
         settings = {"plan": replace(plan, rate=_ANY_RATE), "batch": batch}
         return _run(*numbers, x, *words, **settings, is_for_cpu=is_on_cpu(x))
+
+
+def _run_scheduled(
+    x: Any, words: Sequence[Any], plan: DropoutPlan, batch: tuple[Any, ...], **options: bool
+) -> Any:
+    """Run `_run_eagerly` for a rate whose number is known, or for a batch of them.
+
+    A derivative with respect to a rate, and `jax.vmap` over rates, come here outside of a program.
+    """
+    assert isinstance(plan.rate, ScheduledRate)
+    *others, p = words
+    for number in np.asarray(p, np.float64).ravel().tolist():
+        rate = Rate.from_p(number)  # raises
+    if np.shape(p):
+        return _shared_rule(x, *words, plan=plan, batch=batch, is_for_cpu=is_on_cpu(x))
+    if rate.p == 0:
+        return x
+    if rate.keeps_nothing:
+        return jnp.zeros_like(x)
+    rate = rate if plan.rate.scale is None else rate.with_scale(plan.rate.scale)
+    batch = tuple(varies[:-1] for varies in batch)
+    return _run_eagerly(x, *others, plan=replace(plan, rate=rate), batch=batch, **options)
 
 
 def is_on_cpu(x: Any) -> bool:
@@ -277,11 +325,15 @@ def _lower(
 ) -> Any:
     """Lower to a call of kernels in a program for one CPU, otherwise to operations of JAX."""
     call = None
-    if is_for_cpu and not is_portable and plan.has_kernels and _is_for_one_cpu(context):
+    has_one_rate = not (plan.rate.is_scheduled and any(varies[-1] for varies in batch))
+    may_call = is_for_cpu and not is_portable and plan.has_kernels and has_one_rate
+    if may_call and _is_for_one_cpu(context):
         call = _make_call(context.avals_in[0], plan.window, batch)
     if call is None:
         settings = {"is_for_cpu": is_for_cpu, "is_transposed": is_transposed and not is_for_cpu}
         rule = partial(_shared_rule, plan=plan, batch=batch, **settings)
+    elif plan.rate.is_scheduled:
+        rule = partial(_call_scheduled_rule, plan=plan, call=call, batch=batch)
     else:
         rate = _get_custom_call().pack_rate(plan.rate)
         rule = partial(_call_rule, rate=rate, call=call, batch=batch)
@@ -323,6 +375,24 @@ def _call_rule(x: Any, *words: Any, rate: Any, call: Any, batch: tuple[Any, ...]
     sizes = x.shape[: len(batch)]
     spread = [jnp.broadcast_to(word, sizes) for word in _align(words, batch)]
     return _get_custom_call().call_kernel(call, x, rate, *spread)
+
+
+def _call_scheduled_rule(
+    x: Any, *words: Any, plan: DropoutPlan, call: Any, batch: tuple[Any, ...]
+) -> Any:
+    """Return the output of a custom call at a rate that keeps and drops, otherwise a constant."""
+    words, plan = _with_rate(words, plan)
+    with jax.enable_x64(True):
+        rate: Any = plan.rate
+        threshold, keeps_some = rate.limits(plan.library, None)
+        scale = jnp.asarray(rate.scale_in("float64"), np.float64)
+        bits = jax.lax.bitcast_convert_type(scale, np.uint32)
+        packed = jnp.concatenate([threshold[None], bits])
+        return jax.lax.cond(
+            keeps_some & ~rate.is_zero(),
+            lambda: _call_rule(x, *words, rate=packed, call=call, batch=batch),
+            lambda: plan.select(x, np.False_),
+        )
 
 
 def _has_varying(batch: tuple[Any, ...]) -> bool:
