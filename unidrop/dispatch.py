@@ -249,22 +249,24 @@ def _choose_kernels(
     forced = _forced.get()
     if forced == "portable":
         return None
-    if rate is not None and rate.is_scheduled:
-        kernels: Any = "its rate is an array, and kernels need a number"
-    else:
-        kernels = _find_kernels(library, x, key, window)
+    kernels = _find_kernels(library, x, key, window, rate)
     if isinstance(kernels, str):
         if forced == "fused":
             raise RuntimeError(f"unidrop.force_path demands fused kernels, but {kernels}")
         return None
-    chosen: tuple[Any, Buffer | DeviceBuffer] = kernels
-    return chosen
+    return kernels
 
 
 def _find_kernels(
-    library: ArrayLibrary, x: Any, key: Key | None = None, window: Window | None = None
+    library: ArrayLibrary,
+    x: Any,
+    key: Key | None = None,
+    window: Window | None = None,
+    rate: Rate | None = None,
 ) -> tuple[Any, Buffer | DeviceBuffer] | str:
     """Return the package of kernels and the buffer of x, or the reason why kernels cannot run."""
+    if rate is not None and rate.is_scheduled:
+        return "its rate is an array, and kernels need a number"
     if library.arrays.is_traced(x) or (key is not None and _has_traced(key, window)):
         return "it is traced, and its library chooses when it runs the trace"
     buffer: Buffer | DeviceBuffer | str | None = library.buffers.locate_on_device(x)

@@ -135,7 +135,7 @@ def make_rate(p: Any, x: Any, name: str = "p") -> Rate:
         return Rate.from_p(p, name)
     library = get_library(x)
     is_own = hasattr(p, "shape") and get_library(p, name) is library
-    if not is_own or dtype_name(p.dtype) not in _DTYPES or len(p.shape) != 0:
+    if not is_own or dtype_name(p.dtype) not in _DTYPES or tuple(p.shape) != ():
         raise TypeError(
             f"dropout probability {name} must be a Python int or float between 0 and 1, or a 0-d "
             f"array of float32 or float64 of the library of the input, got {p!r} of type "

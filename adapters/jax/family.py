@@ -273,7 +273,7 @@ def drop_path(
     Array([2., 0., 0., 0.], dtype=float32)
     """
     options: dict[str, Any] = {"mode": mode, "scale_by_keep": scale_by_keep}
-    options |= {"global_shape": global_shape, "start": start}
+    options |= {"global_shape": global_shape, "start": start, "has_schedule": True}
     return run(plan_drop_path, x, rate, key, deterministic, return_mask, **options)
 
 
@@ -303,4 +303,5 @@ def locked_dropout(
            [2., 0., 0., 0., 0., 2.]], dtype=float32)
     """
     options: dict[str, Any] = {"axis": axis, "global_shape": global_shape, "start": start}
+    options["has_schedule"] = True
     return run(plan_locked_dropout, x, rate, key, deterministic, return_mask, **options)

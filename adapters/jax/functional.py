@@ -48,6 +48,7 @@ from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.dtypes import compute_dtype
 from unidrop.key import Key, check_array_words
 from unidrop.plan import DropoutPlan
+from unidrop.rate import Rate
 from unidrop.schedule import make_rate
 
 __all__ = ["as_array", "as_key", "check_lengths", "dropout", "run"]
@@ -152,7 +153,7 @@ def dropout(
     Array([2., 0., 0., 0., 0., 2.], dtype=float32)
     """
     options: dict[str, Any] = {"broadcast_axes": broadcast_dims}
-    options |= {"global_shape": global_shape, "start": start}
+    options |= {"global_shape": global_shape, "start": start, "has_schedule": True}
     return run(DropoutPlan.from_args, x, rate, key, deterministic, return_mask, **options)
 
 
@@ -163,11 +164,16 @@ def run(
     key: Any,
     deterministic: bool,
     return_mask: bool,
+    *,
+    has_schedule: bool = False,
     **options: Any,
 ) -> Any:
-    """Run a function of the family; a call that drops nothing needs no key, and no lengths."""
+    """Run a function of the family; a call that drops nothing needs no key, and no lengths.
+
+    ``has_schedule`` is whether its rate may be an array.
+    """
     x = as_array(x)
-    one_rate = make_rate(rate, x, "rate")
+    one_rate = make_rate(rate, x, "rate") if has_schedule else Rate.from_p(rate, "rate")
     if not deterministic and (one_rate.is_scheduled or one_rate.p > 0):
         check_lengths(x, "x")
     elif not _has_lengths(x):

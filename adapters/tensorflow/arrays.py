@@ -81,6 +81,7 @@ _NAMESPACE = SimpleNamespace(
     searchsorted=tf.searchsorted,
     sort=lambda x, *, axis: tf.sort(x, axis=axis),
     where=tf.where,
+    round=tf.round,  # half to even
     real=tf.math.real,
     imag=tf.math.imag,
     complex=tf.complex,
@@ -124,6 +125,12 @@ class TensorFlowArrays(Arrays):
     def is_mutable(self, x: Any) -> bool:
         """Return False: tensors are immutable."""
         return False
+
+    def read_rate(self, p: Any, x: Any, name: str) -> Any:
+        """Return the rate as a float if it is known; a graph reads a variable when it runs."""
+        if tf.executing_eagerly() or type(p) is EagerTensor:
+            return float(p.numpy())
+        return tf.convert_to_tensor(p)
 
 
 _WORDS = Int64Words(_NAMESPACE)
@@ -171,7 +178,8 @@ class TensorFlowWords(Words):
             both = tf.constant(ODD_MULTIPLIER << 32 | 1, tf.uint64)
             products = tf.cast(_generate_words(first, count, key, 0), tf.uint64) * both
             numbers = tf.reshape(tf.bitcast(products, tf.uint32), [-1])
-            return numbers >= tf.constant(threshold, tf.uint32)
+            as_word = tf.constant if isinstance(threshold, int) else tf.cast
+            return numbers >= as_word(threshold, tf.uint32)
 
 
 class TensorFlowOperator(Operator):

@@ -20,6 +20,7 @@ from unidrop.key import Key, check_key
 from unidrop.permutation import check_patch_rate, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = [
     "alpha_dropout",
@@ -278,7 +279,7 @@ def drop_path(
         }
         return plan_drop_path(x, rate, mode=mode, **options)
 
-    return _run(make_plan, x, rate, key, return_mask, name)
+    return _run(make_plan, x, rate, key, return_mask, name, has_schedule=True)
 
 
 def locked_dropout(
@@ -311,7 +312,7 @@ def locked_dropout(
         options: dict[str, Any] = {"global_shape": global_shape, "start": start}
         return plan_locked_dropout(x, rate, axis=axis, **options)
 
-    return _run(make_plan, x, rate, key, return_mask, name)
+    return _run(make_plan, x, rate, key, return_mask, name, has_schedule=True)
 
 
 def _run(
@@ -321,9 +322,12 @@ def _run(
     key: Key,
     return_mask: bool,
     name: str | None,
+    *,
+    has_schedule: bool = False,
 ) -> Any:
-    """Run a member in a name scope."""
+    """Run a member in a name scope; ``has_schedule`` is whether its rate may be a tensor."""
     with nullcontext() if name is None else tf.name_scope(name):
         x = as_tensor(x)
         check_key(key)
-        return make_plan(x, Rate.from_p(rate, "rate")).call(x, key, return_mask)
+        one_rate = make_rate(rate, x, "rate") if has_schedule else Rate.from_p(rate, "rate")
+        return make_plan(x, one_rate).call(x, key, return_mask)

@@ -14,7 +14,7 @@ from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.adapters.tensorflow.arrays import LIBRARY, EagerTensor, check_dense
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
-from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = ["as_tensor", "dropout", "get_axes"]
 
@@ -118,7 +118,7 @@ def dropout(
         check_key(key)
         plan = DropoutPlan.from_args(
             x,
-            Rate.from_p(rate, "rate"),
+            make_rate(rate, x, "rate"),
             broadcast_axes=get_axes(noise_shape, x),
             global_shape=global_shape,
             start=start,

@@ -16,7 +16,7 @@ TensorFlow documentation: XLA, `tf.function`.
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import tensorflow as tf
@@ -26,7 +26,7 @@ from unidrop.output import select
 from unidrop.philox import ODD_MULTIPLIER, philox
 from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary
-from unidrop.rate import KEEP_NOTHING, Rate
+from unidrop.rate import KEEP_NOTHING
 from unidrop.words import MASK32, SplitInteger
 
 __all__ = ["LEAST", "can_compile", "dropout", "guess_size"]
@@ -51,7 +51,7 @@ def can_compile(plan: DropoutPlan) -> bool:
         and not (is_forced("portable") or is_forced("fused"))
         and not plan.window.broadcast_axes
         and plan.window.global_shape is None
-        and 0 < plan.rate.threshold < KEEP_NOTHING
+        and (plan.rate.is_scheduled or 0 < plan.rate.threshold < KEEP_NOTHING)
         and not tf.distribute.has_strategy()
         and all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
     )
@@ -69,14 +69,19 @@ def dropout(x: Any, key: Any, plan: DropoutPlan) -> Any:
     plan : DropoutPlan
         A plan that `can_compile` accepts.
     """
-    program = _get_program(plan.library, x.dtype, plan.rate)
+    rate: Any = plan.rate
+    numbers = [key]
+    kind = None
+    if rate.is_scheduled:
+        numbers, kind, rate = [key, rate.array], rate.array.dtype, rate.with_array(None)
+    program = _get_program(plan.library, x.dtype, rate, kind)
     flat = tf.reshape(x, [-1])
     shape = plan.window.shape
     if all(isinstance(n, int) for n in shape):
-        return tf.reshape(program(flat, key), shape)
+        return tf.reshape(program(flat, *numbers), shape)
     size = tf.size(flat, out_type=tf.int64)
     padded = tf.pad(flat, [[0, _round_up(size) - size]])
-    return tf.ensure_shape(tf.reshape(program(padded, key)[:size], tf.shape(x)), x.shape)
+    return tf.ensure_shape(tf.reshape(program(padded, *numbers)[:size], tf.shape(x)), x.shape)
 
 
 def _round_up(size: Any) -> Any:
@@ -88,14 +93,23 @@ def _round_up(size: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _get_program(library: ArrayLibrary, dtype: Any, rate: Rate) -> Any:
-    """Return a function of a flat tensor and a key, which XLA compiles for each length."""
+def _get_program(library: ArrayLibrary, dtype: Any, rate: Any, kind: Any) -> Any:
+    """Return a function of a flat tensor and a key, which XLA compiles for each length.
 
-    def unidrop_dropout(x: Any, key: Any) -> Any:
-        mask = _keep_flags(key, tf.size(x, out_type=tf.int64), rate.threshold)
-        return select(library, x, mask, rate)
+    ``kind`` is the dtype of a scheduled rate, which is the last argument of the function.
+    """
+
+    def unidrop_dropout(x: Any, key: Any, *p: Any) -> Any:
+        decide = partial(_keep_flags, key, tf.size(x, out_type=tf.int64))
+        if not p:
+            return select(library, x, decide(_uint32(rate.threshold)), rate)
+        one = rate.with_array(p[0])
+        mask = one.keep(library, None, lambda threshold: decide(tf.cast(threshold, tf.uint32)))
+        return select(library, x, mask, one)
 
     signature = [tf.TensorSpec([None], dtype), tf.TensorSpec([1], tf.uint64)]
+    if kind is not None:
+        signature.append(tf.TensorSpec([], kind))
     function = tf.function(unidrop_dropout, signature, autograph=False, jit_compile=True)
     with tf.init_scope():  # in no graph, because the functions of many call it
         return function.get_concrete_function()
@@ -133,11 +147,10 @@ def _uint64(value: int) -> Any:
     return tf.constant(value, tf.uint64)
 
 
-def _keep_flags(key: Any, size: Any, threshold: int) -> Any:
-    """Return whether each of the first elements of a mask is kept, flat."""
+def _keep_flags(key: Any, size: Any, least: Any) -> Any:
+    """Return whether each of the first elements of a mask has a u of ``least`` or more, flat."""
     flags = 8 * _ITERATIONS
     numbers = tf.cast(tf.range((size + flags - 1) // flags, dtype=tf.int64), tf.uint64)
-    least = _uint32(threshold)
 
     def iterate(i: Any, bits: Any) -> tuple[Any, Any]:
         # XLA does not know that this is 0, so it hoists nothing of the following out of the loop.
