@@ -103,7 +103,7 @@ def writes_legacy_file() -> bool:
     return bool(global_state.get_global_attribute("use_legacy_config"))
 
 
-def restore_value(variable: Any) -> None:
+def restore_value(variable: Any, name: str = "calls") -> None:
     """Let a trainer on JAX put back the value of a variable, which it removes while it fits.
 
     Callbacks read and set variables. Those that use ``self.model`` make the trainer do this, others
@@ -122,7 +122,7 @@ def restore_value(variable: Any) -> None:
             if variable._value is not None:
                 return
     raise RuntimeError(
-        f"calls must be read and set between the steps of fit, in a callback: {variable.path} has "
+        f"{name} must be read and set between the steps of fit, in a callback: {variable.path} has "
         "no value while a model is fitted on JAX in another thread"
     )
 

@@ -175,7 +175,8 @@ def warn_of_twins(model: Any, traced: bool) -> None:
         other._checked = id(other)
     active = []
     for name, other in layers:
-        if other.seed is not None and other.rate > 0:
+        may_drop = isinstance(other.rate, keras.Variable) or other.rate > 0
+        if other.seed is not None and may_drop:
             number = 0  # a trace has no numbers
             if not traced:  # by `calls`, a trainer on JAX would put back its variables
                 number = int(keras.ops.convert_to_numpy(other.seed_generator.state.value)[1])

@@ -13,7 +13,9 @@ from typing import Any, SupportsIndex
 
 import keras
 import numpy as np
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+from keras.src.backend.common.variables import AutocastScope
 
 from unidrop.adapters.calls import run_counted, run_exclusively
 from unidrop.adapters.keras_backend import (
@@ -41,6 +43,7 @@ from unidrop.library import get_library
 from unidrop.permutation import check_patch_rate, check_prefix, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import ScheduledRate, make_rate
 
 __all__ = [
     "AlphaDropout",
@@ -61,7 +64,7 @@ __all__ = [
     "assign_seeds",
 ]
 
-_STATE = "seed_generator_state"
+_STATE, _SCHEDULE = "seed_generator_state", "rate_dtype"
 
 # The dropout layer of the attention layer that runs, and the states that its calls have taken.
 _attending: ContextVar[tuple[Any, list[Any]] | None] = ContextVar("_attending", default=None)
@@ -83,7 +86,9 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @property
     def rate(self) -> Any:
-        """The fraction of the input units to drop."""
+        """The fraction of the input units to drop: a number, or the variable of a schedule."""
+        if isinstance(self._rate, keras.Variable) and not in_stateless_scope():
+            restore_value(self._rate, "rate")
         return self._rate
 
     @rate.setter
@@ -91,8 +96,19 @@ class _SeededLayerMixin(keras.layers.Layer):
         self._set_rate(value, "rate")
 
     def _set_rate(self, value: float, name: str) -> None:
-        """Set the rate, and check it unless Keras's constructor has checked it already."""
-        if hasattr(self, "_rate"):
+        """Set the rate, and check it unless Keras's constructor has checked it already.
+
+        The variable of a scheduled rate stays, and gets the value.
+        """
+        if isinstance(value, _Schedule):
+            self._rate = value.variable
+            return
+        former = getattr(self, "_rate", None)
+        if isinstance(former, keras.Variable):
+            Rate.from_p(value, name)
+            self.rate.assign(value)
+            return
+        if former is not None:
             is_positive = Rate.from_p(value, name).p > 0
             if is_positive and not self._counts:
                 raise ValueError(
@@ -164,7 +180,8 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Apply dropout in training, and the identity otherwise."""
-        if not training or self.rate == 0:
+        is_scheduled = isinstance(self._rate, keras.Variable)
+        if not training or (not is_scheduled and self._rate == 0):
             return inputs
         if not keras.ops.is_tensor(inputs):
             # Without a dtype, Keras on NumPy would narrow arrays of float64.
@@ -183,11 +200,16 @@ class _SeededLayerMixin(keras.layers.Layer):
         rank, window = (None, None) if replica is None else replica
         global_shape, start = window or (None, None)
         options = {"global_shape": global_shape, "start": start, "name": "inputs"}
-        plan = self._make_plan(inputs, Rate.from_p(self.rate, "rate"), axes, **options)
+        one_rate = self._read_rate(inputs) if is_scheduled else Rate.from_p(self._rate, "rate")
+        plan = self._make_plan(inputs, one_rate, axes, **options)
+        if not plan.drops:  # the present value of a scheduled rate is 0
+            return inputs
         rank = None if window else rank
-        return self._run_with_key(inputs, rank, lambda key: plan.apply(inputs, key))
+        return self._run_with_key(inputs, rank, lambda key: plan.apply(inputs, key), one_rate)
 
-    def _run_with_key(self, inputs: Any, rank: Any, call: Callable[[Key], Any]) -> Any:
+    def _run_with_key(
+        self, inputs: Any, rank: Any, call: Callable[[Key], Any], rate: Rate | None = None
+    ) -> Any:
         """Return ``call(key)`` for the key of a training call, which counts unless it raises."""
         is_traced = get_library(inputs).arrays.is_traced
         state = self.seed_generator.state.value
@@ -197,12 +219,12 @@ class _SeededLayerMixin(keras.layers.Layer):
         if traced:
             # One thread traces, and torch.compile cannot record a lock. A trace that raises has
             # counted nothing.
-            return call(self._make_key(self._advance(state, inputs), rank))
+            return call(self._make_key(self._advance(state, inputs, rate), rank))
 
         def take_number(variable: Any) -> Any:
             state = variable.value
             before = advance_eagerly(state)
-            return self._advance(state, inputs) if before is None else before
+            return self._advance(state, inputs, rate) if before is None else before
 
         def run(state: Any) -> Any:
             # Inside a trace, JAX also traces operations on an array that is not traced.
@@ -243,6 +265,9 @@ class _SeededLayerMixin(keras.layers.Layer):
         """
         config: dict[str, Any] = super().get_config()
         config["seed"] = None if self.seed is None else int(self.seed)
+        if isinstance(self._rate, keras.Variable):
+            config["rate"] = float(keras.ops.convert_to_numpy(self.rate))
+            config[_SCHEDULE] = keras.backend.standardize_dtype(self._rate.dtype)
         if self._counts and writes_legacy_file():
             self._filed_calls = self.calls
             state = keras.ops.convert_to_numpy(self.seed_generator.state.value)
@@ -251,8 +276,12 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        """Make a layer of its configuration."""
-        layer = super().from_config({name: config[name] for name in config if name != _STATE})
+        """Make a layer of its configuration; one with a schedule gets a variable of its own."""
+        options = {name: config[name] for name in config if name not in (_STATE, _SCHEDULE)}
+        if _SCHEDULE in config:
+            dtype = config[_SCHEDULE]
+            options["rate"] = keras.Variable(config["rate"], dtype=dtype, trainable=False)
+        layer = super().from_config(options)
         layer._restore_config(config)
         return layer
 
@@ -288,15 +317,23 @@ class _SeededLayerMixin(keras.layers.Layer):
         """Return the plan of a call, whose elements share decisions along the axes."""
         return DropoutPlan.from_args(inputs, rate, broadcast_axes=axes, **options)
 
-    def _advance(self, value: Any, inputs: Any) -> Any:
-        """Return the drawn seed and the call number, and count the call.
+    def _read_rate(self, inputs: Any) -> Rate:
+        """Return the rate of the variable, which a layer of mixed precision must not narrow."""
+        with AutocastScope(None):
+            return make_rate(self._rate.value, inputs, "rate")
+
+    def _advance(self, value: Any, inputs: Any, rate: Rate | None = None) -> Any:
+        """Return the drawn seed and the call number, and count the call unless the rate is 0.
 
         Raises RuntimeError in a loop that would not count each iteration.
 
         `SeedGenerator.next` does the same, but by a NumPy array, which torch.compile cannot record.
         """
         before = value * 1
-        after = before + make_increment(before)
+        increment = make_increment(before)
+        if isinstance(rate, ScheduledRate):
+            increment = increment * keras.ops.cast(rate.array != 0, value.dtype)
+        after = before + increment
         check_loop(self.name, inputs, value, after)
         self.seed_generator.state.assign(after)
         return before
@@ -343,7 +380,12 @@ class _SeededLayerMixin(keras.layers.Layer):
             store[_STATE] = keras.ops.convert_to_numpy(self.seed_generator.state.value)
 
     def load_own_variables(self, store: Any) -> None:
-        """Load the call number; a file without one, such as Keras's own, leaves it unchanged."""
+        """Load the call number; a file without one, such as Keras's own, leaves it unchanged.
+
+        A layer with a scheduled rate loads the rate, if the file has one.
+        """
+        if isinstance(self._rate, keras.Variable) and "0" in store:
+            self.rate.assign(store["0"][()])
         if not self._counts or _STATE not in store:
             return
         self._restore_state(store[_STATE][:])
@@ -368,6 +410,41 @@ def _narrow_seed(seed: Any) -> int | None:
             f"Key(42).fold_in('encoder/0'). Received: seed={seed}"
         )
     return int(Key(seed)) & 0x7FFFFFFF
+
+
+class _Schedule(float):
+    """A number in place of a variable: for a rate above 0, Keras makes a seed generator."""
+
+    variable: Any
+
+
+def _checked_schedule(rate: Any) -> Any:
+    """Return a rate that is a number or a variable for Keras's constructor.
+
+    Raises
+    ------
+    TypeError
+        If it is another object, or a variable that is not of shape () and float32 or float64.
+    ValueError
+        If the value of the variable is not a rate, or Keras may train it.
+    """
+    if not isinstance(rate, keras.Variable):
+        return _checked_rate(rate)
+    if rate.trainable:
+        raise ValueError(
+            "rate must be a number or a variable that is not trained, got one with trainable=True: "
+            "make it by keras.Variable(0.1, trainable=False)"
+        )
+    kind = keras.backend.standardize_dtype(rate.dtype)
+    if tuple(rate.shape) != () or kind not in ("float32", "float64"):
+        raise TypeError(
+            "rate must be a number or a variable of shape () and dtype float32 or float64, got one "
+            f"of shape {tuple(rate.shape)} and dtype {kind}"
+        )
+    Rate.from_p(float(keras.ops.convert_to_numpy(rate)), "rate")
+    schedule = _Schedule(0.5)
+    schedule.variable = rate
+    return schedule
 
 
 def _checked_rate(rate: Any, name: str = "rate") -> Any:
@@ -446,7 +523,7 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     def __init__(
         self, rate: float, noise_shape: Any = None, seed: int | Key | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(_checked_rate(rate), noise_shape, _narrow_seed(seed), **kwargs)
+        super().__init__(_checked_schedule(rate), noise_shape, _narrow_seed(seed), **kwargs)
         self._set_seed(seed)
 
 
@@ -738,7 +815,7 @@ class DropPath(_SeededLayerMixin, keras.layers.Dropout):
         seed: int | Key | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(_checked_rate(rate), seed=_narrow_seed(seed), **kwargs)
+        super().__init__(_checked_schedule(rate), seed=_narrow_seed(seed), **kwargs)
         check_mode(mode)
         self.mode, self.scale_by_keep = mode, scale_by_keep
         self._set_seed(seed)
@@ -785,7 +862,7 @@ class SpatialDropout1D(_SpatialDropoutMixin, keras.layers.SpatialDropout1D):
         name: str | None = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(_checked_rate(rate), seed=_narrow_seed(seed), name=name, dtype=dtype)
+        super().__init__(_checked_schedule(rate), seed=_narrow_seed(seed), name=name, dtype=dtype)
         self._set_seed(seed)
 
 
@@ -805,7 +882,7 @@ class SpatialDropout2D(_SpatialDropoutMixin, keras.layers.SpatialDropout2D):
         name: str | None = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(_checked_rate(rate), data_format, _narrow_seed(seed), name, dtype)
+        super().__init__(_checked_schedule(rate), data_format, _narrow_seed(seed), name, dtype)
         self._set_seed(seed)
 
 
@@ -825,7 +902,7 @@ class SpatialDropout3D(_SpatialDropoutMixin, keras.layers.SpatialDropout3D):
         name: str | None = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(_checked_rate(rate), data_format, _narrow_seed(seed), name, dtype)
+        super().__init__(_checked_schedule(rate), data_format, _narrow_seed(seed), name, dtype)
         self._set_seed(seed)
 
 
