@@ -35,6 +35,7 @@ from unidrop.library import get_library
 from unidrop.permutation import check_patch_rate, check_prefix, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import ScheduledRate, make_rate
 
 __all__ = [
     "AlphaDropout",
@@ -111,14 +112,17 @@ class _SeededModule(nnx.Module):
         # A traced key, as in layers that are made under nnx.vmap, belongs to the state.
         self.seed = nnx.data(key) if key is not None and key.is_traced else key
 
-    def _run_counted(self, call: Callable[[Key], Any]) -> Any:
-        """Return the result of a call with the key of the next call number."""
+    def _run_counted(self, call: Callable[[Key], Any], rate: Rate | None = None) -> Any:
+        """Return the result of a call with the key of the next call number.
+
+        A call at a scheduled rate of 0 does not count.
+        """
         seed = self.seed
         assert seed is not None
         if self not in _CHECKED:
             _warn_of_twins(self)
         return run_counted(
-            _take_number,
+            partial(_take_number, rate=rate),
             _roll_back,
             lambda number: call(seed.fold_in(number)),
             self.calls,
@@ -213,9 +217,11 @@ class Dropout(_SeededModule, nnx.Dropout):
     1
     """
 
+    _HAS_SCHEDULE = True  # the rate may be an array
+
     def __init__(
         self,
-        rate: float,
+        rate: float | jax.Array | nnx.Variable[jax.Array],
         *,
         broadcast_dims: Sequence[int] = (),
         deterministic: bool | None = False,
@@ -223,7 +229,7 @@ class Dropout(_SeededModule, nnx.Dropout):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         seed: int | Key | None = None,
     ) -> None:
-        Rate.from_p(rate, "rate")
+        self._read_rate(rate, jnp.zeros(0))
         super().__init__(
             rate,
             broadcast_dims=broadcast_dims,
@@ -272,9 +278,13 @@ class Dropout(_SeededModule, nnx.Dropout):
         x = as_array(inputs, "inputs")
         check_lengths(x, "inputs")
         # The plan checks the inputs before a call is counted or a key drawn.
-        drop = partial(_drop, x, self._make_plan(x, Rate.from_p(self.rate, "rate")))
+        rate = self._read_rate(self.rate, x)
+        plan = self._make_plan(x, rate)
+        if not plan.drops:  # the present value of a scheduled rate is 0
+            return x
+        drop = partial(_drop, x, plan)
         if rngs is None and self.seed is not None:
-            return self._run_counted(drop)
+            return self._run_counted(drop, rate)
         return drop(self._draw_key(rngs))
 
     def _keeps_all(self, deterministic: bool | None) -> bool:
@@ -286,7 +296,13 @@ class Dropout(_SeededModule, nnx.Dropout):
                 "Dropout must know whether to drop: pass `deterministic` to the constructor or "
                 "to the call, or use `nnx.view(model, deterministic=...)`"
             )
-        return bool(deterministic) or self.rate == 0
+        return bool(deterministic) or (isinstance(self.rate, int | float) and self.rate == 0)
+
+    def _read_rate(self, rate: Any, x: jax.Array) -> Rate:
+        """Return the rate for an array; raises TypeError or ValueError unless it is one."""
+        if not self._HAS_SCHEDULE:
+            return Rate.from_p(rate, "rate")
+        return make_rate(rate.get_value() if isinstance(rate, nnx.Variable) else rate, x, "rate")
 
     def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
         """Return the plan of a call."""
@@ -337,6 +353,8 @@ class AlphaDropout(Dropout):
     Array([ True, False, False, False, False,  True], dtype=bool)
     """
 
+    _HAS_SCHEDULE = False
+
     def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
         return plan_alpha_dropout(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
 
@@ -354,6 +372,8 @@ class DropKey(Dropout):
     >>> DropKey(0.5)(jax.numpy.ones(6), rngs=jax.random.key(42))
     Array([  1., -inf, -inf, -inf, -inf,   1.], dtype=float32)
     """
+
+    _HAS_SCHEDULE = False
 
     def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
         return plan_drop_key(x, rate, broadcast_axes=self.broadcast_dims, name="inputs")
@@ -418,6 +438,8 @@ class GaussianDropout(Dropout):
     Array([1.37, 1.04, 0.5 ], dtype=float32)
     """
 
+    _HAS_SCHEDULE = False
+
     def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
         axes = self.broadcast_dims
         return plan_gaussian_dropout(x, rate, broadcast_axes=axes, name="inputs")
@@ -440,6 +462,8 @@ class GaussianNoise(Dropout):
     >>> GaussianNoise(0.1)(jax.numpy.zeros(3), rngs=jax.random.key(42)).round(2)
     Array([ 0.04,  0.  , -0.05], dtype=float32)
     """
+
+    _HAS_SCHEDULE = False
 
     def __init__(
         self,
@@ -491,6 +515,8 @@ class DropBlock(Dropout):
     Array([[3., 0., 0., 3., 0., 0.]], dtype=float32)
     """
 
+    _HAS_SCHEDULE = False
+
     def __init__(
         self,
         rate: float,
@@ -537,6 +563,8 @@ class PatchDropout(Dropout):
     >>> module(jax.numpy.arange(9.0)[None], rngs=jax.random.key(42))
     Array([[0., 1., 3., 5., 7.]], dtype=float32)
     """
+
+    _HAS_SCHEDULE = False
 
     def __init__(
         self,
@@ -588,7 +616,7 @@ class DropPath(Dropout):
 
     def __init__(
         self,
-        rate: float,
+        rate: float | jax.Array | nnx.Variable[jax.Array],
         *,
         mode: Mode = "row",
         scale_by_keep: bool = True,
@@ -968,12 +996,15 @@ class MultiHeadAttention(_SeededModule, nnx.MultiHeadAttention):
         return call(rngs=(lambda: rngs) if isinstance(rngs, jax.Array | Key) else rngs)
 
 
-def _take_number(variable: DropoutCalls) -> jax.Array:
+def _take_number(variable: DropoutCalls, rate: Rate | None) -> jax.Array:
     number: jax.Array = variable.get_value()
+    counted = jnp.uint32(1)
+    if isinstance(rate, ScheduledRate):
+        counted = (rate.array != 0).astype(jnp.uint32)
     if isinstance(number, jax.core.Tracer):
         _check_scan(number)
     try:
-        variable.set_value(number + jnp.uint32(1))
+        variable.set_value(number + counted)
     except TraceContextError as error:
         raise TraceContextError(f"{error}. {_NOT_CARRIED}") from None
     return number
@@ -1079,7 +1110,9 @@ def _warn_of_twins(module: _SeededModule) -> None:
     _CHECKED.update([model, module, *(other for _, other in modules)])
     active = []
     for name, other in modules:
-        drops = not other.deterministic and getattr(other, other._RATE) > 0
+        rate = getattr(other, other._RATE)
+        may_drop = not isinstance(rate, int | float) or rate > 0
+        drops = not other.deterministic and may_drop
         if other.seed is None or other.seed.is_traced or not drops:
             continue
         stack = _get_stack(other)

@@ -20,7 +20,7 @@ Array = TypeVar("Array")
 @overload
 def dropout(
     x: Array,
-    p: float,
+    p: Any,
     key: Key,
     *,
     training: bool = ...,
@@ -32,7 +32,7 @@ def dropout(
 @overload
 def dropout(
     x: Array,
-    p: float,
+    p: Any,
     key: Key,
     *,
     training: bool = ...,
@@ -44,7 +44,7 @@ def dropout(
 @overload
 def dropout(
     x: Array,
-    p: float,
+    p: Any,
     key: Key,
     *,
     training: bool = ...,
@@ -55,7 +55,7 @@ def dropout(
 ) -> Array | tuple[Array, Any]: ...
 def dropout(
     x: Any,
-    p: float,
+    p: Any,
     key: Key,
     *,
     training: bool = True,

@@ -168,7 +168,7 @@ def _plan_real(member: str, x: Any, rate: Rate, **options: Any) -> DropoutPlan:
 
 def drop_path(
     x: Any,
-    p: float,
+    p: Any,
     key: Key,
     *,
     mode: Mode = "row",
@@ -394,7 +394,7 @@ def drop_key(
 
 def locked_dropout(
     x: Any,
-    p: float,
+    p: Any,
     key: Key,
     *,
     axis: int,

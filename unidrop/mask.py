@@ -59,7 +59,7 @@ _DEVICE_PIECE: Final = 1 << 24
 @overload
 def keep_mask(
     shape: Sequence[int],
-    p: float,
+    p: Any,
     key: Key,
     *,
     xp: None = ...,
@@ -72,7 +72,7 @@ def keep_mask(
 @overload
 def keep_mask(
     shape: Sequence[int],
-    p: float,
+    p: Any,
     key: Key,
     *,
     xp: Any,
@@ -84,7 +84,7 @@ def keep_mask(
 ) -> Any: ...
 def keep_mask(
     shape: Sequence[int],
-    p: float,
+    p: Any,
     key: Key,
     *,
     xp: Any = None,

@@ -74,7 +74,7 @@ class ScheduledRate:
         return xp.astype(threshold, library.words.arithmetic(xp, device).dtype), keeps_some
 
     def keep(self, library: ArrayLibrary, device: Any, decide: Any) -> Any:
-        """Return the flags that ``decide`` returns for the threshold, or False if nothing is kept."""
+        """Return the flags of ``decide`` for the threshold, or False if nothing is kept."""
         threshold, keeps_some = self.limits(library, device)
         return decide(threshold) & keeps_some
 
@@ -103,7 +103,6 @@ class ScheduledRate:
         if dtype_name(p.dtype) != "float64":
             raise TypeError(f"a scheduled rate needs float64, and {xp.__name__} has none here")
         return xp, p
-
 
 
 def make_rate(p: Any, x: Any, name: str = "p") -> Rate:

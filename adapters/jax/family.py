@@ -233,7 +233,7 @@ def patch_dropout(
 
 def drop_path(
     x: ArrayLike,
-    rate: float,
+    rate: float | jax.Array,
     key: Key | jax.Array | None = None,
     *,
     deterministic: bool = False,
@@ -279,7 +279,7 @@ def drop_path(
 
 def locked_dropout(
     x: ArrayLike,
-    rate: float,
+    rate: float | jax.Array,
     key: Key | jax.Array | None = None,
     *,
     axis: int,

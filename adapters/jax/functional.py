@@ -57,7 +57,7 @@ __all__ = ["as_array", "as_key", "check_lengths", "dropout", "run"]
 @overload
 def dropout(
     x: ArrayLike,
-    rate: float,
+    rate: float | jax.Array,
     key: Key | jax.Array | None = ...,
     *,
     deterministic: bool = ...,
@@ -69,7 +69,7 @@ def dropout(
 @overload
 def dropout(
     x: ArrayLike,
-    rate: float,
+    rate: float | jax.Array,
     key: Key | jax.Array | None = ...,
     *,
     deterministic: bool = ...,
@@ -81,7 +81,7 @@ def dropout(
 @overload
 def dropout(
     x: ArrayLike,
-    rate: float,
+    rate: float | jax.Array,
     key: Key | jax.Array | None = ...,
     *,
     deterministic: bool = ...,
@@ -92,7 +92,7 @@ def dropout(
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 def dropout(
     x: ArrayLike,
-    rate: float,
+    rate: float | jax.Array,
     key: Key | jax.Array | None = None,
     *,
     deterministic: bool = False,
@@ -160,7 +160,7 @@ def dropout(
 def run(
     make_plan: Callable[..., DropoutPlan],
     x: ArrayLike,
-    rate: float,
+    rate: float | jax.Array,
     key: Any,
     deterministic: bool,
     return_mask: bool,

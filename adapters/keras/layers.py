@@ -521,7 +521,11 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     """
 
     def __init__(
-        self, rate: float, noise_shape: Any = None, seed: int | Key | None = None, **kwargs: Any
+        self,
+        rate: float | keras.Variable,
+        noise_shape: Any = None,
+        seed: int | Key | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(_checked_schedule(rate), noise_shape, _narrow_seed(seed), **kwargs)
         self._set_seed(seed)
@@ -809,7 +813,7 @@ class DropPath(_SeededLayerMixin, keras.layers.Dropout):
 
     def __init__(
         self,
-        rate: float = 0.5,
+        rate: float | keras.Variable = 0.5,
         mode: Mode = "row",
         scale_by_keep: bool = True,
         seed: int | Key | None = None,
@@ -857,7 +861,7 @@ class SpatialDropout1D(_SpatialDropoutMixin, keras.layers.SpatialDropout1D):
 
     def __init__(
         self,
-        rate: float,
+        rate: float | keras.Variable,
         seed: int | Key | None = None,
         name: str | None = None,
         dtype: Any = None,
@@ -876,7 +880,7 @@ class SpatialDropout2D(_SpatialDropoutMixin, keras.layers.SpatialDropout2D):
 
     def __init__(
         self,
-        rate: float,
+        rate: float | keras.Variable,
         data_format: str | None = None,
         seed: int | Key | None = None,
         name: str | None = None,
@@ -896,7 +900,7 @@ class SpatialDropout3D(_SpatialDropoutMixin, keras.layers.SpatialDropout3D):
 
     def __init__(
         self,
-        rate: float,
+        rate: float | keras.Variable,
         data_format: str | None = None,
         seed: int | Key | None = None,
         name: str | None = None,

@@ -231,7 +231,7 @@ def drop_key(
 
 def drop_path(
     x: Any,
-    rate: float,
+    rate: float | tf.Tensor | tf.Variable,
     *,
     mode: Mode = "row",
     scale_by_keep: bool = True,
@@ -284,7 +284,7 @@ def drop_path(
 
 def locked_dropout(
     x: Any,
-    rate: float,
+    rate: float | tf.Tensor | tf.Variable,
     *,
     axis: int,
     key: Key,
@@ -318,7 +318,7 @@ def locked_dropout(
 def _run(
     make_plan: Callable[[Any, Rate], DropoutPlan],
     x: Any,
-    rate: float,
+    rate: Any,
     key: Key,
     return_mask: bool,
     name: str | None,

@@ -22,7 +22,7 @@ __all__ = ["as_tensor", "dropout", "get_axes"]
 @overload
 def dropout(
     x: Any,
-    rate: float,
+    rate: float | tf.Tensor | tf.Variable,
     noise_shape: Sequence[int | None] | None = ...,
     *,
     key: Key,
@@ -34,7 +34,7 @@ def dropout(
 @overload
 def dropout(
     x: Any,
-    rate: float,
+    rate: float | tf.Tensor | tf.Variable,
     noise_shape: Sequence[int | None] | None = ...,
     *,
     key: Key,
@@ -46,7 +46,7 @@ def dropout(
 @overload
 def dropout(
     x: Any,
-    rate: float,
+    rate: float | tf.Tensor | tf.Variable,
     noise_shape: Sequence[int | None] | None = ...,
     *,
     key: Key,
@@ -57,7 +57,7 @@ def dropout(
 ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]: ...
 def dropout(
     x: Any,
-    rate: float,
+    rate: float | tf.Tensor | tf.Variable,
     noise_shape: Sequence[int | None] | None = None,
     *,
     key: Key,

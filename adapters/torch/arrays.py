@@ -124,8 +124,8 @@ class TorchArrays(Arrays):
             return p.clone()  # the backward pass needs this number, whatever becomes of p
         if is_capturing(x.device):
             raise RuntimeError(
-                f"{name} in a CUDA graph must be a tensor on the GPU, or each replay would have the "
-                f"same rate: pass {name}.to({x.device.type!r})"
+                f"{name} in a CUDA graph must be a tensor on the GPU, or each replay would have "
+                f"the same rate: pass {name}.to({x.device.type!r})"
             )
         return float(p.item())
 

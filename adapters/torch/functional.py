@@ -69,7 +69,7 @@ for _tensor in (torch.empty(0), torch.nn.Parameter(torch.empty(0))):
 @overload
 def dropout(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -82,7 +82,7 @@ def dropout(
 @overload
 def dropout(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -95,7 +95,7 @@ def dropout(
 @overload
 def dropout(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -107,7 +107,7 @@ def dropout(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def dropout(
     input: Tensor,
-    p: float = 0.5,
+    p: float | Tensor = 0.5,
     training: bool = True,
     inplace: bool = False,
     *,
@@ -181,7 +181,7 @@ def dropout(
 @overload
 def dropout1d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -193,7 +193,7 @@ def dropout1d(
 @overload
 def dropout1d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -205,7 +205,7 @@ def dropout1d(
 @overload
 def dropout1d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -216,7 +216,7 @@ def dropout1d(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def dropout1d(
     input: Tensor,
-    p: float = 0.5,
+    p: float | Tensor = 0.5,
     training: bool = True,
     inplace: bool = False,
     *,
@@ -241,7 +241,7 @@ def dropout1d(
 @overload
 def dropout2d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -253,7 +253,7 @@ def dropout2d(
 @overload
 def dropout2d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -265,7 +265,7 @@ def dropout2d(
 @overload
 def dropout2d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -276,7 +276,7 @@ def dropout2d(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def dropout2d(
     input: Tensor,
-    p: float = 0.5,
+    p: float | Tensor = 0.5,
     training: bool = True,
     inplace: bool = False,
     *,
@@ -302,7 +302,7 @@ def dropout2d(
 @overload
 def dropout3d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -314,7 +314,7 @@ def dropout3d(
 @overload
 def dropout3d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -326,7 +326,7 @@ def dropout3d(
 @overload
 def dropout3d(
     input: Tensor,
-    p: float = ...,
+    p: float | Tensor = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -337,7 +337,7 @@ def dropout3d(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def dropout3d(
     input: Tensor,
-    p: float = 0.5,
+    p: float | Tensor = 0.5,
     training: bool = True,
     inplace: bool = False,
     *,
@@ -412,7 +412,7 @@ def _checked_axes(input: Tensor, broadcast_axes: Sequence[int]) -> Sequence[int]
 
 def _dropout(
     input: Tensor,
-    p: float,
+    p: float | Tensor,
     training: bool,
     inplace: bool,
     key: Key | None,
@@ -442,7 +442,7 @@ def _dropout(
 
 def _trace_whole(
     input: Tensor,
-    p: float,
+    p: float | Tensor,
     training: bool,
     inplace: bool,
     key: Key | None,
@@ -464,7 +464,7 @@ def _trace_whole(
 
 def _dropout_of_window(
     input: Tensor,
-    p: float,
+    p: float | Tensor,
     training: bool,
     inplace: bool,
     key: Key | None,
@@ -519,7 +519,9 @@ def _make_plain_plan(
     return DropoutPlan(LIBRARY, window, Rate.from_p(p), p > 0)
 
 
-def make_plan(input: Tensor, p: float, training: bool, axes: Sequence[int]) -> DropoutPlan | None:
+def make_plan(
+    input: Tensor, p: float | Tensor, training: bool, axes: Sequence[int]
+) -> DropoutPlan | None:
     """Return the plan of a call that is not traced, or None if the call drops nothing."""
     rate = cached_rate(p) if type(p) is float else make_rate(p, input)
     is_plain = type(input) in PLAIN

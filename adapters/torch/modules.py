@@ -3,7 +3,7 @@
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -82,12 +82,12 @@ class SeededModule(torch.nn.modules.dropout._DropoutNd):
     _checked: int | None = None
 
     def __init__(
-        self, p: float = 0.5, inplace: bool = False, *, seed: int | Key | None = None
+        self, p: float | Tensor = 0.5, inplace: bool = False, *, seed: int | Key | None = None
     ) -> None:
         self._check_rate(p)
         if inplace not in (True, False):
             raise TypeError(f"inplace must be a bool, got {inplace!r}; pass a seed as seed=...")
-        super().__init__(p, inplace)
+        super().__init__(cast(float, p), inplace)
         self.seed = seed
 
     @staticmethod

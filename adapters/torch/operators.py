@@ -98,7 +98,8 @@ _library.define(
 )
 _library.define(
     "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
-    "SymInt[]? global_shape=None, Tensor? start=None, *, Device device, Tensor? rate=None) -> Tensor"
+    "SymInt[]? global_shape=None, Tensor? start=None, *, Device device, Tensor? rate=None) "
+    "-> Tensor"
 )
 _library.define(
     "permutation(Tensor key, SymInt[] shape, SymInt[]? global_shape=None, Tensor? start=None, "
@@ -177,18 +178,18 @@ def trace_dropout(
     ``scale`` is the scale of kept elements if it is not the one of p. ``normal`` is the mean and
     the standard deviation of normal factors, if those replace the mask.
     """
-    is_scheduled = isinstance(p, Tensor)
+    number, rate = (0.0, p) if isinstance(p, Tensor) else (as_constant(p), None)
     output: Tensor = torch.ops.unidrop.dropout(
         x,
         move(words, x.device),
-        0.0 if is_scheduled else as_constant(p),
+        number,
         broadcast_axes,
         global_shape,
         start,
         random=randomness(x, words),
         scale=None if scale is None else as_constant(scale),
         normal=None if normal is None else [as_constant(number) for number in normal],
-        rate=p if is_scheduled else None,
+        rate=rate,
     )
     return output
 
@@ -658,7 +659,10 @@ def _batch_dropout(
     rate: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Run the operator for a batch, with the mask that `unidrop.adapters.torch.func` describes."""
-    names = (*("x", "key", "p", "axes", "global_shape", "start", "random", "scale", "normal"), "rate")
+    names = (
+        *("x", "key", "p", "axes", "global_shape", "start", "random", "scale", "normal"),
+        "rate",
+    )
     dims = dict(zip(names, in_dims, strict=False))
     count = info.batch_size
     x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)

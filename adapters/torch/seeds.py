@@ -6,6 +6,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.adapters.torch.buffers import must_stay
@@ -77,11 +78,12 @@ def warn_of_twins(layer: torch.nn.Module) -> None:
     layers = list(_named_layers(_find_model(layer)))
     for _, other in layers:
         other._checked = id(other)
-    # Reading a number on another device would wait for it.
+    # Reading a number, or a rate, on another device would wait for it.
     active = [
         (name, other.seed, 0 if must_stay(other.calls) else int(other.calls))
         for name, other in layers
-        if other.seed is not None and other.training and other.p > 0
+        if other.seed is not None and other.training
+        if isinstance(other.p, Tensor) or other.p > 0
     ]
     warn_of_equal_seeds(active, "unidrop.adapters.torch")
 
