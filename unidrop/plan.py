@@ -67,10 +67,11 @@ class DropoutPlan:
         library = get_library(x, name)
         arrays = library.arrays
         arrays.check(x, name)
-        drops = bool(training) and (rate.is_scheduled or rate.p > 0)
+        is_scheduled = rate.is_scheduled
+        drops = bool(training) and (is_scheduled or rate.p > 0)
         has_axes = type(broadcast_axes) is not tuple or broadcast_axes != ()
         is_whole = not has_axes and global_shape is None and start is None
-        if is_whole and not rate.is_scheduled and not arrays.is_traced(x):
+        if is_whole and not is_scheduled and not arrays.is_traced(x):
             try:
                 return cls.for_whole(library, tuple(x.shape), x.dtype, rate, drops, name)
             except TypeError:  # the dtype is wrong, which raises below, or it cannot be hashed

@@ -130,7 +130,7 @@ def make_rate(p: Any, x: Any, name: str = "p") -> Rate:
     >>> make_rate(numpy.asarray(0.25), numpy.zeros(3)) == Rate.from_p(0.25)
     True
     """
-    if not hasattr(p, "dtype") or isinstance(p, numpy.generic):
+    if type(p) is float or not hasattr(p, "dtype") or isinstance(p, numpy.generic):
         return Rate.from_p(p, name)
     library = get_library(x)
     is_own = hasattr(p, "shape") and get_library(p, name) is library

@@ -28,6 +28,7 @@ from unidrop.key import Key, check_key
 from unidrop.permutation import check_patch_rate, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = [
     "alpha_dropout",
@@ -350,7 +351,7 @@ def patch_dropout_backward(
 
 def drop_path(
     x: ArrayLike,
-    p: float = 0.5,
+    p: float | NDArray[Any] = 0.5,
     *,
     mode: Mode = "row",
     scale_by_keep: bool = True,
@@ -401,7 +402,7 @@ def drop_path(
 
 def drop_path_backward(
     grad: ArrayLike,
-    p: float = 0.5,
+    p: float | NDArray[Any] = 0.5,
     *,
     mode: Mode = "row",
     scale_by_keep: bool = True,
@@ -467,7 +468,7 @@ def drop_key_backward(
 
 def locked_dropout(
     x: ArrayLike,
-    p: float = 0.5,
+    p: float | NDArray[Any] = 0.5,
     *,
     axis: int,
     key: Key | None = None,
@@ -499,7 +500,7 @@ def locked_dropout(
 
 def locked_dropout_backward(
     grad: ArrayLike,
-    p: float = 0.5,
+    p: float | NDArray[Any] = 0.5,
     *,
     axis: int,
     key: Key | None = None,
@@ -517,7 +518,7 @@ def locked_dropout_backward(
 def _run(
     make_plan: Callable[..., DropoutPlan],
     x: ArrayLike,
-    p: float,
+    p: Any,
     key: Key | None,
     rng: Rng,
     return_mask: bool,
@@ -526,7 +527,7 @@ def _run(
 ) -> Any:
     """Run a member; draws a key if there is none."""
     x = as_array(x, "x")
-    plan, generator = make_plan(x, Rate.from_p(p), **options), check_source(key, rng)
+    plan, generator = make_plan(x, _get_rate(make_plan, p, x), **options), check_source(key, rng)
     check_out(out, x)
     if not plan.drops:
         output = copy_to(out, x)
@@ -540,14 +541,14 @@ def _run(
 def _run_backward(
     make_plan: Callable[..., DropoutPlan],
     grad: ArrayLike,
-    p: float,
+    p: Any,
     key: Key | None,
     out: NDArray[Any] | None,
     **options: Any,
 ) -> NDArray[Any]:
     """Return the gradient of a member."""
     grad = as_array(grad, "grad")
-    plan = make_plan(grad, Rate.from_p(p), name="grad", **options)
+    plan = make_plan(grad, _get_rate(make_plan, p, grad), name="grad", **options)
     if key is not None:
         check_key(key)
     elif plan.drops:
@@ -557,3 +558,9 @@ def _run_backward(
         return copy_to(out, grad)
     gradient: NDArray[Any] = plan.gradient.run(grad, key, None, out)
     return gradient
+
+
+def _get_rate(make_plan: Callable[..., DropoutPlan], p: Any, x: NDArray[Any]) -> Rate:
+    """Return the rate, which is an array only for members with the formula of `dropout`."""
+    is_scheduled = make_plan in (plan_drop_path, plan_locked_dropout)
+    return make_rate(p, x) if is_scheduled else Rate.from_p(p)

@@ -21,6 +21,7 @@ from unidrop.dispatch import get_kernels
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 from unidrop.window import Window
 
 __all__ = [
@@ -49,7 +50,7 @@ _PLAIN_DTYPES = frozenset(map(np.dtype, ("f2", "f4", "f8", "c8", "c16")))
 @overload
 def dropout(
     x: ArrayLike,
-    p: float = ...,
+    p: float | NDArray[Any] = ...,
     *,
     keep_prob: float | None = ...,
     key: Key | None = ...,
@@ -64,7 +65,7 @@ def dropout(
 @overload
 def dropout(
     x: ArrayLike,
-    p: float = ...,
+    p: float | NDArray[Any] = ...,
     *,
     keep_prob: float | None = ...,
     key: Key | None = ...,
@@ -79,7 +80,7 @@ def dropout(
 @overload
 def dropout(
     x: ArrayLike,
-    p: float = ...,
+    p: float | NDArray[Any] = ...,
     *,
     keep_prob: float | None = ...,
     key: Key | None = ...,
@@ -93,7 +94,7 @@ def dropout(
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[np.bool]]: ...
 def dropout(
     x: ArrayLike,
-    p: float = _DEFAULT_P,
+    p: float | NDArray[Any] = _DEFAULT_P,
     *,
     keep_prob: float | None = None,
     key: Key | None = None,
@@ -177,7 +178,7 @@ def dropout(
         if output is not None:
             return output
     x = as_array(x, "x")
-    rate = _get_rate(p, keep_prob)
+    rate = _get_rate(p, keep_prob, x)
     check_out(out, x)
     plan = _make_plan(x, rate, training, broadcast_axes, global_shape, start, "x")
     generator = check_source(key, rng)
@@ -194,7 +195,7 @@ def dropout(
 
 def dropout_backward(
     grad: ArrayLike,
-    p: float = _DEFAULT_P,
+    p: float | NDArray[Any] = _DEFAULT_P,
     *,
     keep_prob: float | None = None,
     key: Key | None = None,
@@ -264,7 +265,7 @@ def dropout_backward(
         if gradient is not None:
             return gradient
     grad = as_array(grad, "grad")
-    rate = _get_rate(p, keep_prob)
+    rate = _get_rate(p, keep_prob, grad)
     if key is not None:
         check_key(key)
     check_out(out, grad)
@@ -281,7 +282,7 @@ def dropout_backward(
     return copy_to(out, plan.select(grad, _checked_mask(mask, plan.window.shape)))
 
 
-def _run_plain(x: Any, p: float, key: Key | None, out: NDArray[Any] | None) -> NDArray[Any] | None:
+def _run_plain(x: Any, p: Any, key: Key | None, out: NDArray[Any] | None) -> NDArray[Any] | None:
     """Return the output of a plain call, or None if the call needs the general route.
 
     In a plain call, the arrays have C order and may be written, the rate is a float that drops some
@@ -363,8 +364,8 @@ def _make_plan(
     )
 
 
-def _get_rate(p: float, keep_prob: float | None) -> Rate:
-    rate = _cached_rate(p) if type(p) is float else Rate.from_p(p)
+def _get_rate(p: Any, keep_prob: float | None, x: NDArray[Any]) -> Rate:
+    rate = _cached_rate(p) if type(p) is float else make_rate(p, x)
     if keep_prob is None:
         return rate
     if rate.p != _DEFAULT_P:

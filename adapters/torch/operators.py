@@ -659,10 +659,7 @@ def _batch_dropout(
     rate: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Run the operator for a batch, with the mask that `unidrop.adapters.torch.func` describes."""
-    names = (
-        *("x", "key", "p", "axes", "global_shape", "start", "random", "scale", "normal"),
-        "rate",
-    )
+    names = ["x", "key", "p", "axes", "global_shape", "start", "random", "scale", "normal", "rate"]
     dims = dict(zip(names, in_dims, strict=False))
     count = info.batch_size
     x = x.expand(count, *x.shape) if dims["x"] is None else x.movedim(dims["x"], 0)

@@ -246,17 +246,17 @@ def test_gives_specified_output_compiled(compiled):
         assert_output(y, x, expected_mask(x.shape, 0.1), 0.1, flushes=library.flushes)
 
 
-def test_rejects_traced_rate():
+def test_rejects_traced_integer_as_rate():
     with pytest.raises(TypeError, match=r"\bp .*Trace"):
-        jax.jit(lambda p: keep_mask((3,), p, KEY, xp=jnp))(0.5)
+        jax.jit(lambda p: keep_mask((3,), p, KEY, xp=jnp))(1)
     with pytest.raises(TypeError, match=r"\bp .*Tensor"):
-        tf.function(lambda p: keep_mask((3,), p, KEY, xp=tf))(tf.constant(0.5))
+        tf.function(lambda p: keep_mask((3,), p, KEY, xp=tf))(tf.constant(1))
 
 
 # --- Bad input -----------------------------------------------------------------------------------
 
 
-def test_rejects_array_as_rate(library):
+def test_rejects_array_of_another_library_as_rate(library):
     for p in (library.array(np.asarray(0.5, "float32")), library.scalar(1)):
         for call in (lambda p: dropout(np.ones(3), p, KEY), lambda p: keep_mask((3,), p, KEY)):
             with pytest.raises(TypeError, match=r"\bp .*" + re.escape(repr(p))):

@@ -41,7 +41,10 @@ def said(name, expected, value):
         np.True_,
         np.float32(0.1),
         np.float16(0.5),
-        np.asarray(0.5),
+        np.asarray(1),
+        np.asarray(True),
+        np.asarray([0.5]),
+        np.asarray(0.5, np.float16),
         array_api_strict.asarray(0.5),
         "0.5",
         b"0.5",
@@ -49,7 +52,7 @@ def said(name, expected, value):
         0.5j,
         (0.5,),
     ],
-    ids=lambda p: f"{type(p).__name__}-{getattr(p, 'dtype', '')}",
+    ids=lambda p: f"{type(p).__name__}-{getattr(p, 'dtype', '')}-{getattr(p, 'shape', '')}",
 )
 def test_rejects_non_python_rate(call, p, training):
     with pytest.raises(TypeError, match=said("p", "a Python int or float", repr(p))):

@@ -132,9 +132,10 @@ def test_rejects_bad_rate(rate):
         dropout(jnp.ones(3), rate, KEY)
 
 
-def test_rejects_traced_rate():
+@pytest.mark.parametrize("rate", [1, True, [0.5], jnp.float16(0.5)], ids=repr)
+def test_rejects_traced_rate_of_other_dtype_or_shape(rate):
     with pytest.raises(TypeError, match="rate must be a Python int or float"):
-        jax.jit(lambda rate: dropout(jnp.ones(3), rate, KEY))(0.5)
+        jax.jit(lambda rate: dropout(jnp.ones(3), rate, KEY))(jnp.asarray(rate))
 
 
 def test_generates_same_words_on_devices_that_unroll():

@@ -336,7 +336,7 @@ def test_rejects_rate_outside_0_and_1(function, name, value, training):
         function(X, training=training, **{name: value})
 
 
-@pytest.mark.parametrize("value", [True, np.float32(0.5), "0.5", np.asarray(0.5)], ids=repr)
+@pytest.mark.parametrize("value", [True, np.float32(0.5), "0.5", np.asarray([0.5])], ids=repr)
 @pytest.mark.parametrize("name", ["p", "keep_prob"])
 def test_rejects_non_python_rate(function, name, value):
     with pytest.raises(TypeError, match=rf"{name} must be .*got {re.escape(repr(value))}"):

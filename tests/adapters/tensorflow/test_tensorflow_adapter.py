@@ -357,15 +357,16 @@ def test_rejects_rate_outside_0_and_1(rate):
         dropout(X, rate, key=KEY)
 
 
-@pytest.mark.parametrize("rate", [True, "0.5", None, np.float32(0.1), tf.constant(0.1)], ids=repr)
+@pytest.mark.parametrize("rate", [True, "0.5", None, np.float32(0.1), tf.constant(1)], ids=repr)
 def test_rejects_non_python_rate(rate):
     with pytest.raises(TypeError, match=rf"probability rate .*got {re.escape(repr(rate))}"):
         dropout(X, rate, key=KEY)
 
 
-def test_rejects_traced_rate():
+@pytest.mark.parametrize("rate", [1, True, [0.1], np.float16(0.1)], ids=repr)
+def test_rejects_traced_rate_of_other_dtype_or_shape(rate):
     with pytest.raises(TypeError, match=r"probability rate .*Tensor"):
-        tf.function(lambda rate: dropout(X, rate, key=KEY))(tf.constant(0.1))
+        tf.function(lambda rate: dropout(X, rate, key=KEY))(tf.constant(rate))
 
 
 @pytest.mark.parametrize("rate", [0, 0.1])

@@ -353,7 +353,12 @@ def test_rejects_rate_of_nan(entry):
 
 
 @pytest.mark.parametrize(
-    "p", [True, "0.5", None, np.float32(0.1), torch.tensor(0.1), (0.1,)], ids=repr
+    "p",
+    [
+        *(True, "0.5", None, np.float32(0.1), np.asarray(0.1), (0.1,)),
+        *(torch.tensor(1), torch.tensor(True), torch.tensor([0.1]), torch.tensor(0.1).half()),
+    ],
+    ids=repr,
 )
 def test_rejects_non_python_rate(entry, p):
     with pytest.raises(TypeError, match=rf"probability p .*got {re.escape(repr(p))}"):
