@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-from keras.src.backend.common.variables import AutocastScope
+from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
 from unidrop.adapters.calls import run_counted, run_exclusively
 from unidrop.adapters.keras_backend import (
@@ -83,6 +83,8 @@ class _SeededLayerMixin(keras.layers.Layer):
     _checked: int | None = None
     # The call number that an ``.h5`` file contains, or that a warning named.
     _filed_calls: int = 0
+    # A number or a variable; None until the constructor sets it.
+    _rate: Any = None
 
     @property
     def rate(self) -> Any:
@@ -103,7 +105,7 @@ class _SeededLayerMixin(keras.layers.Layer):
         if isinstance(value, _Schedule):
             self._rate = value.variable
             return
-        former = getattr(self, "_rate", None)
+        former = self._rate
         if isinstance(former, keras.Variable):
             Rate.from_p(value, name)
             self.rate.assign(value)
@@ -319,6 +321,8 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     def _read_rate(self, inputs: Any) -> Rate:
         """Return the rate of the variable, which a layer of mixed precision must not narrow."""
+        if get_autocast_scope() is None:  # else torch.compile would recompile once
+            return make_rate(self._rate.value, inputs, "rate")
         with AutocastScope(None):
             return make_rate(self._rate.value, inputs, "rate")
 

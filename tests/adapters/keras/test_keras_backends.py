@@ -14,6 +14,7 @@ CONTROL_FLOW = str(HERE / "test_keras_control_flow.py")
 ATTENTION = str(HERE / "test_keras_attention.py")
 RNN, RNN_TRAINING = str(HERE / "test_keras_rnn.py"), str(HERE / "test_keras_rnn_training.py")
 WEIGHTS = [str(HERE / f"test_keras_{name}.py") for name in ("embedding", "drop_connect")]
+SCHEDULE = str(HERE / "test_keras_schedule.py")
 WARNS = """
 import warnings
 
@@ -57,6 +58,15 @@ def test_passes_tests_of_dropped_weights(backend):
 
 def test_passes_tests_of_dropped_weights_on_numpy():
     run_tests("numpy", *WEIGHTS, "-k", "not test_trains and not fit", expected=14 + 17)
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("jax", 19), ("torch", 21)])
+def test_passes_tests_of_scheduled_rates(backend, expected):
+    run_tests(backend, SCHEDULE, expected=expected)
+
+
+def test_passes_some_tests_of_scheduled_rates_on_numpy():
+    run_tests("numpy", SCHEDULE, "-k", "drops or sets or rejects", expected=14)
 
 
 def test_trains_on_two_devices_as_on_one():
