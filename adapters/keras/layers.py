@@ -278,7 +278,7 @@ class _SeededLayerMixin(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        """Make a layer of its configuration; one with a schedule gets a variable of its own."""
+        """Make a layer of its configuration; one with a schedule gets a new variable."""
         options = {name: config[name] for name in config if name not in (_STATE, _SCHEDULE)}
         if _SCHEDULE in config:
             dtype = config[_SCHEDULE]

@@ -121,7 +121,7 @@ class TorchArrays(Arrays):
         if is_tracing():
             return p
         if must_stay(p) and p.device == x.device and p.device.type != "mps":
-            return p.clone()  # the backward pass needs this number, whatever becomes of p
+            return p.clone()  # the backward pass needs the present number, and p may change
         if is_capturing(x.device):
             raise RuntimeError(
                 f"{name} in a CUDA graph must be a tensor on the GPU, or each replay would have "

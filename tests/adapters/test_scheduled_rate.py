@@ -207,7 +207,7 @@ def test_has_eager_bits_in_programs_for_gpus_of_jax(p):
         assert np.isnan(y).all()
 
 
-# Signaling, quiet and negative NaN, and subnormals, none of which a product by 1 must touch.
+# Signaling, quiet and negative NaN, and subnormals. A product by 1 would change some of them.
 STRANGE = np.uint32([0x7F800001, 0x7FC00001, 0xFF812345, 1, 0x80000001, 0x80000000, 0x7F800000])
 
 
@@ -265,13 +265,13 @@ def test_computes_specified_threshold_and_scale(dtype):
 def test_rejects_known_rate_outside_0_and_1(p):
     calls = (in_core, np.asarray), (in_numpy, np.asarray), (in_torch, to_torch)
     for call, convert in (*calls, (in_jax, jnp.asarray), (in_tensorflow, tf.constant)):
-        with pytest.raises(ValueError, match=r"has to be between 0 and 1, but got"):
+        with pytest.raises(ValueError, match="between 0 and 1"):
             call("dropout", convert(X), convert(np.float32(p)), 0)
     for make in (for_torch.Dropout, for_torch.DropPath):
-        with pytest.raises(ValueError, match="has to be between 0 and 1"):
+        with pytest.raises(ValueError, match="between 0 and 1"):
             make(torch.tensor(p))
     for make in (for_flax.Dropout, for_flax.DropPath):
-        with pytest.raises(ValueError, match="has to be between 0 and 1"):
+        with pytest.raises(ValueError, match="between 0 and 1"):
             make(nnx.Variable(jnp.float32(p)))
 
 
@@ -285,7 +285,7 @@ def test_returns_nan_for_bad_rate_of_program(framework):
         x = framework.convert(X.astype(dtype))
         for p in BAD:
             if framework is FRAMEWORKS["torch"]:  # the operator runs on the CPU, and raises
-                with pytest.raises(ValueError, match="has to be between 0 and 1"):
+                with pytest.raises(ValueError, match="between 0 and 1"):
                     function(x, framework.convert(np.float32(p)))
                 continue
             y, (again, mask) = function(x, framework.convert(np.float32(p)))
@@ -532,7 +532,7 @@ def test_shows_and_copies_tensor_of_module():
     assert "drop_prob=0.250" in repr(module)
     module.drop_prob = torch.tensor(0.5)
     assert module.p == 0.5
-    with pytest.raises(ValueError, match="drop_prob has to be between 0 and 1"):
+    with pytest.raises(ValueError, match="drop_prob .*between 0 and 1"):
         module.drop_prob = torch.tensor(2.0)
 
 

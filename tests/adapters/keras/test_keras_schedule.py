@@ -116,7 +116,7 @@ def test_rejects_value_outside_0_and_1():
     rate = variable()
     layer = Dropout(rate, seed=SITE)
     rate.assign(1.5)
-    with pytest.raises(ValueError, match="rate has to be between 0 and 1"):
+    with pytest.raises(ValueError, match="rate .*between 0 and 1"):
         layer(X, training=True)
     assert layer.calls == 0
 
@@ -128,8 +128,8 @@ def test_rejects_value_outside_0_and_1():
         ({"dtype": "float16"}, TypeError, "got one of shape .* and dtype float16"),
         ({"value": 1, "dtype": "int32"}, TypeError, "and dtype int32"),
         ({"value": [0.5]}, TypeError, r"of shape \(1,\)"),
-        ({"value": 1.5}, ValueError, "rate has to be between 0 and 1, but got 1.5"),
-        ({"value": float("nan")}, ValueError, "but got nan"),
+        ({"value": 1.5}, ValueError, "rate .*between 0 and 1, .*1.5"),
+        ({"value": float("nan")}, ValueError, "between 0 and 1, .*nan"),
     ],
     ids=["trained", "float16", "integer", "vector", "outside", "nan"],
 )
