@@ -159,8 +159,11 @@ class Dropout(_SeededModule, nnx.Dropout):
 
     Parameters
     ----------
-    rate : int or float
-        The probability of dropping an element, in [0, 1].
+    rate : int, float, or 0-d jax.Array or nnx.Variable
+        The probability of dropping an element, in [0, 1]. A schedule may set the value of a
+        variable of float32 or float64, ``module.rate.set_value(x)``, and `nnx.jit` traces nothing
+        again. In a program, a value outside [0, 1] makes the output NaN. With ``rngs``, a program
+        draws a key at rate 0 too.
     broadcast_dims : sequence of int, default ()
         Axes along which elements share one decision.
     deterministic : bool or None, default False
@@ -186,7 +189,8 @@ class Dropout(_SeededModule, nnx.Dropout):
     Raises
     ------
     TypeError
-        If rate is not a Python number, rngs of another type, or seed neither an integer nor a Key.
+        If rate is neither a number nor such an array, rngs of another type, or seed neither an
+        integer nor a Key.
     ValueError
         If rate is outside [0, 1], or seed outside [0, 2^64).
 
@@ -597,7 +601,7 @@ class DropPath(Dropout):
 
     Parameters
     ----------
-    rate : int or float
+    rate : int, float, or 0-d jax.Array or nnx.Variable
         The probability of dropping an example, in [0, 1].
     mode : {"row", "batch"}, default "row"
         "row" decides for each element of the first axis, and "batch" once for all.

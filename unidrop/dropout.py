@@ -71,8 +71,10 @@ def dropout(
     x : array
         Any shape; float16, bfloat16, float32, float64, complex64 or complex128. An array of any
         library that follows the array API standard or has an adapter.
-    p : int or float
-        The probability of dropping an element, in [0, 1].
+    p : int, float or 0-d array
+        The probability of dropping an element, in [0, 1]. A scheduled rate is an array of float32
+        or float64 of the library of x, and stands for its exact value. If a compiled program
+        receives it, a value outside [0, 1] makes the output NaN and the mask False.
     key : Key
         The name of the mask: the same key drops the same elements in every library. Use each key
         once: fold the site and the step into it.
@@ -99,8 +101,8 @@ def dropout(
     Raises
     ------
     TypeError
-        If x is not an array or has an integer or bool dtype, p is not a Python number, or key is
-        not a Key.
+        If x is not an array or has an integer or bool dtype, p is neither a number nor such an
+        array, or key is not a Key.
     ValueError
         If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
         of keys.

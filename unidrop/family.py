@@ -184,8 +184,8 @@ def drop_path(
     ----------
     x : array
         The output of a branch, of shape ``(N, ...)``; dtypes and libraries as in `dropout`.
-    p : int or float
-        The probability of dropping an example, in [0, 1].
+    p : int, float or 0-d array
+        The probability of dropping an example, in [0, 1]; an array as in `dropout`.
     key : Key
         The name of the mask. The mask is the one of `dropout` with ``broadcast_axes``.
     mode : {"row", "batch"}, default "row"
@@ -409,8 +409,8 @@ def locked_dropout(
     ----------
     x : array
         The sequences; dtypes and libraries as in `dropout`.
-    p : int or float
-        The probability of dropping a feature of a sequence, in [0, 1].
+    p : int, float or 0-d array
+        The probability of dropping a feature of a sequence, in [0, 1]; an array as in `dropout`.
     key : Key
         The name of the mask. The mask is the one of `dropout` with ``broadcast_axes=(axis,)``.
     axis : int

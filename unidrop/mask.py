@@ -100,8 +100,10 @@ def keep_mask(
     ----------
     shape : sequence of int
         The shape of the array to be masked.
-    p : int or float
-        The probability of dropping an element, in [0, 1].
+    p : int, float or 0-d array
+        The probability of dropping an element, in [0, 1]. A scheduled rate is an array of float32
+        or float64 of the library xp, and stands for its exact value. If a compiled program
+        receives it, a value outside [0, 1] keeps nothing.
     key : Key
         The name of the mask. Use each key once.
     xp : namespace, default numpy
@@ -125,7 +127,8 @@ def keep_mask(
     Raises
     ------
     TypeError
-        If p is not a Python number, key not a Key, xp not a namespace, or a length not an integer.
+        If p is neither a number nor such an array, key not a Key, xp not a namespace, or a length
+        not an integer.
     ValueError
         If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
         of keys.

@@ -51,7 +51,7 @@ class Rate(NamedTuple):
         ----------
         p : int or float
             In [0, 1]. ``numpy.float64`` is a float. A narrower float is another number: its masks
-            would differ in one of 10^8 elements or so.
+            would differ in one of 10^8 elements or so. `unidrop.schedule` accepts arrays too.
         name : str, default "p"
             The name of the argument in error messages.
 

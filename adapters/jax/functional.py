@@ -108,8 +108,10 @@ def dropout(
     x : jax.Array
         Any shape, of a floating-point or complex dtype. Also accepts a NumPy array, a number, and
         an object with a method ``__jax_array__``.
-    rate : int or float
-        The probability of dropping an element, in [0, 1]; a Python number, also under `jax.jit`.
+    rate : int, float or 0-d jax.Array
+        The probability of dropping an element, in [0, 1]. An array of float32 or float64 stands for
+        its exact value. It may be traced, and a traced value outside [0, 1] makes the output NaN
+        and the mask False. Its gradient is 0.
     key : unidrop.Key or jax.Array
         The name of the mask: use each key once. A `Key` may be traced, as ``Key(42).fold_in(step)``
         is. A Threefry key of `jax.random`, typed or raw, is the Key of its 64 bits,
@@ -136,8 +138,8 @@ def dropout(
     Raises
     ------
     TypeError
-        If x is not an array or has an integer or bool dtype, rate is not a Python number, or key is
-        not a key.
+        If x is not an array or has an integer or bool dtype, rate is neither a number nor such an
+        array, or key is not a key.
     ValueError
         If rate is outside [0, 1], an axis does not exist, the window does not fit, or key is a
         batch of keys or of another generator than Threefry.

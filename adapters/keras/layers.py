@@ -469,8 +469,11 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
 
     Parameters
     ----------
-    rate : int or float
-        Between 0 and 1. Fraction of the input units to drop.
+    rate : int, float or keras.Variable
+        Between 0 and 1. Fraction of the input units to drop. A schedule needs a scalar variable of
+        float32 or float64 with ``trainable=False``, and assigns to ``layer.rate`` in a callback.
+        Then nothing is traced again. The layer saves the variable. In a compiled program, a value
+        outside [0, 1] makes the output NaN.
     noise_shape : sequence of int or None, optional
         The shape of the mask: for each axis 1, along which units share one decision, or None or the
         input's own length. ``(None, 1, features)`` uses one mask for all timesteps. A length that
@@ -493,7 +496,7 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     Raises
     ------
     TypeError
-        If rate is not a Python number.
+        If rate is neither a number nor such a variable.
     ValueError
         If rate is outside [0, 1], noise_shape holds anything but positive integers and None, or
         seed is neither an integer in [0, 2^64) nor a Key.
@@ -796,7 +799,7 @@ class DropPath(_SeededLayerMixin, keras.layers.Dropout):
 
     Parameters
     ----------
-    rate : int or float, default 0.5
+    rate : int, float or keras.Variable, default 0.5
         The probability of dropping an example, in [0, 1].
     mode : {"row", "batch"}, default "row"
         "row" decides for each example, and "batch" once for all.

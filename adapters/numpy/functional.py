@@ -112,8 +112,9 @@ def dropout(
     ----------
     x : array_like
         Any shape, of a floating-point or complex dtype.
-    p : int or float, default 0.5
-        The probability of dropping an element, in [0, 1].
+    p : int, float or 0-d numpy.ndarray, default 0.5
+        The probability of dropping an element, in [0, 1]. An array of float32 or float64 stands for
+        its exact value.
     keep_prob : int or float, optional
         The textbook's spelling: the probability of keeping an element, ``p = 1 - keep_prob``. Pass
         p or keep_prob, not both.
@@ -147,8 +148,8 @@ def dropout(
     ------
     TypeError
         If x has an integer or bool dtype, or x is a masked array, a matrix or a table. If a rate is
-        not a Python number, key is not a Key, `numpy.random.default_rng` does not accept rng, or
-        out is not an array.
+        neither a number nor such an array, key is not a Key, `numpy.random.default_rng` does not
+        accept rng, or out is not an array.
     ValueError
         If a rate is outside [0, 1], keep_prob is given with a p that is not the default, both key
         and rng are given, an axis does not exist, the window does not fit, or out does not fit.
@@ -212,7 +213,7 @@ def dropout_backward(
     ----------
     grad : array_like
         The gradient with respect to the output, of x's shape.
-    p : int or float, default 0.5
+    p : int, float or 0-d numpy.ndarray, default 0.5
         As in the forward call.
     keep_prob : int or float, optional
         As in the forward call.

@@ -73,8 +73,10 @@ def dropout(
     x : tf.Tensor
         Any shape of known rank (lengths may be unknown), of a floating-point or complex dtype. Also
         accepts any argument of `tf.convert_to_tensor`.
-    rate : int or float
-        The probability of dropping an element, in [0, 1].
+    rate : int, float, or scalar tf.Tensor or tf.Variable
+        The probability of dropping an element, in [0, 1]. A tensor of float32 or float64 stands for
+        its exact value. In a graph, a value outside [0, 1] makes the output NaN and the mask False.
+        It has no gradient.
     noise_shape : sequence of int or None, optional
         The shape of the mask: for each axis 1, along which elements share one decision, or None or
         x's own length. A length that is unknown during tracing is not compared.
@@ -101,7 +103,8 @@ def dropout(
     Raises
     ------
     TypeError
-        If x has an integer or bool dtype, rate is not a Python number, or key is not a Key.
+        If x has an integer or bool dtype, rate is neither a number nor such a tensor, or key is not
+        a Key.
     ValueError
         If rate is outside [0, 1], noise_shape does not fit x, or the window does not fit.
 

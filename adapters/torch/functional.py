@@ -124,8 +124,10 @@ def dropout(
     input : torch.Tensor
         A dense tensor of any shape and strides; a floating-point or complex dtype. The mask follows
         logical indices.
-    p : int or float, default 0.5
-        The probability of zeroing an element, in [0, 1].
+    p : int, float or 0-d torch.Tensor, default 0.5
+        The probability of zeroing an element, in [0, 1]. A tensor of float32 or float64 stands for
+        its exact value, and torch.compile does not recompile if that changes. On the CPU, a value
+        outside [0, 1] raises an error, and on a GPU it makes the output NaN and the mask False.
     training : bool, default True
         If False, the input is returned unchanged.
     inplace : bool, default False
@@ -154,8 +156,8 @@ def dropout(
     Raises
     ------
     TypeError
-        If p is not a Python number, key is not a Key, or the input has an integer or bool dtype, is
-        sparse or is nested.
+        If p is neither a number nor such a tensor, or requires a gradient, key is not a Key, or the
+        input has an integer or bool dtype, is sparse or is nested.
     ValueError
         If p is outside [0, 1], an axis does not exist, the window does not fit, or key is a batch
         of keys.

@@ -378,8 +378,10 @@ class Dropout(SeededModule, torch.nn.Dropout):
 
     Parameters
     ----------
-    p : int or float, default 0.5
-        The probability of zeroing an element, in [0, 1].
+    p : int, float or 0-d torch.Tensor, default 0.5
+        The probability of zeroing an element, in [0, 1]. A schedule may fill a tensor,
+        ``module.p.fill_(0.2)``, and torch.compile does not recompile. The function `dropout`
+        describes tensors. The module neither saves nor moves one.
     inplace : bool, default False
         If True, the output is written to the input.
     seed : int or unidrop.Key, optional
@@ -402,7 +404,8 @@ class Dropout(SeededModule, torch.nn.Dropout):
     Raises
     ------
     TypeError
-        If p is not a Python number, inplace is not a bool, or seed is neither an integer nor a Key.
+        If p is neither a number nor such a tensor, inplace is not a bool, or seed is neither an
+        integer nor a Key.
     ValueError
         If p is outside [0, 1], or seed is outside [0, 2^64).
 
