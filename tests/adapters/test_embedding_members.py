@@ -2,6 +2,7 @@
 
 import io
 
+import dask.array
 import jax
 import ml_dtypes
 import numpy as np
@@ -131,6 +132,12 @@ def test_has_one_output_and_gradient_in_all_frameworks(dtype):
         assert np.array_equal(np.asarray(output).astype("float64"), y.astype("float64"))
         if dtype in ("float32", "float64"):  # the sums of narrow dtypes differ
             assert np.array_equal(np.asarray(slope).astype("float64"), gradient)
+
+
+def test_looks_up_words_of_dask():
+    lazy = dask.array.from_array
+    y = family.embedding_dropout(lazy(W, chunks=(10, 3)), lazy(INDICES, chunks=(4, 30)), P, KEY)
+    assert_bits(np.asarray(y), expected())
 
 
 def compile_torch(backend):

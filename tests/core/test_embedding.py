@@ -1,7 +1,6 @@
 """Embedding dropout: a look-up in the matrix after ordinary dropout of its rows."""
 
 import array_api_strict
-import dask.array
 import ml_dtypes
 import numpy as np
 import pytest
@@ -75,13 +74,10 @@ def test_looks_up_all_words_without_dropping():
         assert mask.all()
 
 
-def test_agrees_in_other_libraries():
+def test_agrees_in_a_strict_library():
     expected = embedding_dropout(W, INDICES, 0.3, KEY)
     strict = array_api_strict.asarray
     y = embedding_dropout(strict(W), strict(INDICES), 0.3, KEY)
-    assert np.array_equal(np.asarray(y), expected)
-    lazy = dask.array.from_array(W, chunks=(10, 3))
-    y = embedding_dropout(lazy, dask.array.from_array(INDICES, chunks=(5, 30)), 0.3, KEY)
     assert np.array_equal(np.asarray(y), expected)
 
 
