@@ -74,7 +74,10 @@ def gradient_of_jax(call, weight):
     return y, pull(jnp.asarray(UPSTREAM, y.dtype))[0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "bfloat16"))],
+)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_agrees_with_the_dropped_matrix_in_jax(dtype, wrap):
     weight, indices = jnp.asarray(W, dtype), jnp.asarray(INDICES)
@@ -287,6 +290,7 @@ def test_has_a_gradient_at_rate_one():
     assert torch.equal(weight.grad, torch.zeros(WORDS, 6))
 
 
+@pytest.mark.slow
 def test_runs_in_transformations_of_torch():
     weight, indices = torch.from_numpy(W), torch.from_numpy(INDICES)
     y = torch.vmap(lambda row: drop_torch(weight, row))(indices)
