@@ -45,7 +45,7 @@ def test_accepts_the_vectors_by_schema(written):
         ("keys", "key", "2a"),
         ("attention", "y", ["0"]),
         ("permutations", "indices", [-1]),
-        ("members", "options", {"rate": 0.5}),
+        ("members", "options", {"p": 1.5}),
         (None, "", 2),
     ],
 )

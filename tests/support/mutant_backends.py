@@ -1,7 +1,7 @@
 """A correct backend in plain NumPy, and mutants of it with one defect each.
 
-The correct backend follows the specification and shares no code with the core. test_mutants.py
-names the contract that must catch each mutant.
+The correct backend follows the specification and shares no code with the core, except for members
+without a mutant. test_mutants.py names the contract that must catch each mutant.
 """
 
 import itertools
@@ -14,9 +14,16 @@ from types import MappingProxyType
 
 import numpy as np
 
+from unidrop import Key
 from unidrop.conformance import CAPABILITIES, MEMBERS, BaseBackend
 
 MASK32 = np.uint64(0xFFFFFFFF)
+
+# The members with code here, and so with mutants. Others have the formula of the matrix.
+OWN_MEMBERS = (
+    *("drop_path", "alpha_dropout", "feature_alpha_dropout", "drop_key", "locked_dropout"),
+    *("drop_block", "patch_dropout", "gaussian_dropout", "gaussian_noise"),
+)
 
 
 class Correct(BaseBackend):
@@ -170,10 +177,13 @@ class Correct(BaseBackend):
         a = 1 / math.sqrt((1 - p) * (1 + p * limit**2))
         return limit * p, a, -limit * (1 - p) * a
 
-    def drop_member(
-        self, x, p, seed, step, *, member, is_gradient=False, shape=None, scale_by_keep=True, **own
-    ):
+    def drop_member(self, x, p, seed, step, *, member, is_gradient=False, shape=None, **own):
         key = self.call_key(seed, step)
+        if member not in OWN_MEMBERS:
+            y, pullback = MEMBERS[member].formula(
+                np.zeros(shape) if shape else x, p, Key(key), **own
+            )
+            return pullback(x) if is_gradient else y
         if member == "patch_dropout":
             columns = self.kept_columns(shape or x.shape, p, key, **own)
             return self.scatter(x, shape, columns) if is_gradient else self.gather(x, columns)
@@ -182,6 +192,7 @@ class Correct(BaseBackend):
         if member == "drop_block":
             keep = self.keep_blocks(x.shape, p, key, **own)
             return self.fill(x, keep, 0, self.block_scale(keep, p, x.dtype), 0)
+        scale_by_keep = own.pop("scale_by_keep", True)
         index = self.indices(x, self.member_axes(x, member, **own), x.shape, (0,) * x.ndim)
         keep = self.keep_flags(self.u(index, key), p)
         shift, scale, fill = self.constants(p, member, scale_by_keep)
