@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from unidrop.adapters.torch.chunked import is_autocasting
 from unidrop.adapters.torch.functional import TORCHSCRIPT_MESSAGE, dropout
 from unidrop.adapters.torch.fx import record_module
 from unidrop.adapters.torch.modules import SeededModule
@@ -212,6 +213,9 @@ class _SeededRNNMixin(RNNBase):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run layer after layer by a loop over time, because no kernel drops states."""
         finals, is_row = [], None
+        if is_autocasting(x.device):  # as the kernels of PyTorch do, for all that they take
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, states = x.to(dtype), [state.to(dtype) for state in states]
         if packing is not None:
             is_row = packing.pad(torch.ones_like(x[:, :1], dtype=torch.bool))
             x = packing.pad(x)
@@ -233,7 +237,7 @@ class _SeededRNNMixin(RNNBase):
         self, x: Tensor, is_row: Tensor | None, states: Sequence[Tensor], number: int, key: Key
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Run the cell over time; a sequence that has ended keeps its states."""
-        w_ih, w_hh, *rest = self._get_weights(number)
+        w_ih, w_hh, *rest = (w.to(x.dtype) for w in self._get_weights(number))
         b_ih, b_hh = rest[:2] if self.bias else (None, None)
         w_hr = rest[-1] if self.proj_size else None
         gates = len(w_hh) // self.hidden_size

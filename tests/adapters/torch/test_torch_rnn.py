@@ -387,6 +387,22 @@ def test_compiles_with_masks_of_eager_calls(cls, recurrent, whole):
         torch.testing.assert_close(traced, eager, rtol=0, atol=1e-12)
 
 
+# PyTorch's GRU has states of float32 on the CPU.
+@pytest.mark.parametrize(("cls", "recurrent"), [(LSTM, 0.0), (LSTM, 0.3), (GRU, 0.3)])
+def test_computes_in_dtype_of_autocast(cls, recurrent):
+    layer = make_layer(cls, torch.float32, num_layers=2, dropout=0.4, recurrent_dropout=recurrent)
+    x = make_input(dtype=torch.float32)
+    expected, _ = layer(x)
+    layer.calls = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        y, hx = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(state.dtype == y.dtype for state in (hx if cls is LSTM else (hx,)))
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.02)
+    assert layer.weight_hh_l1.grad.dtype == torch.float32
+
+
 def test_records_call_in_fx():
     model = torch.nn.Sequential(make_layer(recurrent_dropout=0.5))
     traced = torch.fx.symbolic_trace(model)
