@@ -161,8 +161,8 @@ class Dropout(_SeededModule, nnx.Dropout):
     ----------
     rate : int, float, or 0-d jax.Array or nnx.Variable
         The probability of dropping an element, in [0, 1]. A schedule may set the value of a
-        variable of float32 or float64, ``module.rate.set_value(x)``, and `nnx.jit` traces nothing
-        again. In a program, a value outside [0, 1] makes the output NaN. With ``rngs``, a program
+        variable of float32 or float64, ``module.rate.set_value(x)``, and `nnx.jit` does not
+        retrace. In a program, a value outside [0, 1] makes the output NaN. With ``rngs``, a program
         draws a key at rate 0 too.
     broadcast_dims : sequence of int, default ()
         Axes along which elements share one decision.

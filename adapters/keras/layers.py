@@ -472,7 +472,7 @@ class Dropout(_SeededLayerMixin, keras.layers.Dropout):
     rate : int, float or keras.Variable
         Between 0 and 1. Fraction of the input units to drop. A schedule needs a scalar variable of
         float32 or float64 with ``trainable=False``, and assigns to ``layer.rate`` in a callback.
-        Then nothing is traced again. The layer saves the variable. In a compiled program, a value
+        Then no program is retraced. The layer saves the variable. In a compiled program, a value
         outside [0, 1] makes the output NaN.
     noise_shape : sequence of int or None, optional
         The shape of the mask: for each axis 1, along which units share one decision, or None or the

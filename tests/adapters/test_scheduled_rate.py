@@ -532,7 +532,7 @@ def test_shows_and_copies_tensor_of_module():
     assert "drop_prob=0.250" in repr(module)
     module.drop_prob = torch.tensor(0.5)
     assert module.p == 0.5
-    with pytest.raises(ValueError, match="drop_prob .*between 0 and 1"):
+    with pytest.raises(ValueError, match=r"drop_prob .*between 0 and 1"):
         module.drop_prob = torch.tensor(2.0)
 
 

@@ -116,7 +116,7 @@ def test_rejects_value_outside_0_and_1():
     rate = variable()
     layer = Dropout(rate, seed=SITE)
     rate.assign(1.5)
-    with pytest.raises(ValueError, match="rate .*between 0 and 1"):
+    with pytest.raises(ValueError, match=r"rate .*between 0 and 1"):
         layer(X, training=True)
     assert layer.calls == 0
 
