@@ -424,8 +424,8 @@ _drop_p.def_abstract_eval(_abstract_eval)
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **settings: Any) -> tuple[Any, Any]:
     x, *numbers = primals
     y = _drop_p.bind(x, *numbers, **settings)
-    if isinstance(tangents[0], ad.Zero):
-        return y, ad.Zero.from_primal_value(y)
+    if isinstance(tangents[0], ad.Zero):  # the derivative is with respect to a rate
+        return y, ad.Zero(jax.typeof(y))
     return y, _drop_p.bind(tangents[0], *numbers, **settings)
 
 

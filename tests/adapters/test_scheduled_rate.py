@@ -360,6 +360,8 @@ def test_has_gradient_of_x_from_the_key_and_none_of_the_rate():
         of_x, of_p = wrap(gradient)(jnp.asarray(X), p)
         assert_bits(np.asarray(of_x), wanted)
         assert of_p == 0
+        alone = jax.grad(lambda p: in_jax("dropout", jnp.ones(9), p, 0).sum())
+        assert wrap(alone)(p) == 0
 
     @tf.function
     def differentiate(x, p):
