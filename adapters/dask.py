@@ -18,6 +18,7 @@ from unidrop.plan import DropoutPlan
 from unidrop.protocols import ArrayLibrary, Arrays, Operator
 from unidrop.rate import Rate
 from unidrop.window import Window
+from unidrop.zoneout import ComplementPlan
 
 __all__ = ["LIBRARY"]
 
@@ -36,6 +37,7 @@ class DaskOperator(Operator):
             return plan.run(x, key, mask)
         normal = (plan.mean, plan.stddev) if isinstance(plan, NormalPlan) else None
         options |= {"rate": plan.rate, "normal": normal}
+        options["complement"] = isinstance(plan, ComplementPlan)
         return dask.array.map_blocks(_drop_chunk, x, dtype=x.dtype, meta=x._meta, **options)
 
     def traced_mask(self, like: Any, key: Key, window: Window, rate: Rate) -> Any:
@@ -94,11 +96,20 @@ def _options(key: Key, window: Window, shape: Sequence[int]) -> dict[str, Any] |
 
 
 def _drop_chunk(
-    chunk: Any, *, block_info: Any, rate: Rate, normal: Any, key: Key, **options: Any
+    chunk: Any,
+    *,
+    block_info: Any,
+    rate: Rate,
+    normal: Any,
+    complement: bool,
+    key: Key,
+    **options: Any,
 ) -> Any:
     plan = DropoutPlan.from_args(chunk, rate, **_find_window(block_info[0], **options))
     if normal is not None:
         plan = NormalPlan.from_plan(plan, *normal)
+    if complement:
+        plan = ComplementPlan.from_plan(plan)
     return plan.apply(chunk, key)
 
 

@@ -22,6 +22,7 @@ from unidrop.adapters.calls import run_counted
 from unidrop.adapters.flax_attention import dot_product_attention
 from unidrop.adapters.frames import list_callers
 from unidrop.adapters.jax.functional import as_array, as_key, check_lengths
+from unidrop.adapters.jax.word_dropout import as_tokens
 from unidrop.adapters.numpy.arrays import check_plain
 from unidrop.adapters.seeds import warn_of_equal_seeds
 from unidrop.arguments import checked_integer
@@ -32,10 +33,13 @@ from unidrop.family import Mode, check_mode, plan_alpha_dropout, plan_drop_key, 
 from unidrop.gaussian import NOISE_RATE, check_stddev, plan_gaussian_dropout, plan_gaussian_noise
 from unidrop.key import Key
 from unidrop.library import get_library
+from unidrop.mask import keep_mask
 from unidrop.permutation import check_patch_rate, check_prefix, plan_patch_dropout
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 from unidrop.schedule import ScheduledRate, make_rate
+from unidrop.word_dropout import check_tokens, plan_word_dropout
+from unidrop.zoneout import expect_zoneout, plan_zoneout
 
 __all__ = [
     "AlphaDropout",
@@ -49,8 +53,11 @@ __all__ = [
     "Embed",
     "GaussianDropout",
     "GaussianNoise",
+    "LayerDrop",
     "MultiHeadAttention",
     "PatchDropout",
+    "WordDropout",
+    "Zoneout",
     "assign_seeds",
     "dot_product_attention",
 ]
@@ -279,7 +286,7 @@ class Dropout(_SeededModule, nnx.Dropout):
             return inputs
         if isinstance(inputs, nnx.Variable):
             inputs = inputs.get_value()
-        x = as_array(inputs, "inputs")
+        x = self._as_array(inputs)
         check_lengths(x, "inputs")
         # The plan checks the inputs before a call is counted or a key drawn.
         rate = self._read_rate(self.rate, x)
@@ -287,6 +294,13 @@ class Dropout(_SeededModule, nnx.Dropout):
         if not plan.drops:  # the present value of a scheduled rate is 0
             return x
         drop = partial(_drop, x, plan)
+        return self._run_with_key(drop, rngs, rate)
+
+    def _as_array(self, inputs: Any) -> Any:
+        return as_array(inputs, "inputs")
+
+    def _run_with_key(self, drop: Callable[[Key], Any], rngs: Any, rate: Rate | None = None) -> Any:
+        """Return ``drop(key)`` for the key of a training call."""
         if rngs is None and self.seed is not None:
             return self._run_counted(drop, rate)
         return drop(self._draw_key(rngs))
@@ -864,6 +878,196 @@ class Embed(nnx.Embed):
             return counted
         drawn: jax.Array = look_up_all(dropout._draw_key(rngs))
         return drawn
+
+
+class Zoneout(Dropout):
+    """Keep the old value of each unit of a recurrent state with probability rate in training.
+
+    A call takes the new state and the old one. If deterministic, it returns their expectation.
+    `unidrop.family.zoneout` has the details. Parameters, attributes and errors are as in `Dropout`,
+    without ``broadcast_dims``.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import Zoneout
+    >>> module = Zoneout(0.5)
+    >>> module(jax.numpy.ones(6), jax.numpy.zeros(6), rngs=jax.random.key(42))
+    Array([1., 0., 0., 0., 0., 1.], dtype=float32)
+    """
+
+    _HAS_SCHEDULE = False
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        super().__init__(
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+
+    def __call__(  # type: ignore[override] # it takes two states
+        self,
+        new: Any,
+        old: Any,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | Key | None = None,
+    ) -> jax.Array:
+        """Return the state after a step; parameters and errors are as in `Dropout`."""
+        keeps_all = self._keeps_all(deterministic)
+        states = []
+        for value, name in ((new, "new"), (old, "old")):
+            check_plain(type(value), name)
+            state = value.get_value() if isinstance(value, nnx.Variable) else value
+            states.append(as_array(state, name))
+            check_lengths(states[-1], name)
+        x, before = states
+        plan = plan_zoneout(x, Rate.from_p(self.rate, "rate"), old=before)
+        output: jax.Array
+        if keeps_all:
+            output = expect_zoneout(plan, x)
+        else:
+            output = self._run_with_key(partial(_drop, x, plan), rngs)
+        return output
+
+
+class WordDropout(Dropout):
+    """Replace tokens by the one for unknown words in training, with probability rate.
+
+    Parameters
+    ----------
+    rate : int or float
+        The probability of replacing a token, in [0, 1].
+    unk_id : int
+        The token to replace others by.
+    special_ids : sequence of int, default ()
+        Tokens to keep wherever they are, such as padding and the end of a sentence.
+    deterministic, rng_collection, rngs, seed
+        As in `Dropout`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import WordDropout
+    >>> module = WordDropout(0.5, unk_id=1)
+    >>> module(jax.numpy.array([5, 6, 7, 8]), rngs=jax.random.key(42))
+    Array([5, 1, 1, 1], dtype=int32)
+    """
+
+    _HAS_SCHEDULE = False
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        unk_id: int,
+        special_ids: Sequence[int] = (),
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        super().__init__(
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+        self.unk_id, self.special_ids = check_tokens(unk_id, special_ids)
+
+    def _as_array(self, inputs: Any) -> Any:
+        return as_tokens(inputs, "inputs")
+
+    def _make_plan(self, x: jax.Array, rate: Rate) -> DropoutPlan:
+        options: dict[str, Any] = {"unk_id": self.unk_id, "special_ids": self.special_ids}
+        return plan_word_dropout(x, rate, name="inputs", **options)
+
+
+class LayerDrop(Dropout):
+    """Run modules in order, and skip each with probability rate in training.
+
+    Skipped modules do not run: `nnx.cond` chooses. Nothing is scaled.
+
+    Parameters
+    ----------
+    layers : sequence of nnx.Module
+        The layers, whose outputs have the shape and the dtype of their inputs.
+    rate : int or float
+        The probability of skipping a layer, in [0, 1].
+    deterministic, rng_collection, rngs, seed
+        As in `Dropout`. One call has one key for all layers, and the decisions of
+        `unidrop.family.layer_drop`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from unidrop.adapters.flax import LayerDrop
+    >>> module = LayerDrop([lambda x: 10 * x + 1] * 6, 0.5)
+    >>> module(jax.numpy.zeros(()), rngs=jax.random.key(42))
+    Array(11., dtype=float32, weak_type=True)
+    """
+
+    _HAS_SCHEDULE = False
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        rate: float,
+        *,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seed: int | Key | None = None,
+    ) -> None:
+        super().__init__(
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            seed=seed,
+        )
+        self.layers = nnx.List(layers)
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | Key | None = None,
+    ) -> Any:
+        """Run the layers; parameters and errors are as in `Dropout`."""
+        if self._keeps_all(deterministic):
+            for layer in self.layers:
+                inputs = layer(inputs)
+            return inputs
+
+        def run(key: Key) -> Any:
+            x, count = inputs, len(self.layers)
+            kept = keep_mask((count,), self.rate, as_key(key), xp=jnp)
+            for number, layer in enumerate(self.layers):
+                x = nnx.cond(kept[number], _run_layer, _skip_layer, layer, x)
+            return x
+
+        return self._run_with_key(run, rngs)
+
+
+def _run_layer(layer: Any, x: Any) -> Any:
+    return layer(x)
+
+
+def _skip_layer(layer: Any, x: Any) -> Any:
+    return x
 
 
 class MultiHeadAttention(_SeededModule, nnx.MultiHeadAttention):

@@ -17,20 +17,6 @@ __all__ = ["Callers", "assign_seeds", "find_callers", "note_trace", "renew_trace
 
 M = TypeVar("M", bound=keras.layers.Layer)
 
-# Types of Keras that layers with seeds derive from.
-_REPLACED = (
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,
-    keras.layers.MultiHeadAttention,
-    keras.layers.GroupQueryAttention,
-    keras.layers.Attention,
-    keras.layers.LSTM,
-    keras.layers.GRU,
-    keras.layers.SimpleRNN,
-    keras.layers.LSTMCell,
-    keras.layers.GRUCell,
-    keras.layers.SimpleRNNCell,
-)
 # Types that may hold layers.
 _HOLDERS = (keras.layers.Layer, dict, list, tuple)
 
@@ -195,8 +181,8 @@ def _named_layers(
     if id(value) in seen:
         return
     seen[id(value)] = value  # so that no other object gets its identity
-    if isinstance(value, _REPLACED) and hasattr(type(value), "calls"):
-        layer = getattr(value, "_dropout_layer", value)
+    layer = getattr(value, "_dropout_layer", value)
+    if hasattr(type(value), "calls") and hasattr(type(layer), "_replace_seed"):
         seen[id(layer)] = layer
         yield name, layer
     for child_name, child in _get_children(value):

@@ -17,11 +17,14 @@ from unidrop.dtypes import compute_dtype, dtype_name
 from unidrop.embedding import embedding_dropout
 from unidrop.gaussian import gaussian_dropout, gaussian_noise
 from unidrop.key import Key, check_key
+from unidrop.layer_drop import layer_drop
 from unidrop.library import get_library
 from unidrop.permutation import patch_dropout, permutation
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 from unidrop.schedule import make_rate
+from unidrop.word_dropout import word_dropout
+from unidrop.zoneout import zoneout
 
 __all__ = [
     "AffinePlan",
@@ -36,6 +39,7 @@ __all__ = [
     "feature_alpha_dropout",
     "gaussian_dropout",
     "gaussian_noise",
+    "layer_drop",
     "locked_dropout",
     "patch_dropout",
     "permutation",
@@ -44,6 +48,8 @@ __all__ = [
     "plan_drop_path",
     "plan_feature_alpha_dropout",
     "plan_locked_dropout",
+    "word_dropout",
+    "zoneout",
 ]
 
 #: What shares one decision in `drop_path`: a row is an element of the first axis.

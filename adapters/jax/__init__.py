@@ -15,6 +15,9 @@ from unidrop.adapters.jax.family import (
     patch_dropout,
 )
 from unidrop.adapters.jax.functional import as_key, dropout
+from unidrop.adapters.jax.layer_drop import layer_drop
+from unidrop.adapters.jax.word_dropout import word_dropout
+from unidrop.adapters.jax.zoneout import zoneout
 
 __all__ = [
     "alpha_dropout",
@@ -29,6 +32,9 @@ __all__ = [
     "feature_alpha_dropout",
     "gaussian_dropout",
     "gaussian_noise",
+    "layer_drop",
     "locked_dropout",
     "patch_dropout",
+    "word_dropout",
+    "zoneout",
 ]

@@ -9,6 +9,7 @@ keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN (Keras 3).
 from unidrop.adapters.keras.drop_connect import DropConnect
 from unidrop.adapters.keras.drop_head import DropHead
 from unidrop.adapters.keras.embedding import Embedding
+from unidrop.adapters.keras.layer_drop import LayerDrop
 from unidrop.adapters.keras.layers import (
     AlphaDropout,
     Attention,
@@ -35,6 +36,8 @@ from unidrop.adapters.keras.rnn import (
     SimpleRNN,
     SimpleRNNCell,
 )
+from unidrop.adapters.keras.word_dropout import WordDropout
+from unidrop.adapters.keras.zoneout import Zoneout
 
 __all__ = [
     "GRU",
@@ -54,6 +57,7 @@ __all__ = [
     "GaussianNoise",
     "GroupQueryAttention",
     "LSTMCell",
+    "LayerDrop",
     "MultiHeadAttention",
     "PatchDropout",
     "SimpleRNN",
@@ -61,5 +65,7 @@ __all__ = [
     "SpatialDropout1D",
     "SpatialDropout2D",
     "SpatialDropout3D",
+    "WordDropout",
+    "Zoneout",
     "assign_seeds",
 ]

@@ -198,16 +198,19 @@ class _SeededLayerMixin(keras.layers.Layer):
         if noise_shape is not None:
             shape = get_library(inputs, "inputs").arrays.shape(inputs)
             axes = noise_shape_axes(noise_shape, shape)
-        replica = find_replica(inputs)
-        rank, window = (None, None) if replica is None else replica
-        global_shape, start = window or (None, None)
-        options = {"global_shape": global_shape, "start": start, "name": "inputs"}
+        rank, options = self._find_part(inputs)
+        options["name"] = "inputs"
         one_rate = self._read_rate(inputs) if is_scheduled else Rate.from_p(self._rate, "rate")
         plan = self._make_plan(inputs, one_rate, axes, **options)
         if not plan.drops:  # the present value of a scheduled rate is 0
             return inputs
-        rank = None if window else rank
         return self._run_with_key(inputs, rank, lambda key: plan.apply(inputs, key), one_rate)
+
+    def _find_part(self, inputs: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the rank of a replica without a window, and the window of one that has it."""
+        rank, window = find_replica(inputs) or (None, None)
+        global_shape, start = window or (None, None)
+        return None if window else rank, {"global_shape": global_shape, "start": start}
 
     def _run_with_key(
         self, inputs: Any, rank: Any, call: Callable[[Key], Any], rate: Rate | None = None

@@ -22,6 +22,9 @@ from unidrop.adapters.numpy.family import (
     patch_dropout_backward,
 )
 from unidrop.adapters.numpy.functional import dropout, dropout_backward
+from unidrop.adapters.numpy.layer_drop import layer_drop
+from unidrop.adapters.numpy.word_dropout import word_dropout
+from unidrop.adapters.numpy.zoneout import zoneout, zoneout_backward
 
 __all__ = [
     "alpha_dropout",
@@ -43,8 +46,12 @@ __all__ = [
     "gaussian_dropout",
     "gaussian_dropout_backward",
     "gaussian_noise",
+    "layer_drop",
     "locked_dropout",
     "locked_dropout_backward",
     "patch_dropout",
     "patch_dropout_backward",
+    "word_dropout",
+    "zoneout",
+    "zoneout_backward",
 ]

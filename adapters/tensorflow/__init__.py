@@ -13,6 +13,9 @@ from unidrop.adapters.tensorflow.family import (
     patch_dropout,
 )
 from unidrop.adapters.tensorflow.functional import dropout
+from unidrop.adapters.tensorflow.layer_drop import layer_drop
+from unidrop.adapters.tensorflow.word_dropout import word_dropout
+from unidrop.adapters.tensorflow.zoneout import zoneout
 
 __all__ = [
     "alpha_dropout",
@@ -24,6 +27,9 @@ __all__ = [
     "embedding_dropout",
     "gaussian_dropout",
     "gaussian_noise",
+    "layer_drop",
     "locked_dropout",
     "patch_dropout",
+    "word_dropout",
+    "zoneout",
 ]

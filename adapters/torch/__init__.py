@@ -36,9 +36,12 @@ from unidrop.adapters.torch.family import (
     stochastic_depth,
 )
 from unidrop.adapters.torch.functional import dropout, dropout1d, dropout2d, dropout3d
+from unidrop.adapters.torch.layer_drop import LayerDropModuleList, layer_drop
 from unidrop.adapters.torch.modules import Dropout, Dropout1d, Dropout2d, Dropout3d
 from unidrop.adapters.torch.rnn import GRU, LSTM, RNN
 from unidrop.adapters.torch.seeds import assign_seeds
+from unidrop.adapters.torch.word_dropout import WordDropout, word_dropout
+from unidrop.adapters.torch.zoneout import Zoneout, zoneout
 
 __all__ = [
     "GRU",
@@ -59,11 +62,14 @@ __all__ = [
     "FeatureAlphaDropout",
     "GaussianDropout",
     "GaussianNoise",
+    "LayerDropModuleList",
     "LockedDropout",
     "MultiheadAttention",
     "PatchDropout",
     "PatchDropoutWithIndices",
     "StochasticDepth",
+    "WordDropout",
+    "Zoneout",
     "alpha_dropout",
     "assign_seeds",
     "drop_block2d",
@@ -79,8 +85,11 @@ __all__ = [
     "feature_alpha_dropout",
     "gaussian_dropout",
     "gaussian_noise",
+    "layer_drop",
     "locked_dropout",
     "patch_dropout",
     "scaled_dot_product_attention",
     "stochastic_depth",
+    "word_dropout",
+    "zoneout",
 ]

@@ -27,6 +27,7 @@ from unidrop.protocols import ArrayLibrary, Arrays, Operator, Words
 from unidrop.rate import Rate
 from unidrop.window import Window
 from unidrop.words import Int64Words
+from unidrop.zoneout import ComplementPlan
 
 __all__ = [
     "LIBRARY",
@@ -159,8 +160,9 @@ class TorchOperator(Operator):
             window = window_arguments(plan.window, x.device)
             words, scale = key_tensor(key, x.device), own_scale(plan.rate)
             normal = (plan.mean, plan.stddev) if isinstance(plan, NormalPlan) else None
-            p = rate_argument(plan.rate)
-            return trace_dropout(x, words, p, *window, scale=scale, normal=normal)
+            options: dict[str, Any] = {"scale": scale, "normal": normal}
+            options["complement"] = isinstance(plan, ComplementPlan)
+            return trace_dropout(x, words, rate_argument(plan.rate), *window, **options)
         return _apply_recorded(x, key, plan, mask)
 
     def traced_mask(

@@ -112,6 +112,7 @@ def _lower_dropout(
     scale: float | None = None,
     normal: Sequence[float] | None = None,
     scheduled: Any = None,
+    complement: bool = False,
 ) -> Any | None:
     """Return dropout as pointwise arithmetic, or None if the operator must remain opaque."""
     from torch._inductor.ir import Pointwise, is_triton
@@ -124,6 +125,7 @@ def _lower_dropout(
     if (
         normal is not None
         or scheduled is not None
+        or complement
         or dtype.is_complex
         or any(tensor.get_dtype() != torch.int64 for tensor in tensors)
     ):

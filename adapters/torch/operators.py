@@ -49,6 +49,7 @@ from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
 from unidrop.schedule import ScheduledRate, make_rate
 from unidrop.words import MASK32
+from unidrop.zoneout import ComplementPlan
 
 __all__ = [
     "as_constant",
@@ -94,7 +95,7 @@ _library = torch.library.Library("unidrop", "DEF")
 _library.define(
     "dropout(Tensor x, Tensor key, float p, int[] broadcast_axes, SymInt[]? global_shape=None, "
     "Tensor? start=None, Tensor? random=None, float? scale=None, float[]? normal=None, "
-    "Tensor? rate=None) -> Tensor"
+    "Tensor? rate=None, bool complement=False) -> Tensor"
 )
 _library.define(
     "keep_mask(Tensor key, float p, SymInt[] shape, int[] broadcast_axes, "
@@ -172,11 +173,13 @@ def trace_dropout(
     *,
     scale: float | None = None,
     normal: Sequence[float] | None = None,
+    complement: bool = False,
 ) -> Tensor:
     """Return dropout under the key in a tensor of words, as one operator of a trace.
 
     ``scale`` is the scale of kept elements if it is not the one of p. ``normal`` is the mean and
-    the standard deviation of normal factors, if those replace the mask.
+    the standard deviation of normal factors, if those replace the mask. With ``complement``, the
+    output has what dropout drops, and zeros elsewhere.
     """
     number, rate = (0.0, p) if isinstance(p, Tensor) else (as_constant(p), None)
     output: Tensor = torch.ops.unidrop.dropout(
@@ -190,6 +193,7 @@ def trace_dropout(
         scale=None if scale is None else as_constant(scale),
         normal=None if normal is None else [as_constant(number) for number in normal],
         rate=rate,
+        complement=complement,
     )
     return output
 
@@ -405,6 +409,7 @@ def _dropout(
     scale: float | None = None,
     normal: Sequence[float] | None = None,
     rate: Tensor | None = None,
+    complement: bool = False,
 ) -> Tensor:
     if rate is None:
         one_rate = get_rate(p, scale)
@@ -420,6 +425,8 @@ def _dropout(
     )
     if normal is not None:
         plan = NormalPlan.from_plan(plan, *normal)
+    if complement:
+        plan = ComplementPlan.from_plan(plan)
     if not (must_stay(key) and (start is None or must_stay(start))):
         refuse_capture(x.device)
     if not plan.drops:  # the present value of a scheduled rate is 0
@@ -558,10 +565,10 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, key: Tensor, *rest: Any) -> Tensor:
-        p, axes, global_shape, start, random, *ctx.options, rate = _with_defaults(*rest)
+        p, axes, global_shape, start, random, *ctx.options, rate, complement = _with_defaults(*rest)
         ctx.save_for_backward(key, start, random, rate)
         ctx.save_for_forward(key, start, random, rate)
-        ctx.constants = p, axes, global_shape
+        ctx.constants, ctx.complement = (p, axes, global_shape), complement
         operator = torch.ops.unidrop.dropout.default
         if not torch._C._are_functorch_transforms_active():
             return _below_autograd(operator, keyset, x, key, *rest)
@@ -571,7 +578,7 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, _Dropout.recompute(ctx, upstream), *(None,) * 9
+        return None, _Dropout.recompute(ctx, upstream), *(None,) * 10
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -581,7 +588,7 @@ class _Dropout(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def recompute(ctx: Any, x: Tensor) -> Tensor:
         key, start, random, rate = ctx.saved_tensors
-        constants = *ctx.constants, start, random, *ctx.options, rate
+        constants = *ctx.constants, start, random, *ctx.options, rate, ctx.complement
         output: Tensor = torch.ops.unidrop.dropout(x, key, *constants)
         return output
 
@@ -595,9 +602,10 @@ def _with_defaults(
     scale: float | None = None,
     normal: Sequence[float] | None = None,
     rate: Tensor | None = None,
+    complement: bool = False,
 ) -> tuple[Any, ...]:
     """Return the operator's arguments, including the defaults that the dispatcher omits."""
-    return p, axes, global_shape, start, random, scale, normal, rate
+    return p, axes, global_shape, start, random, scale, normal, rate, complement
 
 
 def _below_autograd(operator: Any, keyset: Any, *arguments: Any, **options: Any) -> Tensor:
@@ -633,13 +641,14 @@ def _run_plain(
     scale: float | None = None,
     normal: Sequence[float] | None = None,
     rate: Tensor | None = None,
+    complement: bool = False,
 ) -> Tensor | None:
     """Return the output of the operator by `run_plain`, or None if it does not serve x."""
     if rate is not None or normal is not None:
         return None
     if axes or global_shape is not None or x.dtype not in SUPPORTED_DTYPES:
         return None
-    if type(key) is not Tensor or is_tracing():
+    if complement or type(key) is not Tensor or is_tracing():
         return None
     return run_plain(x, get_rate(p, scale), as_key(key)._words)
 
@@ -657,6 +666,7 @@ def _batch_dropout(
     scale: float | None = None,
     normal: Sequence[float] | None = None,
     rate: Tensor | None = None,
+    complement: bool = False,
 ) -> tuple[Tensor, int]:
     """Run the operator for a batch, with the mask that `unidrop.adapters.torch.func` describes."""
     names = ["x", "key", "p", "axes", "global_shape", "start", "random", "scale", "normal", "rate"]
@@ -672,7 +682,17 @@ def _batch_dropout(
         )
         each = [
             torch.ops.unidrop.dropout(
-                x_i, key_i, p, axes, global_shape, start_i, random, scale, normal, rate_i
+                x_i,
+                key_i,
+                p,
+                axes,
+                global_shape,
+                start_i,
+                random,
+                scale,
+                normal,
+                rate_i,
+                complement,
             )
             for x_i, key_i, start_i, rate_i in zip(x.unbind(), keys, starts, rates, strict=True)
         ]
@@ -684,7 +704,7 @@ def _batch_dropout(
         start = torch.cat([start.new_zeros(1), start])
     if random is not None and not is_shared:
         random = random.select(dims["random"], 0)
-    arguments = p, axes, global_shape, start, random, scale, normal, rate
+    arguments = p, axes, global_shape, start, random, scale, normal, rate, complement
     return torch.ops.unidrop.dropout(x, key, *arguments), 0
 
 

@@ -30,12 +30,25 @@ print(*(name for name in loaded() if name not in before and name.startswith("uni
     first = ["unidrop.adapters.key_types", "|", "unidrop.conformance"]
     parts = [
         f"unidrop.adapters.numpy{part}"
-        for part in ("", ".arrays", ".drop_head", ".embedding", ".family", ".functional")
+        for part in (
+            "",
+            ".arrays",
+            ".drop_head",
+            ".embedding",
+            ".family",
+            ".functional",
+            ".layer_drop",
+            ".word_dropout",
+            ".zoneout",
+        )
     ]
     assert run(code) == [
         *first,
         *(f"unidrop.{m}" for m in ("drop_block", "drop_head", "embedding", "family", "gaussian")),
-        *(f"unidrop.{m}" for m in ("normal", "permutation")),
+        *(
+            f"unidrop.{m}"
+            for m in ("layer_drop", "normal", "permutation", "word_dropout", "zoneout")
+        ),
         *parts,
     ]
 

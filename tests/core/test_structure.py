@@ -41,6 +41,9 @@ LAYERS = [
     "drop_head",
     "embedding",
     "permutation",
+    "layer_drop",
+    "word_dropout",
+    "zoneout",
     "family",
 ]
 
