@@ -34,6 +34,11 @@ __all__ = ["Torch"]
 
 _CONJUGATED = "functional_call"
 
+# After arrays of other shapes, Inductor compiles blocks of any shape, which takes half a minute.
+_SLOW_BLOCKS: Mapping[str, str] = {
+    "drop_block": "compile-dynamic and the keras-torch backend compile it"
+}
+
 
 class Torch(CoreBackend):
     """PyTorch on the CPU."""
@@ -53,10 +58,13 @@ class Torch(CoreBackend):
         "torch.jit": "deprecated; tracing would freeze the mask, so dropout raises",
     }
     mode_exclusions: Mapping[str, Mapping[str, str]] = {
-        mode: dict.fromkeys(
-            ("bad-rate", "bad-dtype", "layer-error"),
-            "torch.compile(fullgraph=True) replaces errors of the traced function by its own",
-        )
+        mode: {
+            **dict.fromkeys(
+                ("bad-rate", "bad-dtype", "layer-error"),
+                "torch.compile(fullgraph=True) replaces errors of the traced function by its own",
+            ),
+            **({} if mode == "compile-dynamic" else _SLOW_BLOCKS),
+        }
         for mode in COMPILED
     } | {
         "export": {"threads": "torch.export has tracing state that threads share"},
