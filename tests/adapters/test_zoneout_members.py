@@ -174,6 +174,10 @@ def test_selects_states_under_vmap():
     assert_bits(y.numpy(), call_core(NEW, OLD, KEY))
     y = torch.func.vmap(draw, randomness="same")(*states)
     assert_bits(y[3].numpy(), call_core(NEW[3], OLD[3], KEY))
+    call = CALLS["torch"][1]
+    steps = torch.func.vmap(lambda n, o, i: call(n, o, KEY.fold_in(i)), randomness="same")
+    y = steps(*states, torch.arange(8))
+    assert_bits(y[5].numpy(), call_core(NEW[5], OLD[5], KEY.fold_in(5)))
     steps = jax.vmap(lambda n, o, i: call_jax(n, o, KEY.fold_in(i)))(NEW, OLD, np.arange(8))
     assert_bits(np.asarray(steps[5]), call_core(NEW[5], OLD[5], KEY.fold_in(5)))
 
