@@ -4,7 +4,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import unidrop.adapters.numpy as for_numpy
 from unidrop import Key, keep_mask
 from unidrop.family import zoneout
 
@@ -54,26 +53,6 @@ def test_gives_states_of_a_block():
     assert np.array_equal(block, zoneout(NEW, OLD, P, KEY)[1:3, 2:])
 
 
-@pytest.mark.parametrize("p", [0, P, 1])
-def test_divides_the_gradient_among_states(p):
-    upstream = NEW
-    mask = keep_mask(NEW.shape, p, KEY)
-    new, old = for_numpy.zoneout_backward(upstream, p, key=KEY)
-    assert np.array_equal(new, np.where(mask, upstream, 0))
-    assert np.array_equal(old, np.where(mask, 0, upstream))
-    new, old = for_numpy.zoneout_backward(upstream, p, training=False)
-    assert np.array_equal(new, upstream * np.float32(1 - p))
-    assert np.array_equal(old, upstream * np.float32(p))
-
-
-def test_writes_states_to_an_array():
-    out = np.empty_like(NEW)
-    assert for_numpy.zoneout(NEW, OLD, P, key=KEY, out=out) is out
-    assert np.array_equal(out, zoneout(NEW, OLD, P, KEY))
-    for_numpy.zoneout(NEW, OLD, P, training=False, out=out)
-    assert np.array_equal(out, zoneout(NEW, OLD, P, KEY, training=False))
-
-
 @pytest.mark.slow
 def test_keeps_old_states_at_the_rate():
     y = zoneout(np.zeros(10**6), np.ones(10**6), 0.2, KEY)
@@ -103,5 +82,3 @@ def test_raises_for_other_bad_arguments():
         zoneout(NEW.astype(int), OLD.astype(int), P, KEY)
     with pytest.raises(ValueError, match=r"between 0 and 1, but got 1\.5"):
         zoneout(NEW, OLD, 1.5, KEY)
-    with pytest.raises(ValueError, match="pass the forward call's key"):
-        for_numpy.zoneout_backward(NEW, P)
