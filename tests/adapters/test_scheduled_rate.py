@@ -3,6 +3,8 @@
 `test_keras_schedule.py` tests the layers of Keras.
 """
 
+from functools import partial
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -299,6 +301,10 @@ def test_returns_nan_for_bad_rate_on_gpu(like_gpu):
     for p in BAD:
         y, mask = for_torch.dropout(to_torch(X), torch.tensor(p), key=KEY, return_mask=True)
         assert y.isnan().all()
+        assert not mask.any()
+        options = {"key": KEY, "return_mask": True}
+        call = partial(for_torch.dropout, p=torch.tensor(p), **options)
+        _, mask = torch.vmap(call, randomness="same")(to_torch(X))
         assert not mask.any()
 
 
