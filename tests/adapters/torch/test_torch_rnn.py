@@ -345,8 +345,9 @@ def test_assigns_seed_of_name():
 
 
 def test_warns_of_equal_seeds():
-    layers = [make_layer(recurrent_dropout=0.5), make_layer(recurrent_dropout=0.5)]
-    layers += [make_layer()]  # drops nothing
+    layers = [make_layer(recurrent_dropout=0.5), make_layer(), make_layer(recurrent_dropout=0.5)]
+    layers[1].input_dropout = 0.5
+    layers[2].recurrent_dropout = 0  # drops nothing
     model = torch.nn.ModuleList(layers)
     model.forward = lambda x: [layer(x) for layer in layers]
     with pytest.warns(UserWarning, match="'0' and '1'"):
