@@ -525,15 +525,19 @@ def make_plan(
     input: Tensor, p: float | Tensor, training: bool, axes: Sequence[int]
 ) -> DropoutPlan | None:
     """Return the plan of a call that is not traced, or None if the call drops nothing."""
-    rate = cached_rate(p) if type(p) is float else make_rate(p, input)
-    is_plain = type(input) in PLAIN
+    is_plain = has_plain_plan = type(input) in PLAIN
+    if type(p) is float:
+        rate = cached_rate(p)
+    else:
+        rate = make_rate(p, input)
+        has_plain_plan = is_plain and not rate.is_scheduled
     if not is_plain:
         get_library(input, "input")  # checks the type
     if input.layout is not torch.strided or input.is_nested or MAY_HAVE_NAMES:
         LIBRARY.arrays.check(input, "input")
     if not training:
         return None
-    if is_plain and not rate.is_scheduled:
+    if has_plain_plan:
         plan = _make_plain_plan(input.shape, input.dtype, rate.p, axes)
     else:
         plan = DropoutPlan.from_args(input, rate, broadcast_axes=axes, name="input")
