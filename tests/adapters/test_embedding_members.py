@@ -213,7 +213,8 @@ class OfStep(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Exporting a model while")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:Exporting a model while")
 def test_exports_to_onnx():
     onnxruntime = pytest.importorskip("onnxruntime")
     arguments = torch.from_numpy(INDICES), torch.tensor(0)
