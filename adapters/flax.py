@@ -1015,7 +1015,7 @@ class LayerDrop(Dropout):
     >>> from unidrop.adapters.flax import LayerDrop
     >>> module = LayerDrop([lambda x: 10 * x + 1] * 6, 0.5)
     >>> module(jax.numpy.zeros(()), rngs=jax.random.key(42))
-    Array(11., dtype=float32, weak_type=True)
+    Array(11., dtype=float32)
     """
 
     _HAS_SCHEDULE = False
@@ -1056,7 +1056,10 @@ class LayerDrop(Dropout):
             x, count = inputs, len(self.layers)
             kept = keep_mask((count,), self.rate, as_key(key), xp=jnp)
             for number, layer in enumerate(self.layers):
-                x = nnx.cond(kept[number], _run_layer, _skip_layer, layer, x)
+                if isinstance(layer, nnx.Module):
+                    x = nnx.cond(kept[number], _run_layer, _skip_layer, layer, x)
+                else:  # a function has no state to return from the branch
+                    x = nnx.cond(kept[number], layer, lambda x: x, x)
             return x
 
         return self._run_with_key(run, rngs)

@@ -113,8 +113,8 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
             (
                 "locked dropout locks the axis after the one of time",
                 "family-locked-dropout",
-                "broadcast_axes=(axis,), **options",
-                "broadcast_axes=((axis + 1) % ndim,), **options",
+                "axes = (checked_axis(axis, x.shape),)",
+                "axes = ((checked_axis(axis, x.shape) + 1) % len(x.shape),)",
             ),
             (
                 "whole rows of features are dropped",
@@ -193,13 +193,15 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
         ],
     },
     _MEMBERS_TORCH: {
-        "adapters/torch/family.py": [
+        "adapters/torch/family/sequences.py": [
             (
                 "batch_first is ignored",
                 "family-locked-dropout",
                 "return 1 if batch_first and input.dim() == 3 else 0",
                 "return 0",
             ),
+        ],
+        "adapters/torch/family/drop_block.py": [
             (
                 "blocks extend along the channels",
                 "family-drop-block",
@@ -642,14 +644,14 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
             (
                 "the operator ignores broadcast axes",
                 "broadcast-axes",
-                "if normal is not None or axes or global_shape is not None or",
-                "if normal is not None or global_shape is not None or",
+                "if axes or global_shape is not None or",
+                "if global_shape is not None or",
             ),
             (
                 "the operator ignores windows",
                 "windows",
-                "if normal is not None or axes or global_shape is not None or",
-                "if normal is not None or axes or",
+                "if axes or global_shape is not None or",
+                "if axes or",
             ),
             (
                 "the operator records no gradient",
@@ -854,8 +856,8 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
             (
                 "the end of a padded tensor is returned",
                 "mask",
-                "program(padded, key)[:size]",
-                "program(padded, key)[-size:]",
+                "program(padded, *numbers)[:size]",
+                "program(padded, *numbers)[-size:]",
             ),
             (
                 "programs ignore broadcast axes",
@@ -936,8 +938,8 @@ _TABLE: dict[tuple[str, str], dict[str, list[tuple[str, str, str, str]]]] = {
             (
                 "an eager call is counted by both routes",
                 "layer-calls",
-                "return self._advance(state, inputs) if before is None else before",
-                "return self._advance(state, inputs)",
+                "return self._advance(state, inputs, rate) if before is None else before",
+                "return self._advance(state, inputs, rate)",
             ),
         ],
     },
