@@ -116,6 +116,10 @@ def _drop_chunk(
 def _mask_chunk(*, block_info: Any, rate: Rate, key: Key, **options: Any) -> Any:
     location = block_info[None]["array-location"]
     shape = tuple(stop - begin for begin, stop in location)
+    if rate.is_scheduled:
+        raise TypeError(
+            "p must be a Python int or float for a mask of Dask, got an array: pass float(p)"
+        )
     return keep_mask(shape, rate.p, key, **_find_window(block_info[None], **options))
 
 

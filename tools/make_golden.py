@@ -553,6 +553,7 @@ def attend(
 SHAPES = {"drop_block": (2, 2, 5, 6), "patch_dropout": (4, 9, 3)}
 OPTIONS: dict[str, list[Vector]] = {
     "drop_path": [{"scale_by_keep": False}, {"scale_by_keep": True}],
+    "drop_head": [{"axis": 1}, {"axis": 2}],
     "locked_dropout": [{"axis": 1}, {"axis": 0}],
     "drop_block": [{"block_size": 3, "axes": [2, 3]}, {"block_size": 2, "axes": [2, 3]}],
     "patch_dropout": [

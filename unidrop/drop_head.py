@@ -11,6 +11,7 @@ from unidrop.key import Key, check_key
 from unidrop.library import get_library
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = ["drop_head", "plan_drop_head"]
 
@@ -25,7 +26,7 @@ def plan_drop_head(x: Any, rate: Rate, *, axis: int, **options: Any) -> DropoutP
 
 def drop_head(
     x: Any,
-    p: float,
+    p: Any,
     key: Key,
     *,
     axis: int,
@@ -83,5 +84,5 @@ def drop_head(
     """
     check_key(key)
     window: dict[str, Any] = {"global_shape": global_shape, "start": start}
-    plan = plan_drop_head(x, Rate.from_p(p), axis=axis, training=training, **window)
+    plan = plan_drop_head(x, make_rate(p, x), axis=axis, training=training, **window)
     return plan.call(x, key, return_mask)

@@ -80,6 +80,8 @@ def number_rows(plan: DropoutPlan, indices: Any, length: Any) -> Any:
     bits = integer_bits(indices.dtype)
     if bits is not None and bits < 32:  # the length might not fit
         indices = xp.astype(indices, xp.int32)
+    if not isinstance(length, int):  # a graph computes it
+        length = xp.astype(length, indices.dtype)
     indices = xp.where(indices < 0, indices + length, indices)
     order = xp.argsort(indices, axis=-1, stable=True)
     return xp.take(order, xp.searchsorted(xp.take(indices, order, axis=0), indices), axis=0)
@@ -93,14 +95,15 @@ def look_up(
     If the plan drops nothing, ``key`` may be anything; otherwise it is a `Key`.
     """
     xp = plan.library.arrays.namespace(weight)
-    shape = *plan.library.arrays.shape(indices), weight.shape[1]
+    words, features = plan.library.arrays.shape(weight)
+    shape = *plan.library.arrays.shape(indices), features
     flat = xp.reshape(indices, (-1,))
     rows = xp.take(weight, flat, axis=0)
     mask = None
     if plan.drops:
         mask = plan.mask(weight, key)
         rows = drop_rows(plan, rows, mask, flat)
-        rows = xp.take(rows, number_rows(plan, flat, weight.shape[0]), axis=0)
+        rows = xp.take(rows, number_rows(plan, flat, words), axis=0)
     elif return_mask:
         mask = plan.ones(weight)
     rows = xp.reshape(rows, shape)

@@ -8,7 +8,7 @@ __all__ = ["KEEP_NOTHING", "Rate", "checked_probability"]
 #: The threshold that no number reaches.
 KEEP_NOTHING = 1 << 32
 
-_ARRAY_HINT = ": p is a compile-time constant, so pass a Python float"
+_ARRAY_HINT = ": pass a Python float"
 
 
 def checked_probability(p: Any, name: str = "p") -> float:

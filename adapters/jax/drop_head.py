@@ -15,7 +15,7 @@ __all__ = ["drop_head"]
 
 def drop_head(
     x: ArrayLike,
-    rate: float,
+    rate: float | jax.Array,
     key: Key | jax.Array | None = None,
     *,
     axis: int = -2,
@@ -40,4 +40,5 @@ def drop_head(
            [2., 0., 0., 0., 0., 2.]], dtype=float32)
     """
     options: dict[str, Any] = {"axis": axis, "global_shape": global_shape, "start": start}
+    options["has_schedule"] = True
     return run(plan_drop_head, x, rate, key, deterministic, return_mask, **options)

@@ -23,7 +23,7 @@ def layer_drop(
     rate: float,
     key: Key | jax.Array | None = None,
     *,
-    index: Any = 0,
+    index: Any,
     deterministic: bool = False,
 ) -> Any:
     """Return ``fun(x)``, or x itself with probability rate: skip a layer of a stack.
@@ -38,7 +38,7 @@ def layer_drop(
         The probability of skipping the layer, in [0, 1].
     key : unidrop.Key or jax.Array
         As in `dropout`: one key for all layers of a stack. May be None if nothing is skipped.
-    index : int or 0-d integer array, default 0
+    index : int or 0-d integer array
         The number of the layer in its stack. Its decision is element ``index`` of
         `unidrop.family.layer_drop`. May be traced, as in `jax.lax.scan` over layers.
     deterministic : bool, default False

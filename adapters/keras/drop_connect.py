@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+from keras.src.backend.common.variables import AutocastScope
 
 from unidrop.adapters.keras.layers import _checked_rate, _narrow_seed, _SeededLayerMixin
 from unidrop.key import Key
@@ -94,7 +95,8 @@ class DropConnect(_SeededLayerMixin, keras.layers.Wrapper):
         """Run the layer, with dropped weights in training."""
         if not training or self.rate == 0 or in_symbolic_scope():
             return self.layer(inputs, **kwargs)
-        values = {name: weight.value for name, weight in self._find_weights().items()}
+        with AutocastScope(None):  # mixed precision narrows a weight after it is dropped
+            values = {name: weight.value for name, weight in self._find_weights().items()}
         rate = Rate.from_p(self.rate, "rate")
         plans = {n: DropoutPlan.from_args(x, rate, name=n) for n, x in values.items()}
 
@@ -106,10 +108,12 @@ class DropConnect(_SeededLayerMixin, keras.layers.Wrapper):
 
     def _run_layer(self, dropped: dict[str, Any], inputs: Any, kwargs: dict[str, Any]) -> Any:
         """Run the layer with other values of some weights, and keep its other updates."""
-        before = {id(variable): variable.value for variable in self.layer.variables}
-        before |= {id(w): dropped[name] for name, w in self._find_weights().items()}
-        mapping = [(variable, before[id(variable)]) for variable in self.layer.variables]
-        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        with AutocastScope(None):
+            before = {id(variable): variable.value for variable in self.layer.variables}
+            before |= {id(w): dropped[name] for name, w in self._find_weights().items()}
+            mapping = [(variable, before[id(variable)]) for variable in self.layer.variables]
+            scope = keras.StatelessScope(mapping, collect_losses=True)
+        with scope:
             values = [scope.get_current_value(variable) for variable in self.layer.variables]
             outputs = self.layer(inputs, **kwargs)
         for variable, value in zip(self.layer.variables, values, strict=True):

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from unidrop.adapters.keras.layers import _checked_rate, _narrow_seed, _SeededLayerMixin
+from unidrop.adapters.keras.layers import _checked_schedule, _narrow_seed, _SeededLayerMixin
 from unidrop.drop_head import plan_drop_head
 from unidrop.key import Key
 from unidrop.plan import DropoutPlan
@@ -44,7 +44,7 @@ class DropHead(_SeededLayerMixin, keras.layers.Dropout):
     def __init__(
         self, rate: float, axis: int = -2, seed: int | Key | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(_checked_rate(rate), seed=_narrow_seed(seed), **kwargs)
+        super().__init__(_checked_schedule(rate), seed=_narrow_seed(seed), **kwargs)
         self.axis = axis
         self._set_seed(seed)
 

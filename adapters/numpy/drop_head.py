@@ -15,7 +15,7 @@ __all__ = ["drop_head", "drop_head_backward"]
 
 def drop_head(
     x: ArrayLike,
-    p: float = 0.5,
+    p: float | NDArray[Any] = 0.5,
     *,
     axis: int,
     key: Key | None = None,
@@ -47,7 +47,7 @@ def drop_head(
 
 def drop_head_backward(
     grad: ArrayLike,
-    p: float = 0.5,
+    p: float | NDArray[Any] = 0.5,
     *,
     axis: int,
     key: Key | None = None,

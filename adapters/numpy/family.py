@@ -15,6 +15,7 @@ from unidrop.adapters.numpy.functional import (
     draw_key,
 )
 from unidrop.drop_block import plan_drop_block
+from unidrop.drop_head import plan_drop_head
 from unidrop.family import (
     Mode,
     plan_alpha_dropout,
@@ -562,5 +563,5 @@ def _run_backward(
 
 def _get_rate(make_plan: Callable[..., DropoutPlan], p: Any, x: NDArray[Any]) -> Rate:
     """Return the rate, which is an array only for members with the formula of `dropout`."""
-    is_scheduled = make_plan in (plan_drop_path, plan_locked_dropout)
+    is_scheduled = make_plan in (plan_drop_path, plan_locked_dropout, plan_drop_head)
     return make_rate(p, x) if is_scheduled else Rate.from_p(p)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import tensorflow as tf
+
 from unidrop.adapters.tensorflow.family import _run
 from unidrop.drop_head import plan_drop_head
 from unidrop.key import Key
@@ -14,7 +16,7 @@ __all__ = ["drop_head"]
 
 def drop_head(
     x: Any,
-    rate: float,
+    rate: float | tf.Tensor | tf.Variable,
     *,
     axis: int = -2,
     key: Key,
@@ -42,4 +44,4 @@ def drop_head(
     def make_plan(x: Any, rate: Rate) -> DropoutPlan:
         return plan_drop_head(x, rate, axis=axis, global_shape=global_shape, start=start)
 
-    return _run(make_plan, x, rate, key, return_mask, name)
+    return _run(make_plan, x, rate, key, return_mask, name, has_schedule=True)

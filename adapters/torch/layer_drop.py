@@ -4,7 +4,7 @@ fairseq: fairseq.modules.LayerDropModuleList (0.12).
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ class LayerDropModuleList(SeededModule, torch.nn.ModuleList):
     ``fullgraph=True``, and in other traces, a training iteration raises.
 
     Slices, sums, ``in``, `len` and `repr` see all layers, and decide nothing. In fairseq, sums,
-    ``in`` and `repr` skip some.
+    ``in`` and `repr` skip some. But `torch.nn.ModuleList` iterates over its argument: give it
+    ``layers[:]``.
 
     A. Fan, E. Grave, A. Joulin, "Reducing transformer depth on demand with structured dropout",
     ICLR 2020.
@@ -95,6 +96,8 @@ class LayerDropModuleList(SeededModule, torch.nn.ModuleList):
     >>> [layer.out_features for layer in layers.eval()]
     [1, 2, 3, 4]
     """
+
+    _check_rate = staticmethod(Rate.from_p)
 
     def __init__(
         self,
@@ -150,7 +153,16 @@ class LayerDropModuleList(SeededModule, torch.nn.ModuleList):
 
     def __add__(self, other: Iterable[torch.nn.Module]) -> torch.nn.ModuleList:
         """Return a `torch.nn.ModuleList` of all layers of both."""
-        return torch.nn.ModuleList([*self._list_layers(), *other])
+        return torch.nn.ModuleList([*self._list_layers(), *_list_all(other)])
+
+    def __radd__(self, other: Iterable[torch.nn.Module]) -> torch.nn.ModuleList:
+        """Return a `torch.nn.ModuleList` of all layers of both."""
+        return torch.nn.ModuleList([*_list_all(other), *self._list_layers()])
+
+    def extend(self, modules: Iterable[torch.nn.Module]) -> Self:
+        """Append layers, all of them if they are in such a list."""
+        super().extend(_list_all(modules))
+        return self
 
     def __contains__(self, layer: object) -> bool:
         """Return whether a layer is in the list."""
@@ -163,3 +175,9 @@ class LayerDropModuleList(SeededModule, torch.nn.ModuleList):
     def extra_repr(self) -> str:
         """Return the rate, and the seed if there is one."""
         return f"p={self.p}" if self.seed is None else f"p={self.p}, seed={self.seed}"
+
+
+def _list_all(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Return modules as a list, without decisions."""
+    is_list = isinstance(modules, LayerDropModuleList)
+    return modules._list_layers() if is_list else list(modules)

@@ -110,6 +110,7 @@ _library.define("integers(SymInt[] values, *, Device device) -> Tensor", tags=_R
 _library.define("stack_integers(Tensor[] values) -> Tensor")
 _library.define("pack_key(Tensor lo, Tensor hi) -> Tensor")
 _library.define("fold_in(Tensor key, Tensor data, int tag=1) -> Tensor")
+_library.define("copy_rate(Tensor rate) -> Tensor")
 _library.define("next_call(Tensor(a!) calls) -> Tensor")
 _library.define("call_key(Tensor(a!) calls, Tensor key, Tensor? rate=None) -> Tensor")
 _library.define("draw_key(Tensor(a!) order, *, Device device) -> Tensor", tags=_READS_CPU)
@@ -215,8 +216,17 @@ def own_scale(rate: Rate) -> float | None:
 
 
 def rate_argument(rate: Rate) -> float | Tensor:
-    """Return p for an operator: a number, or the tensor of a scheduled rate."""
-    return rate.array if isinstance(rate, ScheduledRate) else rate.p
+    """Return p for an operator: a number, or the tensor of a scheduled rate.
+
+    A compiled program gets a copy that it saves. The user may set the rate of the next call before
+    the backward pass of this one.
+    """
+    if not isinstance(rate, ScheduledRate):
+        return rate.p
+    array: Tensor = rate.array
+    if torch.compiler.is_dynamo_compiling() and not torch._C._are_functorch_transforms_active():
+        array = torch.ops.unidrop.copy_rate(array)
+    return array
 
 
 def get_rate(p: float, scale: float | None) -> Rate:
@@ -826,6 +836,7 @@ _EAGER: dict[str, Callable[..., Tensor]] = {
     "stack_integers": _stack_integers,
     "pack_key": _pack_key,
     "fold_in": _fold_in,
+    "copy_rate": torch.clone,
     "next_call": _next_call,
     "call_key": _call_key,
     "draw_key": _draw_key,
@@ -844,6 +855,7 @@ _FAKE: dict[str, Callable[..., Tensor]] = {
     "stack_integers": lambda values: values[0].new_empty((len(values),), dtype=torch.int64),
     "pack_key": lambda lo, hi: lo.new_empty((*lo.shape, 2), dtype=torch.int64),
     "fold_in": lambda key, data, tag=1: torch.empty_like(key),
+    "copy_rate": torch.empty_like,
     "next_call": lambda calls: torch.empty_like(calls[..., 0]),
     "call_key": lambda calls, key, rate=None: torch.empty_like(key),
     "draw_key": lambda order, *, device: torch.empty((2,), dtype=torch.int64, device=device),
@@ -852,6 +864,7 @@ for _name, _function in _EAGER.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 for _name, _fake in _FAKE.items():
     torch.library.register_fake(f"unidrop::{_name}", _fake, lib=_library)
+_library.impl("copy_rate", _make_saved_kernel("copy_rate"), "Autograd", with_keyset=True)
 for _name in ("next_call", "call_key", "draw_key"):
     _library.impl(_name, _make_saved_kernel(_name), "Autograd", with_keyset=True)
     # A kernel of the dispatcher itself would keep PyTorch from functionalizing the operator.

@@ -243,10 +243,12 @@ class _SeededRNNMixin(RNNBase):
         gates = len(w_hh) // self.hidden_size
         masks = self._make_masks(states[0], number, key)
         inputs = functional.linear(x, w_ih, b_ih)
-        inputs = inputs.reshape(*x.shape[:2], gates, -1).transpose(1, 2)
+        inputs = inputs.reshape(*x.shape[:2], gates, self.hidden_size).transpose(1, 2)
         w_hh = w_hh.reshape(gates, -1, w_hh.shape[1]).transpose(1, 2)
         b_hh = None if b_hh is None else b_hh.reshape(gates, 1, -1)
         steps = range(len(x))
+        if not steps:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         outputs = []
         for step in reversed(steps) if number % self._directions else steps:
             recurrent = states[0] * masks

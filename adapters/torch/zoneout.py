@@ -102,6 +102,8 @@ class Zoneout(SeededModule):
     tensor([1., 1., 0., 0.])
     """
 
+    _check_rate = staticmethod(Rate.from_p)
+
     def __init__(self, p: float = 0.5, *, seed: int | Key | None = None) -> None:
         super().__init__(p, seed=seed)
 

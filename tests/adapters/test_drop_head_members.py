@@ -145,3 +145,20 @@ def test_describes_the_torch_module():
     y = for_torch.DropHead(P, inplace=True, seed=KEY)(x)
     assert y is x
     assert_bits(x.numpy(), family.drop_head(X, P, KEY.fold_in(0), axis=1))
+
+
+def test_accepts_a_rate_that_changes():
+    expected = family.drop_head(X, 0.5, KEY, axis=1)
+    rate = jnp.float32(0.5)
+    y = jax.jit(lambda x, rate: for_jax.drop_head(x, rate, KEY, axis=1))(X, rate)
+    assert_bits(np.asarray(y), expected)
+    rate = tf.constant(0.5)
+    assert_bits(for_tensorflow.drop_head(X, rate, axis=1, key=KEY).numpy(), expected)
+    y = for_torch.drop_head(torch.as_tensor(X), torch.tensor(0.5), key=KEY)
+    assert_bits(y.numpy(), expected)
+    assert_bits(for_numpy.drop_head(X, np.array(0.5), axis=1, key=KEY), expected)
+    layer = for_keras.DropHead(keras.Variable(0.5, trainable=False), axis=1, seed=KEY)
+    expected = family.drop_head(X, 0.5, KEY.fold_in(0), axis=1)
+    assert_bits(np.asarray(layer(X, training=True)), expected)
+    module = for_torch.DropHead(torch.tensor(0.5), seed=KEY)
+    assert_bits(module(torch.as_tensor(X)).numpy(), expected)

@@ -390,3 +390,11 @@ def test_refuses_rates_outside_the_interval(call):
 def test_raises_for_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_looks_up_in_a_matrix_of_unknown_shape():
+    shapes = tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None, None], tf.int32)
+    drop = for_tensorflow.embedding_dropout
+    function = tf.function(lambda w, i: drop(w, i, P, key=KEY), input_signature=shapes)
+    y = function(tf.constant(W), tf.constant(INDICES, tf.int32))
+    assert_bits(y.numpy(), expected(KEY))

@@ -118,6 +118,16 @@ def test_sees_all_modules_in_other_uses():
     assert len(layers) == COUNT
 
 
+def test_joins_all_modules_of_lists():
+    layers, others = Stack().layers, Stack().layers
+    assert len(layers + others) == 2 * COUNT
+    assert len(torch.nn.ModuleList([Append(9)]) + others) == COUNT + 1
+    assert len(for_torch.LayerDropModuleList(P, others, seed=1)) == COUNT
+    layers += others
+    assert len(layers.extend(others)) == 3 * COUNT
+    assert int(layers.calls) == int(others.calls) == 0
+
+
 # Dynamo looks at the gradient of a tensor between two graphs.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.slow
@@ -182,7 +192,7 @@ def test_skips_layers_of_jax():
         assert scanned(step) == expected
     mapped = jax.vmap(lambda i: run(KEY.fold_in(i), zero))(jnp.arange(4))
     assert mapped.tolist() == STEPS
-    assert for_jax.layer_drop(lambda x: x + 1, zero, P, deterministic=True) == 1
+    assert for_jax.layer_drop(lambda x: x + 1, zero, P, index=0, deterministic=True) == 1
 
 
 def test_differentiates_layers_of_jax():
@@ -277,7 +287,7 @@ def test_refuses_keras_layers_that_change_the_shape():
     [
         lambda: for_torch.LayerDropModuleList(1.5),
         lambda: for_torch.layer_drop(3, 1.5, key=KEY),
-        lambda: for_jax.layer_drop(lambda x: x, jnp.ones(2), 1.5, KEY),
+        lambda: for_jax.layer_drop(lambda x: x, jnp.ones(2), 1.5, KEY, index=0),
         lambda: for_flax.LayerDrop([], 1.5),
         lambda: for_tensorflow.layer_drop(3, 1.5, key=KEY),
         lambda: for_keras.LayerDrop([], 1.5),
@@ -291,6 +301,6 @@ def test_refuses_rates_outside_the_interval(call):
 
 def test_refuses_bad_layers_of_jax():
     with pytest.raises(TypeError, match="cond"):
-        for_jax.layer_drop(lambda x: x[:1], jnp.ones(2), P, KEY)
+        for_jax.layer_drop(lambda x: x[:1], jnp.ones(2), P, KEY, index=0)
     with pytest.raises(ValueError, match="start"):
         for_jax.layer_drop(lambda x: x, jnp.ones(2), P, KEY, index=-1)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-import unidrop.adapters.numpy as for_numpy
 from unidrop import Key, keep_mask
 from unidrop.family import layer_drop
 
@@ -12,7 +11,6 @@ KEY = Key(42).fold_in("stack").fold_in(7)
 
 def test_decides_by_the_ordinary_mask():
     assert np.array_equal(layer_drop(24, 0.3, KEY), keep_mask((24,), 0.3, KEY))
-    assert np.array_equal(for_numpy.layer_drop(24, 0.3, key=KEY), keep_mask((24,), 0.3, KEY))
 
 
 def test_decides_alike_for_a_longer_stack():
@@ -22,15 +20,8 @@ def test_decides_alike_for_a_longer_stack():
 def test_runs_all_layers_or_none():
     assert layer_drop(5, 0, KEY).all()
     assert layer_drop(5, 0.5, KEY, training=False).all()
-    assert for_numpy.layer_drop(5, 0.5, training=False).all()
     assert not layer_drop(5, 1, KEY).any()
     assert layer_drop(0, 0.5, KEY).shape == (0,)
-
-
-def test_draws_a_key_from_a_generator():
-    one, other = (for_numpy.layer_drop(64, 0.5, rng=7) for _ in range(2))
-    assert np.array_equal(one, other)
-    assert not np.array_equal(for_numpy.layer_drop(64), for_numpy.layer_drop(64))
 
 
 @pytest.mark.slow

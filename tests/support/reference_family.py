@@ -151,6 +151,14 @@ def locked_dropout(
     return _scaled(x, dtype, decide(shape, p, key, [axis]), 1 / (1 - p))
 
 
+def drop_head(
+    x: Sequence[int], shape: Index, dtype: str, key: int, *, p: float, axis: int
+) -> list[int]:
+    """Return DropHead."""
+    shared = [i for i in range(1, len(shape)) if i != axis]
+    return _scaled(x, dtype, decide(shape, p, key, shared), 1 / (1 - p))
+
+
 def alpha_dropout(
     x: Sequence[int], shape: Index, dtype: str, key: int, *, p: float, axes: Sequence[int] = ()
 ) -> list[int]:
@@ -263,7 +271,7 @@ def gaussian_noise(
 MEMBERS: dict[str, Callable[..., list[int]]] = {
     function.__name__: function
     for function in (
-        *(drop_path, alpha_dropout, feature_alpha_dropout, drop_key, locked_dropout),
+        *(drop_path, alpha_dropout, feature_alpha_dropout, drop_key, drop_head, locked_dropout),
         *(drop_block, patch_dropout, gaussian_dropout, gaussian_noise),
     )
 }

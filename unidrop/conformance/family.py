@@ -72,6 +72,12 @@ def _locked_dropout(x: _Array, p: float, key: Key, *, axis: int) -> Any:
     return scale(x), scale
 
 
+def _drop_head(x: _Array, p: float, key: Key, *, axis: int) -> Any:
+    keep = keep_mask(x.shape, p, key, broadcast_axes=tuple({*range(1, x.ndim)} - {axis}))
+    scale = partial(_scale, keep=keep, scale=1 / (1 - p))
+    return scale(x), scale
+
+
 def _alpha_dropout(x: _Array, p: float, key: Key, *, shared_from: int | None = None) -> Any:
     axes = () if shared_from is None else tuple(range(shared_from, x.ndim))
     keep = keep_mask(x.shape, p, key, broadcast_axes=axes)
@@ -158,6 +164,11 @@ MEMBERS: Mapping[str, Member] = {
     "drop_key": Member(
         "DropKey sets scores to minus infinity, and leaves the others.",
         _drop_key,
+    ),
+    "drop_head": Member(
+        "DropHead has one decision for each head of an example, and the scale of dropout.",
+        _drop_head,
+        ({"axis": 1}, {"axis": 2}),
     ),
     "locked_dropout": Member(
         "Locked dropout has one mask along the axis of time.",

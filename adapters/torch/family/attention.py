@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from unidrop.adapters.torch.family.member import Member, run_member
+from unidrop.adapters.torch.family.member import Member, ScheduledMember, run_member
 from unidrop.adapters.torch.fx import call_override
 from unidrop.drop_head import plan_drop_head
 from unidrop.family import plan_drop_key
 from unidrop.key import Key
 from unidrop.plan import DropoutPlan
 from unidrop.rate import Rate
+from unidrop.schedule import make_rate
 
 __all__ = ["DropHead", "DropKey", "drop_head", "drop_key"]
 
@@ -50,7 +51,7 @@ def drop_key(
 
 def drop_head(
     input: Tensor,
-    p: float = 0.5,
+    p: float | Tensor = 0.5,
     training: bool = True,
     inplace: bool = False,
     axis: int = 1,
@@ -81,7 +82,7 @@ def drop_head(
     if not isinstance(input, Tensor):
         return call_override(drop_head, input, p, training, inplace, axis, **options)
     options["axis"] = axis
-    return run_member(plan_drop_head, input, Rate.from_p(p), training, inplace, **options)
+    return run_member(plan_drop_head, input, make_rate(p, input), training, inplace, **options)
 
 
 class DropKey(Member):
@@ -102,7 +103,7 @@ class DropKey(Member):
         return plan_drop_key(input, Rate.from_p(self.p), training=self.training, name="input")
 
 
-class DropHead(Member):
+class DropHead(ScheduledMember):
     """Drop whole heads of attention in training.
 
     `unidrop.family.drop_head` has the details.
@@ -134,7 +135,7 @@ class DropHead(Member):
 
     def __init__(
         self,
-        p: float = 0.5,
+        p: float | Tensor = 0.5,
         axis: int = 1,
         inplace: bool = False,
         *,
@@ -144,7 +145,7 @@ class DropHead(Member):
         self.axis = axis
 
     def _plan(self, input: Tensor) -> DropoutPlan:
-        rate = Rate.from_p(self.p)
+        rate = make_rate(self.p, input)
         return plan_drop_head(input, rate, axis=self.axis, training=self.training, name="input")
 
     def extra_repr(self) -> str:

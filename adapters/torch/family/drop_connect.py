@@ -73,6 +73,8 @@ class DropConnect(SeededModule):
     tensor([2., 2., 0., 0.])
     """
 
+    _check_rate = staticmethod(Rate.from_p)
+
     def __init__(
         self,
         module: torch.nn.Module,

@@ -155,3 +155,11 @@ def test_masks_padding_as_its_layer():
 def test_refuses_rates_outside_the_interval(rate):
     with pytest.raises(ValueError, match="rate"):
         make(rate=rate)
+
+
+def test_drops_weights_before_a_mixed_policy_narrows_them():
+    dense = keras.layers.Dense(4, use_bias=False, dtype="float32")
+    layer = DropConnect(dense, RATE, seed=SITE, dtype="mixed_float16")
+    x = np.eye(3, dtype="float32")
+    y = keras.ops.convert_to_numpy(layer(x, training=True))
+    assert_bits(y, drop(dense.kernel, 0))

@@ -465,3 +465,11 @@ def test_takes_rate_of_one():
     i, _, g, o = bias.unflatten(0, (4, UNITS))
     first = o.sigmoid() * (i.sigmoid() * g.tanh()).tanh()
     torch.testing.assert_close(y[0], first.expand(BATCH, UNITS))
+
+
+def test_runs_recurrent_dropout_of_an_empty_batch():
+    layer = make_layer(recurrent_dropout=0.3)
+    y, _ = layer(make_input(2, 0, layer.input_size))
+    assert y.shape == (2, 0, layer.hidden_size)
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        layer(make_input(0, 2, layer.input_size))
