@@ -179,5 +179,6 @@ class LayerDropModuleList(SeededModule, torch.nn.ModuleList):
 
 def _list_all(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
     """Return modules as a list, without decisions."""
-    is_list = isinstance(modules, LayerDropModuleList)
-    return modules._list_layers() if is_list else list(modules)
+    if isinstance(modules, LayerDropModuleList):
+        return modules._list_layers()
+    return list(modules)

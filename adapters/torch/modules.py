@@ -91,9 +91,9 @@ class SeededModule(torch.nn.modules.dropout._DropoutNd):
         self.seed = seed
 
     @staticmethod
-    def _check_rate(p: Any, name: str = "p") -> None:
-        """Raise TypeError or ValueError unless p is a rate, or a tensor of one."""
-        make_rate(p, _ON_CPU, name)
+    def _check_rate(p: Any, name: str = "p") -> Rate:
+        """Return the rate; raises TypeError or ValueError unless p is one, or a tensor of one."""
+        return make_rate(p, _ON_CPU, name)
 
     @property
     def seed(self) -> Key | None:

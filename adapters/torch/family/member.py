@@ -37,10 +37,7 @@ def run_member(
 class Member(SeededModule):
     """A module of a member, which makes the plan of each call."""
 
-    @staticmethod
-    def _check_rate(p: Any, name: str = "p") -> None:
-        """Raise TypeError or ValueError unless p is a Python number that is a rate."""
-        Rate.from_p(p, name)
+    _check_rate = staticmethod(Rate.from_p)
 
     @abstractmethod
     def _plan(self, input: Tensor) -> DropoutPlan:
