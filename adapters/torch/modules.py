@@ -43,7 +43,7 @@ from unidrop.arguments import checked_integer
 from unidrop.dtypes import integer_bits
 from unidrop.key import Key
 from unidrop.plan import DropoutPlan
-from unidrop.rate import checked_probability
+from unidrop.rate import Rate, checked_probability
 from unidrop.schedule import ScheduledRate, make_rate
 
 __all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "SeededModule"]
