@@ -4,7 +4,7 @@ The member is ordinary dropout with one decision for each head of each example.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 from unidrop.arguments import checked_axis
 from unidrop.key import Key, check_key
@@ -26,7 +26,7 @@ def plan_drop_head(x: Any, rate: Rate, *, axis: int, **options: Any) -> DropoutP
 
 def drop_head(
     x: Any,
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     axis: int,

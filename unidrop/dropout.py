@@ -6,7 +6,7 @@ scales in training so that evaluation is the identity.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, SupportsFloat, TypeVar, overload
 
 from unidrop.key import Key, check_key
 from unidrop.plan import DropoutPlan
@@ -20,7 +20,7 @@ Array = TypeVar("Array")
 @overload
 def dropout(
     x: Array,
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     training: bool = ...,
@@ -32,7 +32,7 @@ def dropout(
 @overload
 def dropout(
     x: Array,
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     training: bool = ...,
@@ -44,7 +44,7 @@ def dropout(
 @overload
 def dropout(
     x: Array,
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     training: bool = ...,
@@ -55,7 +55,7 @@ def dropout(
 ) -> Array | tuple[Array, Any]: ...
 def dropout(
     x: Any,
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     training: bool = True,

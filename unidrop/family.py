@@ -8,7 +8,7 @@ member is ordinary dropout of the upstream gradient, recomputed from the key.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, SupportsFloat
 
 from unidrop.arguments import checked_axis
 from unidrop.drop_block import drop_block
@@ -174,7 +174,7 @@ def _plan_real(member: str, x: Any, rate: Rate, **options: Any) -> DropoutPlan:
 
 def drop_path(
     x: Any,
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     mode: Mode = "row",
@@ -400,7 +400,7 @@ def drop_key(
 
 def locked_dropout(
     x: Any,
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     axis: int,

@@ -10,7 +10,7 @@ The number u of the even element is the word; the number u of the odd one is the
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, overload
 
 import numpy
 
@@ -59,7 +59,7 @@ _DEVICE_PIECE: Final = 1 << 24
 @overload
 def keep_mask(
     shape: Sequence[int],
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     xp: None = ...,
@@ -72,7 +72,7 @@ def keep_mask(
 @overload
 def keep_mask(
     shape: Sequence[int],
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     xp: Any,
@@ -84,7 +84,7 @@ def keep_mask(
 ) -> Any: ...
 def keep_mask(
     shape: Sequence[int],
-    p: Any,
+    p: SupportsFloat,
     key: Key,
     *,
     xp: Any = None,
