@@ -60,8 +60,8 @@ def embedding_dropout(
     Returns
     -------
     output : torch.Tensor
-        Of shape (*, D). It is equal to the look-up in the matrix after `dropout` with
-        ``broadcast_axes=(1,)``, and so is the gradient. But only the rows that are looked up are
+        Of shape ``(*, D)``. It equals the look-up in the matrix after `dropout` with
+        ``broadcast_axes=(1,)``, and so does the gradient. But only the rows that are looked up are
         multiplied.
     mask : torch.Tensor of bool
         Only with ``return_mask``: True for kept words, of shape (V, 1).
